@@ -28,6 +28,10 @@ class Model(nn.Module):
         """Outputs of each wanted stream. Raises KeyError for a stream that the batch lacks."""
         raise TypeError(f"{type(self).__name__} defines no encode")
 
+    def temperature(self) -> tuple[Tensor | None, Tensor | None]:
+        """(log scale, bias) of the model's own similarity, with gradient; (None, None) for a model without one."""
+        return None, None
+
     def export_parts(self) -> dict[str, ExportPart]:
         """The graphs that a bundle of this model has."""
         raise TypeError(f"{type(self).__name__} defines no export_parts")

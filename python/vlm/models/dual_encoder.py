@@ -84,6 +84,9 @@ class DualEncoder(Model):
         limit = self.options.max_scale
         return self.log_scale if limit is None else self.log_scale.clamp(0.0, math.log(limit))
 
+    def temperature(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.scale(), self.bias
+
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
         """Outputs by stream: `embedding`, `tokens` (projected, with masks) and `hidden:L`."""
         out = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.config.options import Options
+from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
@@ -31,6 +32,10 @@ class Model(nn.Module):
     def temperature(self) -> tuple[Tensor | None, Tensor | None]:
         """(log scale, bias) of the model's own similarity, with gradient; (None, None) for a model without one."""
         return None, None
+
+    def preprocess(self) -> Preprocess | None:
+        """How a picture becomes pixels of this model; None for a model that reads none."""
+        return None
 
     def export_parts(self) -> dict[str, ExportPart]:
         """The graphs that a bundle of this model has."""

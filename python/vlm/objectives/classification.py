@@ -48,7 +48,7 @@ class Classification(Objective):
     def forward(self, views: Views, context: Context) -> Terms:
         view, labels = views[f"model/{self.options.stream}"], context.batch["label"]
         assert view.embedding is not None
-        x = view.embedding.float()
+        x = view.embedding.to(self.head.weight.dtype)
         logits = self.head(F.normalize(x, dim=-1) if self.options.normalise else x)
         values = F.cross_entropy(
             logits, labels.values.clamp(min=0), reduction="none", label_smoothing=self.options.smoothing

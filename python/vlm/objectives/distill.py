@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm.models.blocks import normalise
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
-from vlm.types import Context, Request, Terms, Views
+from vlm.types import Batch, Context, Request, Terms, Views
 
 
 class DistillOptions(ObjectiveOptions):
@@ -61,7 +61,9 @@ class FeatureDistill(Objective):
             student, teacher = views[f"model/{name}"], views[f"{self.options.teacher}/{name}"]
             assert student.embedding is not None
             assert teacher.embedding is not None
-            x = self.bridges[name](student.embedding.float()) if name in self.bridges else student.embedding
+            x = student.embedding
+            if name in self.bridges:
+                x = self.bridges[name](x.to(self.bridges[name].weight.dtype))  # type: ignore[operator]
             cosine = (normalise(x) * normalise(teacher.embedding)).sum(-1)
             value = 1 - cosine if self.options.distance == "cosine" else 2 - 2 * cosine
             live = (student.mask & teacher.mask).float()
@@ -72,7 +74,7 @@ class FeatureDistill(Objective):
         assert weights is not None
         return Terms(total / len(self.options.streams), weights, index)
 
-    def count(self, batch) -> Tensor:  # type: ignore[no-untyped-def]
+    def count(self, batch: Batch) -> Tensor:
         live = torch.ones(len(batch), dtype=torch.bool)
         for name in self.options.streams:
             mask = batch[name].mask
@@ -103,7 +105,7 @@ class SimilarityDistill(Objective):
             assert right is not None
             logits.append(normalise(left[live]) @ normalise(right[live]).T / self.options.temperature)
         student, teacher = logits
-        values = torch.zeros(student.shape[0])
+        values = student.new_zeros(student.shape[0])
         for s, t in ((student, teacher), (student.T, teacher.T)):
             values = values + 0.5 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         return Terms(values, torch.ones_like(values.detach()), views[f"model/{first}"].sample_index[live])

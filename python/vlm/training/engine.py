@@ -214,10 +214,14 @@ class Engine:
             scalars.setdefault(f"{name}/{key}", []).append((float(value) * weight, weight))
 
     def _share_gradients(self) -> None:
-        """Sum gradients over ranks, in one flat buffer so that the order of additions is fixed."""
+        """Sum gradients over ranks, in one flat buffer so that the order of additions is fixed.
+
+        A parameter that no rank used keeps no gradient at all, as in one process, so that it is not decayed either.
+        """
         if self.communicator.size == 1:
             return
-        parameters = self.parameters()
+        used = self.communicator.sum(torch.tensor([float(p.grad is not None) for p in self.parameters()]))
+        parameters = [p for p, count in zip(self.parameters(), used.tolist()) if count]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
         flat = self.communicator.sum(flat)
         for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):

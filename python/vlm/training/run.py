@@ -30,7 +30,7 @@ from vlm.training.evaluate import evaluate_model, numbers_of
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of
-from vlm.training.tokenizing import tokenizer_for
+from vlm.training.tokenizing import make_tokenizer, vocabulary_of
 from vlm.training.trainer import Cursor, Parts, Trainer
 from vlm.tuning import add_lora, lora_files, merged_state, trainable
 from vlm.types import Communicator, SingleProcess
@@ -222,7 +222,7 @@ class Run:
             return load_model(start)
         assert stage.model is not None
         torch.manual_seed(draw_key(stage.train.seed, "init"))
-        return stage.model.build(self.tokenizer.vocabulary())
+        return stage.model.build(vocabulary_of(self.tokenizer))
 
     def _write_architecture(self, stage: Stage) -> None:
         """Tokenizer and architecture, once a run; rank 0 writes, the others wait and read."""
@@ -234,8 +234,8 @@ class Run:
             else:
                 if stage.model is None:
                     raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")
-                tokenizer = tokenizer_for(stage, self.note)
-                model = stage.model.build(tokenizer.vocabulary())
+                tokenizer = make_tokenizer(stage.tokenizer, stage.data, self.note)
+                model = stage.model.build(vocabulary_of(tokenizer))
             self.directory.write_architecture(model, tokenizer, model.preprocess())
         self.communicator.barrier()
         self.tokenizer = Tokenizer.load(own)

@@ -1,0 +1,1 @@
+"""Preset machinery: loading, inheritance, overrides, positions of errors. Imports no torch."""

@@ -1,0 +1,115 @@
+"""Outputs, Request and Views: what a model returns, what is asked of it, and how objectives see it.
+
+A request is written `companion/stream.field`, for example `model/image.embedding`, `teacher/text.tokens`,
+`reference/image.noisy.vocabulary`: the companion ends at the first slash, the field begins after the last dot.
+Hidden states are asked for by layer: `model/image.hidden:4`. A model computes only what is asked of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vlm.types.layout import Layout
+
+FIELDS = ("embedding", "tokens", "vocabulary", "logits", "hidden", "statistics")
+"""What may be asked of a model, stream by stream."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The two factors of vocabulary logits, for fused operators: logits = hidden weight^T + bias.
+
+    hidden [n, T, C]; weight [V, C]; bias [V] or None; softcap: cap * tanh(logit / cap), 0 for none.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float = 0.0
+
+    def logits(self) -> Tensor:
+        """[n, T, V], materialised: for decoding, evaluation and the plain twin."""
+        out = self.hidden @ self.weight.T
+        if self.bias is not None:
+            out = out + self.bias
+        return self.softcap * (out / self.softcap).tanh() if self.softcap else out
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says of one stream. Only the fields that were asked for are set.
+
+    sample_index [n]; mask [n], rows that are valid.
+    embedding [n, E], pooled and projected, not normalised.
+    tokens [n, N, E], projected into the embedding's space, with token_mask [n, N].
+    vocabulary: factors of the vocabulary logits; logits [n, ...]: class or answer logits.
+    hidden: layer -> [n, N, C]. statistics: name -> tensor (attention received, keep ratios, ...).
+    auxiliary: name -> scalar tensor that a loss may add (expert balance, keep-ratio terms).
+    scale, bias: the model's own learned temperature (already exponentiated is `scale`; `log_scale` is its logarithm).
+    layout: positions of tokens, vocabulary and hidden states after any dropping, merging or packing.
+    """
+
+    sample_index: Tensor
+    mask: Tensor
+    embedding: Tensor | None = None
+    tokens: Tensor | None = None
+    token_mask: Tensor | None = None
+    vocabulary: Vocabulary | None = None
+    logits: Tensor | None = None
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
+    log_scale: Tensor | None = None
+    bias: Tensor | None = None
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Request:
+    """One thing that an objective or evaluator needs."""
+
+    companion: str
+    stream: str
+    field: str
+    layer: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Request:
+        """From `companion/stream.field[:layer]`. Raises ValueError that says what was expected."""
+        companion, slash, rest = text.partition("/")
+        stream, dot, name = rest.rpartition(".")
+        name, colon, layer = name.partition(":")
+        if not (slash and dot and companion and stream) or name not in FIELDS:
+            raise ValueError(f"{text!r} is no request: expected companion/stream.field, field one of {', '.join(FIELDS)}")
+        if bool(colon) != (name == "hidden"):
+            raise ValueError(f"{text!r}: hidden states are asked for by layer, hidden:4, and nothing else is")
+        return cls(companion, stream, name, int(layer) if colon else None)
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f":{self.layer}"
+        return f"{self.companion}/{self.stream}.{self.field}{layer}"
+
+
+Wanted = Mapping[str, frozenset[str]]
+"""stream -> fields (`hidden:4` included), what one model is asked for in one call."""
+
+
+def wanted_of(requests: Iterable[Request], companion: str) -> dict[str, frozenset[str]]:
+    """The requests to one companion, stream by stream."""
+    out: dict[str, set[str]] = {}
+    for request in requests:
+        if request.companion == companion:
+            name = request.field if request.layer is None else f"{request.field}:{request.layer}"
+            out.setdefault(request.stream, set()).add(name)
+    return {stream: frozenset(names) for stream, names in out.items()}
+
+
+class Views(dict[str, Outputs]):
+    """Outputs keyed by `companion/stream`, as an objective sees them."""
+
+    def __missing__(self, key: str) -> Outputs:
+        known = ", ".join(sorted(self)) or "none"
+        raise KeyError(f"no view {key!r} (there are: {known}); an objective must name what it reads in `requires`")

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from vlm.evaluation.bootstrap import bootstrap, cluster_ids
 
 

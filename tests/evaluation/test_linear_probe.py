@@ -82,7 +82,9 @@ def test_split_keeps_concepts_whole_and_both_sides_filled():
 
 def test_no_labels_names_the_fields(material):
     with pytest.raises(DataError, match="no sample has a class in 'kind'") as caught:
-        linear_probe(material([[1, 0]], ["t"], [{"style": "noto"}]), None, LinearProbeOptions(labels_from="kind"))
+        linear_probe(
+            material([[1, 0]], ["t"], [{"style": "noto"}]), None, LinearProbeOptions(labels_from="kind")
+        )
     assert "style" in str(caught.value)
 
 

@@ -23,7 +23,14 @@ def brute(queries, candidates, pairs, tie):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 15), st.integers(0, 30), st.integers(1, 7), st.integers(1, 7))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.integers(1, 15),
+    st.integers(0, 30),
+    st.integers(1, 7),
+    st.integers(1, 7),
+)
 def test_equal_to_brute_force_with_ties_duplicates_and_any_chunking(seed, q, n, p, rows, columns):
     generator = np.random.default_rng(seed)
     # Few distinct integer directions: many exact ties and duplicated rows.

@@ -47,7 +47,12 @@ def test_candidates_of_a_picture_are_the_distinct_texts(material):
     result = retrieval(m, RetrievalOptions())
     assert result.details["image_to_text"]["candidates"] == 2
     assert result.details["image_to_text"]["queries"] == 4
-    assert result.details["text_to_image"] == {"queries": 2, "candidates": 4, "clusters": 2, "median_rank": 1.0}
+    assert result.details["text_to_image"] == {
+        "queries": 2,
+        "candidates": 4,
+        "clusters": 2,
+        "median_rank": 1.0,
+    }
     assert result.metrics["image_to_text"]["r@1"] == 100.0
     # Chance: one of two texts; for pictures 3 of 4 and 1 of 4 are right.
     assert result.chance["image_to_text"]["r@1"] == 50.0
@@ -96,7 +101,9 @@ def test_examples_are_a_seeded_draw_with_pictures_and_outcomes(material, drawn):
     assert by_query["t2"]["found"][0]["right"] is True
     assert by_query["t3"]["rank"] > 1
     assert by_query["t3"]["found"][0]["right"] is False
-    assert all(hit["picture"].startswith("data:image/webp;base64,") for e in by_query.values() for hit in e["found"])
+    assert all(
+        hit["picture"].startswith("data:image/webp;base64,") for e in by_query.values() for hit in e["found"]
+    )
 
 
 def test_one_text_is_refused(material):

@@ -16,7 +16,9 @@ def options(**kwargs):
 def test_equals_argmax_by_hand_with_templates(material):
     generator = np.random.default_rng(0)
     names, templates = ["cat", "dog", "bird"], ("a {}", "one {} here")
-    table = {t.replace("{}", n): generator.normal(size=5).astype(np.float32) for n in names for t in templates}
+    table = {
+        t.replace("{}", n): generator.normal(size=5).astype(np.float32) for n in names for t in templates
+    }
     labels = [names[i] for i in generator.integers(0, 3, 60)]
     m = material(generator.normal(size=(60, 5)), labels, [{"label": label} for label in labels], table)
     result = zero_shot(m, options(templates=templates))
@@ -29,7 +31,11 @@ def test_equals_argmax_by_hand_with_templates(material):
     wanted = 100 * np.mean([a == label for a, label in zip(answers, labels)])
     assert result.metrics["top1"] == pytest.approx(wanted, abs=1e-4)
     assert result.metrics["top5"] == 100.0
-    assert result.chance == {"top1": pytest.approx(100 / 3), "top5": 100.0, "mean_per_class": pytest.approx(100 / 3)}
+    assert result.chance == {
+        "top1": pytest.approx(100 / 3),
+        "top5": 100.0,
+        "mean_per_class": pytest.approx(100 / 3),
+    }
     confusion = result.details["confusion"]
     for row, true in enumerate(confusion["classes"]):
         for column, said in enumerate(confusion["classes"]):
@@ -92,7 +98,11 @@ def test_most_confused_pairs(material):
     labels = ["a"] * 4 + ["b", "c"]
     result = zero_shot(material(images, labels, [{"label": x} for x in labels], table), options())
     assert result.details["confused"][0] == {"true": "a", "answered": "b", "count": 3, "share": 0.75}
-    assert {row["class"]: row["top1"] for row in result.details["per_class"]} == {"a": 0.0, "b": 100.0, "c": 100.0}
+    assert {row["class"]: row["top1"] for row in result.details["per_class"]} == {
+        "a": 0.0,
+        "b": 100.0,
+        "c": 100.0,
+    }
 
 
 def test_the_caption_itself_can_be_the_class(material):
@@ -135,7 +145,9 @@ def test_bad_class_files_name_the_file(tmp_path, content, message):
 
 def test_a_file_of_several_lists_wants_a_choice(tmp_path):
     path = tmp_path / "all.json"
-    lists = {"group": {"G": {"name": "gee", "members": {"p": ["k0"]}}, "H": {"name": "aitch", "members": ["k1"]}}}
+    lists = {
+        "group": {"G": {"name": "gee", "members": {"p": ["k0"]}}, "H": {"name": "aitch", "members": ["k1"]}}
+    }
     path.write_text(json.dumps({"set": "x", "protocols": lists}))
     with pytest.raises(RequestError, match=r"all\.json#group"):
         read_classes(path)

@@ -42,7 +42,9 @@ def cluster_ids(names: Sequence[Hashable]) -> Integers:
 
 def _sums(values: Floats, clusters: Integers, count: int) -> Floats:
     """[n, K] summed within clusters to [C, K]."""
-    return np.stack([np.bincount(clusters, values[:, k], minlength=count) for k in range(values.shape[1])], axis=1)
+    return np.stack(
+        [np.bincount(clusters, values[:, k], minlength=count) for k in range(values.shape[1])], axis=1
+    )
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:

@@ -54,7 +54,9 @@ def classes_of_values(values: Sequence[str]) -> list[ClassEntry]:
 def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) and item.strip() for item in items):
-        raise DataError(f"{field} is {value!r}, expected text or a list of texts", where=where, remedy=_EXPECTED)
+        raise DataError(
+            f"{field} is {value!r}, expected text or a list of texts", where=where, remedy=_EXPECTED
+        )
     return tuple(item.strip() for item in items)
 
 
@@ -78,10 +80,14 @@ def _entry(value: Any, where: str, label: str | None = None) -> ClassEntry:
     known = {"name", "label", "synonyms", "templates", "members", "test"}
     unknown = sorted(set(value) - known)
     if unknown:
-        raise DataError(f"unknown key {unknown[0]!r} (known: {', '.join(sorted(known))})", where=where, remedy=_EXPECTED)
+        raise DataError(
+            f"unknown key {unknown[0]!r} (known: {', '.join(sorted(known))})", where=where, remedy=_EXPECTED
+        )
     if "name" not in value and label is None:
         raise DataError("the class has no name", where=where, remedy=_EXPECTED)
-    names = _strings(value.get("name", label), where, "name") + _strings(value.get("synonyms", []), where, "synonyms")
+    names = _strings(value.get("name", label), where, "name") + _strings(
+        value.get("synonyms", []), where, "synonyms"
+    )
     return ClassEntry(
         label=str(value.get("label", label if label is not None else names[0])),
         names=names,

@@ -31,19 +31,33 @@ class LinearProbeOptions(Task):
 
     kind: Literal["linear-probe"] = "linear-probe"
     labels_from: str | None = Field(None, description="data field that holds a sample's class")
-    train: str | None = Field(None, description="data to fit on; default: folds of the evaluated data by concept")
+    train: str | None = Field(
+        None, description="data to fit on; default: folds of the evaluated data by concept"
+    )
     folds: int = Field(5, ge=2, description="folds by concept where no training data is given")
     penalties: tuple[float, ...] = Field(
-        tuple(10.0**e for e in range(-6, 2)), min_length=1, description="tried strengths of 1/2 |W|^2 per sample"
+        tuple(10.0**e for e in range(-6, 2)),
+        min_length=1,
+        description="tried strengths of 1/2 |W|^2 per sample",
     )
-    dev_share: float = Field(0.2, gt=0, lt=1, description="part of the training concepts that chooses the penalty")
+    dev_share: float = Field(
+        0.2, gt=0, lt=1, description="part of the training concepts that chooses the penalty"
+    )
     iterations: int = Field(200, gt=0, description="greatest number of L-BFGS iterations a fit")
 
     def run(self, material: Material, train: Material | None = None) -> Result:
         return linear_probe(material, train, self)
 
 
-def fit(x: Wide, labels: Integers, classes: int, penalty: float, *, start: Wide | None = None, iterations: int = 200) -> Wide:
+def fit(
+    x: Wide,
+    labels: Integers,
+    classes: int,
+    penalty: float,
+    *,
+    start: Wide | None = None,
+    iterations: int = 200,
+) -> Wide:
     """[C, E+1] weights and bias (last column) that minimise mean cross-entropy + penalty/2 |W|^2 (bias free).
 
     x [n, E] float64, labels [n] in 0..C-1; start: weights to begin from.
@@ -67,7 +81,9 @@ def fit(x: Wide, labels: Integers, classes: int, penalty: float, *, start: Wide 
         with torch.enable_grad():
             solver.zero_grad()
             logits = features @ weight[:, :-1].T + weight[:, -1]
-            loss = torch.nn.functional.cross_entropy(logits, targets) + penalty / 2 * weight[:, :-1].pow(2).sum()
+            loss = (
+                torch.nn.functional.cross_entropy(logits, targets) + penalty / 2 * weight[:, :-1].pow(2).sum()
+            )
             loss.backward()
         return loss.detach()
 
@@ -80,7 +96,9 @@ def predict(x: Wide, weight: Wide) -> Integers:
     return np.argmax(x @ weight[:, :-1].T + weight[:, -1], axis=1)
 
 
-def split_by_concept(concepts: Sequence[Hashable], share: float, generator: np.random.Generator) -> NDArray[np.bool_]:
+def split_by_concept(
+    concepts: Sequence[Hashable], share: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
     """[n] true for samples of a random `share` of the concepts; both sides hold at least one concept."""
     ids = cluster_ids(concepts)
     count = int(ids.max()) + 1
@@ -110,7 +128,9 @@ def probe(
         best, weight = -1.0, None
         # From strong to weak, each fit beginning where the stronger one ended; of equals the stronger wins.
         for penalty in sorted(options.penalties, reverse=True):
-            weight = fit(train_x[~dev], train_y[~dev], classes, penalty, start=weight, iterations=options.iterations)
+            weight = fit(
+                train_x[~dev], train_y[~dev], classes, penalty, start=weight, iterations=options.iterations
+            )
             right = float((predict(train_x[dev], weight) == train_y[dev]).mean())
             if right > best:
                 best, chosen = right, penalty
@@ -156,7 +176,9 @@ def linear_probe(material: Material, train: Material | None, options: LinearProb
         ids = cluster_ids(concepts)
         count = int(ids.max()) + 1
         if count < options.folds + 1:
-            raise DataError(f"{count} concepts are too few for {options.folds} folds", remedy="give --train URI")
+            raise DataError(
+                f"{count} concepts are too few for {options.folds} folds", remedy="give --train URI"
+            )
         fold = generator.permutation(count)[ids] % options.folds
         train_y = y
         for number in range(options.folds):
@@ -178,7 +200,9 @@ def linear_probe(material: Material, train: Material | None, options: LinearProb
         "clusters": estimate.clusters,
         "unseen_classes": int((y < 0).sum()),
         "penalties": penalties,
-        "protocol": "fitted on separate training data" if train is not None else f"{options.folds} folds by concept",
+        "protocol": "fitted on separate training data"
+        if train is not None
+        else f"{options.folds} folds by concept",
         "train": None if train is None else {"samples": len(train_y), "sha256": train.fingerprint},
     }
     # Guessing here means always answering training's most frequent class.

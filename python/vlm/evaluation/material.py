@@ -169,7 +169,9 @@ class Material:
 
 def _scalars(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that can be a label or concept: short texts and numbers, so that a large set stays small."""
-    return {k: v for k, v in fields.items() if isinstance(v, str | int | float | bool) and len(str(v)) <= 1000}
+    return {
+        k: v for k, v in fields.items() if isinstance(v, str | int | float | bool) and len(str(v)) <= 1000
+    }
 
 
 def collect(
@@ -223,5 +225,9 @@ def collect(
     flush()
     bad.check()
     if not keys:
-        raise DataError("the data holds no sample with a picture", remedy="see what it holds with: vlm data inspect URI")
-    return Material(embedder, keys, texts, fields, np.concatenate(parts), fingerprint.hexdigest(), bad, reread)
+        raise DataError(
+            "the data holds no sample with a picture", remedy="see what it holds with: vlm data inspect URI"
+        )
+    return Material(
+        embedder, keys, texts, fields, np.concatenate(parts), fingerprint.hexdigest(), bad, reread
+    )

@@ -16,7 +16,13 @@ TIE = 1e-6
 
 
 def ranks(
-    queries: Floats, candidates: Floats, pairs: Integers, *, rows: int = 1024, columns: int = 16384, tie: float = TIE
+    queries: Floats,
+    candidates: Floats,
+    pairs: Integers,
+    *,
+    rows: int = 1024,
+    columns: int = 16384,
+    tie: float = TIE,
 ) -> Integers:
     """[Q] int64: the place, from 1, of each query's best right candidate; 0 where it has none.
 

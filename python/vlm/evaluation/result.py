@@ -29,7 +29,9 @@ def flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{name}", float(value)
 
 
-def figures(names: Sequence[str], estimate: Estimate, scale: float = 1.0) -> tuple[dict[str, float], dict[str, Any]]:
+def figures(
+    names: Sequence[str], estimate: Estimate, scale: float = 1.0
+) -> tuple[dict[str, float], dict[str, Any]]:
     """The `metrics` and `intervals` of one estimate, rounded to 6 decimals."""
     values, intervals = {}, {}
     for k, name in enumerate(names):
@@ -119,7 +121,9 @@ def read_result(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot be read as JSON: {error}", where=str(path)) from error
     if not isinstance(value, dict) or not isinstance(value.get("metrics"), dict) or "task" not in value:
         raise DataError(
-            "is no evaluation result", where=str(path), remedy="expected what `vlm evaluate --output FILE` writes"
+            "is no evaluation result",
+            where=str(path),
+            remedy="expected what `vlm evaluate --output FILE` writes",
         )
     return value
 
@@ -143,12 +147,15 @@ class Gate:
                 except ValueError:
                     break
         raise RequestError(
-            f"{text!r} is no gate", remedy='expected METRIC>=NUMBER or METRIC<=NUMBER, for example "image_to_text/r@1>=20"'
+            f"{text!r} is no gate",
+            remedy='expected METRIC>=NUMBER or METRIC<=NUMBER, for example "image_to_text/r@1>=20"',
         )
 
     def check(self, result: Result) -> None:
         """Raises GateFailed when the result misses the bound, RequestError for an unknown metric."""
-        bounds = {name.removesuffix("/lower"): v for name, v in flatten(result.intervals) if name.endswith("/lower")}
+        bounds = {
+            name.removesuffix("/lower"): v for name, v in flatten(result.intervals) if name.endswith("/lower")
+        }
         wants_lower = self.metric.startswith("lower:")
         known = bounds if wants_lower else dict(flatten(result.metrics))
         name = self.metric.removeprefix("lower:")
@@ -159,4 +166,7 @@ class Gate:
         value = known[key]
         held = value >= self.bound if self.sign == ">=" else value <= self.bound
         if not held:
-            raise GateFailed(f"gate missed: {self.metric} is {value:g}, wanted {self.sign} {self.bound:g}", where=result.name)
+            raise GateFailed(
+                f"gate missed: {self.metric} is {value:g}, wanted {self.sign} {self.bound:g}",
+                where=result.name,
+            )

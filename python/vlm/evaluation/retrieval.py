@@ -124,7 +124,12 @@ def retrieval(material: Material, options: RetrievalOptions) -> Result:
 
 
 def _examples(
-    material: Material, kept: list[int], images: Floats, rows: Floats, found: Ranked, options: RetrievalOptions
+    material: Material,
+    kept: list[int],
+    images: Floats,
+    rows: Floats,
+    found: Ranked,
+    options: RetrievalOptions,
 ) -> list[dict[str, Any]]:
     """The first queries of a seeded shuffle in each direction, whatever their outcome."""
     generator = np.random.default_rng([options.seed, 1])
@@ -140,10 +145,22 @@ def _examples(
     out: list[dict[str, Any]] = []
     for row, t in enumerate(text_queries.tolist()):
         hits = [
-            {"key": material.keys[kept[i]], "picture": small.get(kept[i]), "score": float(by_text[row, i]), "right": (i, t) in own}
+            {
+                "key": material.keys[kept[i]],
+                "picture": small.get(kept[i]),
+                "score": float(by_text[row, i]),
+                "right": (i, t) in own,
+            }
             for i in pictures_shown[row].tolist()
         ]
-        out.append({"direction": "text_to_image", "query": found.texts[t], "rank": int(found.text_rank[t]), "found": hits})
+        out.append(
+            {
+                "direction": "text_to_image",
+                "query": found.texts[t],
+                "rank": int(found.text_rank[t]),
+                "found": hits,
+            }
+        )
     for row, i in enumerate(image_queries.tolist()):
         texts = [
             {"text": found.texts[t], "score": float(by_image[row, t]), "right": (i, t) in own}

@@ -20,7 +20,9 @@ class Task(Options):
     limit: int | None = Field(None, gt=0, description="evaluate at most this many samples")
     seed: int = Field(0, ge=0, description="seed of bootstrap, folds and the choice of examples")
     resamples: int = Field(RESAMPLES, ge=100, description="bootstrap replicates of the 95% intervals")
-    examples: int = Field(0, ge=0, le=1000, description="keep this many randomly chosen examples for the report")
+    examples: int = Field(
+        0, ge=0, le=1000, description="keep this many randomly chosen examples for the report"
+    )
     needs: ClassVar[Needs] = "pictures"
     kind: str
 

@@ -39,9 +39,13 @@ class ZeroShotOptions(Task):
     """Classes by their names alone. Templates hold `{}` where the name goes."""
 
     kind: Literal["zero-shot"] = "zero-shot"
-    classes: str | None = Field(None, description="file of classes: a name a line, or JSON; FILE#LIST picks a list")
+    classes: str | None = Field(
+        None, description="file of classes: a name a line, or JSON; FILE#LIST picks a list"
+    )
     labels_from: str | None = Field(None, description="data field that holds a sample's class")
-    templates: tuple[str, ...] = Field((PLAIN,), min_length=1, description='prompts, for example "a photo of a {}."')
+    templates: tuple[str, ...] = Field(
+        (PLAIN,), min_length=1, description='prompts, for example "a photo of a {}."'
+    )
     reduce: Reduce = Field("embedding-mean", description="how a class's prompts become one score")
     none_below: float | None = Field(
         None, ge=0, le=1, description='below this probability the answer is "none of these"'
@@ -52,7 +56,9 @@ class ZeroShotOptions(Task):
     def _one_place(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for template in value:
             if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} must hold {{}} exactly once, where the class name goes")
+                raise ValueError(
+                    f"template {template!r} must hold {{}} exactly once, where the class name goes"
+                )
         return value
 
     @model_validator(mode="after")
@@ -111,7 +117,9 @@ def classify(
         rows = np.arange(len(scores))
         best = scores.argmax(1)
         own = scores[rows, np.maximum(true, 0)]
-        ahead = (scores >= own[:, None] - np.float32(TIE)).sum(1)  # the true class itself is counted: places from 1
+        ahead = (scores >= own[:, None] - np.float32(TIE)).sum(
+            1
+        )  # the true class itself is counted: places from 1
         logits = embedder.scale * scores.astype(np.float64) + embedder.bias
         top = logits[rows, best]
         if embedder.form == "sigmoid":
@@ -125,7 +133,10 @@ def classify(
 
 def classes_and_truth(material: Material, options: ZeroShotOptions) -> tuple[list[ClassEntry], Integers, str]:
     """The classes, the true class of each sample (-1: none of them), and where that came from."""
-    fields = [{"text": texts[0], "caption": texts[0], **f} if texts else f for texts, f in zip(material.texts, material.fields)]
+    fields = [
+        {"text": texts[0], "caption": texts[0], **f} if texts else f
+        for texts, f in zip(material.texts, material.fields)
+    ]
     if options.classes is not None:
         classes = read_classes(options.classes)
     else:
@@ -227,12 +238,18 @@ def _per_class(classes: Sequence[ClassEntry], truth: Integers, rank: Integers) -
     samples = np.bincount(truth[inside], minlength=len(classes))
     right = np.bincount(truth[inside], (rank[inside] == 1).astype(float), minlength=len(classes))
     return [
-        {"class": classes[c].label, "samples": int(samples[c]), "top1": round(100 * float(right[c] / samples[c]), 6)}
+        {
+            "class": classes[c].label,
+            "samples": int(samples[c]),
+            "top1": round(100 * float(right[c] / samples[c]), 6),
+        }
         for c in np.flatnonzero(samples).tolist()
     ]
 
 
-def _confused(classes: Sequence[ClassEntry], truth: Integers, answer: Integers, count: int = 20) -> list[dict[str, Any]]:
+def _confused(
+    classes: Sequence[ClassEntry], truth: Integers, answer: Integers, count: int = 20
+) -> list[dict[str, Any]]:
     """The most frequent (true, answered) pairs that differ; equally frequent ones by class number."""
     wrong = (truth >= 0) & (truth != answer)
     codes, times = np.unique(truth[wrong] * len(classes) + answer[wrong], return_counts=True)
@@ -264,7 +281,11 @@ def _confusion(classes: Sequence[ClassEntry], truth: Integers, answer: Integers)
 
 
 def _examples(
-    material: Material, classes: Sequence[ClassEntry], truth: Integers, found: Classified, options: ZeroShotOptions
+    material: Material,
+    classes: Sequence[ClassEntry],
+    truth: Integers,
+    found: Classified,
+    options: ZeroShotOptions,
 ) -> list[dict[str, Any]]:
     """The first samples of a seeded shuffle, whatever their outcome."""
     chosen = np.random.default_rng([options.seed, 2]).permutation(len(material))[: options.examples].tolist()

@@ -43,7 +43,7 @@ class StartOptions(Options):
 class TrainOptions(Options):
     """Length, batch and safety of a stage."""
 
-    steps: int | None = Field(None, gt=0, description="updates; or give epochs")
+    steps: int | None = Field(None, gt=0, description="updates; wins over epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data, for sources of known length")
     batch_size: int = Field(256, gt=0, description="samples of one update over all processes and micro-batches")
     accumulate: int = Field(1, gt=0, description="micro-batches of one update in each process; exact for every objective")
@@ -60,8 +60,8 @@ class TrainOptions(Options):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainOptions:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give steps or epochs")
         return self
 
 

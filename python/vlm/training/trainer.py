@@ -217,6 +217,7 @@ class Trainer:
                 if parameter.grad is not None:
                     parameter.grad.mul_(train.clip / norm)
         parts.optimizer.step(factor)
+        parts.engine.commit()
         parts.companions.after_step(parts.model)
         if parts.average is not None:
             parts.average.update(parts.model)

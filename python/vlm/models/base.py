@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.config.options import Options
+from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
@@ -27,6 +28,14 @@ class Model(nn.Module):
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
         """Outputs of each wanted stream. Raises KeyError for a stream that the batch lacks."""
         raise TypeError(f"{type(self).__name__} defines no encode")
+
+    def temperature(self) -> tuple[Tensor | None, Tensor | None]:
+        """(log scale, bias) of the model's own similarity, with gradient; (None, None) for a model without one."""
+        return None, None
+
+    def preprocess(self) -> Preprocess | None:
+        """How a picture becomes pixels of this model; None for a model that reads none."""
+        return None
 
     def export_parts(self) -> dict[str, ExportPart]:
         """The graphs that a bundle of this model has."""

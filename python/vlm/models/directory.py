@@ -21,6 +21,7 @@ from vlm.config.errors import CheckpointError
 from vlm.models.base import Model
 from vlm.models.catalogue import ModelOptions
 from vlm.models.layouts import LAYOUTS, PublishedLayout
+from vlm.runtime.preprocess import Preprocess
 from vlm.types import VocabularyLayout
 from vlm.types.vocabulary import Span
 
@@ -81,6 +82,9 @@ def load_model(path: str | Path, *, weights: bool = True) -> Model:
             )
         try:
             options = layout.from_config(config)
+            pictures = directory / "preprocessor_config.json"
+            if pictures.is_file() and hasattr(options, "with_preprocess"):
+                options = options.with_preprocess(Preprocess.from_config(read_json(pictures), where=str(pictures)))
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"cannot honour this config: {error}", where=str(directory / "config.json")) from error
         vocabulary = _published_vocabulary(config)

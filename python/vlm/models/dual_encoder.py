@@ -17,6 +17,7 @@ from vlm.config.options import Options
 from vlm.models.base import Model, PixelNorm
 from vlm.models.blocks import layers_of
 from vlm.models.towers import TextTowerOptions, TextTransformer, VisionTowerOptions, VisionTransformer
+from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
@@ -56,6 +57,15 @@ class DualEncoderOptions(Options):
         )
         return self.model_copy(update={"text": text})
 
+    def with_preprocess(self, preprocess: Preprocess) -> DualEncoderOptions:
+        """The options with a directory's own preprocessing. Raises ValueError when its size is not the tower's."""
+        if preprocess.size != self.vision.image_size:
+            raise ValueError(f"pictures of {preprocess.size} pixels for a tower of {self.vision.image_size}")
+        pictures = PictureOptions(
+            resize=preprocess.resize, interpolation=preprocess.interpolation, mean=preprocess.mean, std=preprocess.std
+        )
+        return self.model_copy(update={"pictures": pictures})
+
     def build(self, vocabulary: VocabularyLayout) -> DualEncoder:
         return DualEncoder(self.filled(vocabulary), vocabulary)
 
@@ -83,6 +93,13 @@ class DualEncoder(Model):
         """log of the similarity scale, clamped to its range (gradient is 0 outside)."""
         limit = self.options.max_scale
         return self.log_scale if limit is None else self.log_scale.clamp(0.0, math.log(limit))
+
+    def preprocess(self) -> Preprocess:
+        pictures = self.options.pictures
+        return Preprocess(self.options.vision.image_size, pictures.resize, pictures.interpolation, pictures.mean, pictures.std)
+
+    def temperature(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.scale(), self.bias
 
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
         """Outputs by stream: `embedding`, `tokens` (projected, with masks) and `hidden:L`."""

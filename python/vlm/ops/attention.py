@@ -10,7 +10,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from vlm.ops.attention_native import native_attention
 from vlm.ops.attention_reference import attention_reference
+from vlm.ops.backend import use_native
 
 Alignment = Literal["bottom-right", "top-left"]
 
@@ -55,9 +57,29 @@ def attention(
     A query with no allowed key gets output 0, lse -inf, and gives no gradient.
     Raises ValueError on shapes or dtypes that do not fit. Source: core-exact-attention.
     """
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        q, k, v = _under_autocast(q, k, v)
     key_mask = _check(q, k, v, alignment, key_mask, bias)
-    return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,
-                               scale=scale, return_lse=return_lse)
+    if not use_native(q, k, v, bias):
+        return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,
+                                   scale=scale, return_lse=return_lse)
+    if bias is not None:
+        bias = bias.float()
+        if bias.shape[3] != k.shape[2]:  # one number for all keys: the kernel wants a contiguous last axis
+            bias = bias.expand(-1, -1, -1, k.shape[2]).contiguous()
+    offset = k.shape[2] - q.shape[2] if alignment == "bottom-right" else 0
+    out, lse = native_attention(q.float(), k.float(), v.float(), key_mask, bias,
+                                q.shape[3] ** -0.5 if scale is None else scale, causal, offset)
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inside autocast some of q, k, v may have been widened by an operation before: bring them to one type again."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    narrow = torch.get_autocast_dtype(q.device.type)
+    return q.to(narrow), k.to(narrow), v.to(narrow)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, alignment: str, key_mask: Tensor | None,

@@ -27,6 +27,13 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _override: Backend = "auto"
 
 
+def core() -> Any:
+    """The compiled module; RuntimeError with the remedy where it is missing."""
+    if _native is None:
+        raise RuntimeError("the compiled module vlm._native is missing: install the package (pip install -e .)")
+    return _native
+
+
 def current_backend() -> Backend:
     """The override in force: `auto` unless inside `backend(...)`."""
     return _override

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlm.ops.backend import use_native
+from vlm.ops.contrastive_native import native_pair_loss
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 
 
@@ -37,6 +39,9 @@ def contrastive_softmax(
     """
     groups_x, groups_y = _check(x, y, log_scale, None, groups_x, groups_y)
     x, y, log_scale = _widen(x, y, log_scale)
+    if use_native(x, y, log_scale):
+        rows, columns, _, _ = native_pair_loss("softmax", x, y, log_scale, None, groups_x, groups_y, row_offset)
+        return rows, columns
     return contrastive_softmax_reference(x, y, log_scale, groups_x=groups_x, groups_y=groups_y, row_offset=row_offset)
 
 
@@ -58,12 +63,15 @@ def contrastive_sigmoid(
     """
     groups_x, groups_y = _check(x, y, log_scale, bias, groups_x, groups_y)
     x, y, log_scale, bias = _widen(x, y, log_scale, bias)
+    if use_native(x, y, log_scale, bias):
+        rows, columns, _, _ = native_pair_loss("sigmoid", x, y, log_scale, bias, groups_x, groups_y, row_offset)
+        return rows, columns
     return contrastive_sigmoid_reference(x, y, log_scale, bias, groups_x=groups_x, groups_y=groups_y,
                                          row_offset=row_offset)
 
 
 def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """At least float32: with a scale of 100, bfloat16 logits would move in steps of 0.4."""
+    """At least float32, autocast or not: with a scale of 100, bfloat16 logits would move in steps of 0.4."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(t.to(wide) for t in tensors)
 

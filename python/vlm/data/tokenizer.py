@@ -1,0 +1,207 @@
+"""Tokenizer: byte-level BPE trained here, or a local Hugging Face directory, over the `tokenizers` library.
+
+Only `tokenizer.json` and `tokenizer_config.json` are read: no pickle, no code from the directory, no slow
+tokenizers. Shapes: n texts, T positions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from vlm.config.errors import DataError
+
+_MAX_FILE = 64 * 1024 * 1024
+DEFAULT_SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>"}
+
+
+class Tokenizer:
+    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`: int, the last two None where there is no such token."""
+
+    def __init__(self, core: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+        self._core = core
+        self._config = config
+        core.no_truncation()
+        core.no_padding()
+        self.bos_id = self._special("bos_token")
+        self.eos_id = self._special("eos_token")
+        pad = self._special("pad_token")
+        fallback = self.eos_id if self.eos_id is not None else 0
+        self.pad_id: int = pad if pad is not None else fallback
+        self.padding_side: str = config.get("padding_side") or "right"
+        if self.padding_side not in ("left", "right"):
+            raise DataError(f"padding_side is {self.padding_side!r}, expected left or right")
+
+    @classmethod
+    def train_bpe(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special: Sequence[str] = (),
+        *,
+        max_length: int | None = None,
+    ) -> Tokenizer:
+        """Byte-level BPE of at most `vocab_size` entries, with pad 0, bos 1, eos 2 and then the names in `special`.
+
+        Every text can be encoded: the 256 bytes are always in the vocabulary. Equal texts give equal tokenizers.
+        Raises DataError when vocab_size cannot hold the bytes and the special tokens.
+        """
+        names = [*DEFAULT_SPECIAL.values(), *special]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size < len(alphabet) + len(names):
+            raise DataError(
+                f"vocab_size is {vocab_size}, expected at least {len(alphabet) + len(names)}",
+                remedy="256 entries are the bytes, the rest special tokens and merges",
+            )
+        core = tokenizers.Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=names,
+            initial_alphabet=sorted(alphabet),
+            show_progress=False,
+        )
+        core.train_from_iterator(texts, trainer)
+        bos, eos = DEFAULT_SPECIAL["bos"], DEFAULT_SPECIAL["eos"]
+        core.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(
+                    single=f"{bos} $A {eos}",
+                    pair=f"{bos} $A {eos} $B:1 {eos}:1",
+                    special_tokens=[(bos, core.token_to_id(bos)), (eos, core.token_to_id(eos))],
+                ),
+            ]
+        )
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eos,
+            "pad_token": DEFAULT_SPECIAL["pad"],
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_length or 1_000_000,
+        }
+        if special:
+            config["additional_special_tokens"] = list(special)
+        return cls(core, config)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer of a local directory. Raises DataError when a file is missing, too large or not of the form."""
+        folder = Path(directory)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+            raise DataError(
+                f"no tokenizer.json (found: {', '.join(found) or 'nothing'})",
+                where=str(folder),
+                remedy="slow tokenizers are not read; convert once with transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+            )
+        text = _read(path)
+        try:
+            core = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises a bare Exception
+            raise DataError(f"not a tokenizer file: {error}", where=str(path)) from error
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            extra = folder / name
+            if extra.is_file():
+                try:
+                    part = json.loads(_read(extra))
+                except ValueError as error:
+                    raise DataError(f"not JSON: {error}", where=str(extra)) from error
+                if not isinstance(part, dict):
+                    raise DataError("expected a JSON object", where=str(extra))
+                config |= part
+        try:
+            return cls(core, config)
+        except DataError as error:
+            raise DataError(error.message, where=str(folder / "tokenizer_config.json")) from error
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer encodes the same ids."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {key: value for key, value in self._config.items() if key != "auto_map"}
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        (folder / "tokenizer.json").write_text(self._core.to_str(pretty=False), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, special and added tokens included: the rows an embedding needs."""
+        return max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text that the configuration allows, in tokens, or None where it does not say."""
+        value = self._config.get("model_max_length")
+        return int(value) if isinstance(value, int | float) and 0 < value < 1_000_000 else None
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._core.token_to_id(token)
+
+    def ids(self, texts: Sequence[str], *, add_special: bool = True) -> list[list[int]]:
+        """The ids of each text, neither cut nor padded."""
+        return [e.ids for e in self._core.encode_batch(list(texts), add_special_tokens=add_special)]
+
+    def encode(
+        self, texts: Sequence[str], length: int, *, add_special: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n, length] int64, mask [n, length] bool). A long text loses its end but keeps the closing eos.
+
+        Padding goes to the side that the configuration names; the mask, not the pad id, says what is valid.
+        """
+        if length < 1:
+            raise ValueError(f"length is {length}, expected at least 1")
+        ids = np.full((len(texts), length), self.pad_id, np.int64)
+        mask = np.zeros((len(texts), length), bool)
+        for row, encoding in enumerate(self._core.encode_batch(list(texts), add_special_tokens=add_special)):
+            tokens = encoding.ids
+            if len(tokens) > length:
+                closing = 0
+                special = encoding.special_tokens_mask
+                while add_special and closing < min(len(special), length - 1) and special[-1 - closing]:
+                    closing += 1
+                tokens = tokens[: length - closing] + tokens[len(tokens) - closing :]
+            place = (
+                slice(0, len(tokens)) if self.padding_side == "right" else slice(length - len(tokens), length)
+            )
+            ids[row, place] = tokens
+            mask[row, place] = True
+        return ids, mask
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of one row of ids; ids outside the vocabulary are left out."""
+        return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def _special(self, name: str) -> int | None:
+        value = self._config.get(name)
+        token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str):
+            return None
+        found = self._core.token_to_id(token)
+        if found is None:
+            raise DataError(f"{name} {token!r} is not in the vocabulary")
+        return found
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > _MAX_FILE:
+        raise DataError(f"{path.stat().st_size} bytes, expected at most {_MAX_FILE}", where=str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}", where=str(path)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +41,8 @@ class Job:
             "companions.teacher.source": self.teacher,
             "scale.processes": self.processes,
         }
+        options = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
+        return options + list(self.overrides)
 
 
 def run(job: Job, arguments: Sequence[str]) -> ExitCode:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from vlm.types import Batch, Layout, Pictures, Request, TokenIds, VocabularyLayout
 from vlm.types.layout import IGNORE
 from vlm.types.state import join_tree, split_tree
@@ -99,3 +98,23 @@ def test_a_state_tree_survives_the_round_trip_and_refuses_what_it_cannot_hold():
     assert again["a"]["c"] == [1, "x", None]
     with pytest.raises(TypeError, match="'a/b' holds a set"):
         split_tree({"a": {"b": {1}}})
+
+
+def test_renumbering_counts_in_each_document_whatever_the_padding():
+    segment = torch.tensor([[-1, 0, 0, 1, 1, 1]])
+    ids = torch.arange(6)[None]
+    before = Layout.of_tokens(ids, segment >= 0, torch.zeros(1, dtype=torch.int64), segment=segment)
+    after = before.gather(torch.tensor([[0, 2, 3, 5]]), renumber=True)
+    assert after.position.tolist() == [[0, 0, 0, 1]]
+    assert after.mask.tolist() == [[False, True, True, True]]
+
+
+def test_a_state_tree_refuses_keys_that_would_collide():
+    with pytest.raises(TypeError, match="'a/b'"):
+        split_tree({"a/b": torch.zeros(1)})
+    with pytest.raises(TypeError, match="0"):
+        split_tree({0: torch.zeros(1)})
+    shared = torch.zeros(2)
+    tensors, plain = split_tree({"a": shared, "b": shared})
+    assert len(tensors) == 1
+    assert join_tree(tensors, plain)["b"] is tensors["a"]

@@ -9,8 +9,9 @@ replayed micro-batch by micro-batch with the same random draws (gradient caching
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from vlm.models import Model
 from vlm.objectives import Objective
 from vlm.schedules import Scalar, value_at
 from vlm.training.companions import Companions
-from vlm.types import Batch, Communicator, Context, Outputs, Stream, Terms, Views
+from vlm.types import Batch, Communicator, Context, Outputs, Stream, Terms, TokenIds, Views
 from vlm.types.outputs import wanted_of
 from vlm.types.random import draw_key
 
@@ -48,10 +49,17 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where the run stands: update `step` of `total` in its stage; `total` 0 when it has no end."""
+    """Where the run stands: update `step` of `total` in its stage; `total` 0 when it has no end. Stage and loop round
+    key the draws, so that they do not repeat one another's."""
 
     step: int
     total: int
+    stage: int = 0
+    round: int = 0
+
+    def key(self, seed: int, purpose: str, *parts: int) -> int:
+        """Seed of the draws of this update."""
+        return draw_key(seed, purpose, self.round, self.stage, self.step, *parts)
 
     @property
     def progress(self) -> float:
@@ -155,7 +163,7 @@ class Engine:
     def _views(self, batch: Batch, clock: Clock, index: int) -> Views:
         """Model and companion outputs of one micro-batch. Random layers draw from (seed, step, micro-batch, rank), so
         that a replay draws the same."""
-        torch.manual_seed(draw_key(self.seed, "model", clock.step, index, self.communicator.rank))
+        torch.manual_seed(clock.key(self.seed, "model", index, self.communicator.rank))
         views = Views()
         with self.autocast():
             for stream, outputs in self.model.encode(batch, self.wanted).items():
@@ -169,7 +177,7 @@ class Engine:
             communicator=self.communicator,
             step=clock.step,
             progress=clock.progress,
-            draw_seed=draw_key(self.seed, "objective", clock.step),
+            draw_seed=clock.key(self.seed, "objective"),
         )
 
     def _total_weight(self, entry: Weighted, batches: Sequence[Batch]) -> float:
@@ -250,16 +258,21 @@ class Engine:
 
 
 def gather_streams(parts: Sequence[Stream], batches: Sequence[Batch], communicator: Communicator) -> Stream:
-    """One stream over micro-batches and ranks, sample_index counted over the whole update."""
+    """One stream over micro-batches and ranks, every field of it; sample_index is counted over the whole update and
+    rows of tokens are padded to the longest."""
     offsets = sample_offsets(batches, communicator)
-    index = torch.cat([part.sample_index + offset for part, offset in zip(parts, offsets)])
-    values = torch.cat([part.values for part in parts])
-    mask = torch.cat([part.mask for part in parts])
-    return type(parts[0])(
-        values=torch.cat(communicator.gather_rows(values)),
-        mask=torch.cat(communicator.gather_rows(mask)),
-        sample_index=torch.cat(communicator.gather_rows(index)),
-    )
+    gathered: dict[str, Tensor] = {}
+    for item in fields(parts[0]):
+        pieces = [getattr(part, item.name) for part in parts]
+        if any(piece is None for piece in pieces):
+            continue
+        if item.name == "sample_index":
+            pieces = [piece + offset for piece, offset in zip(pieces, offsets)]
+        if isinstance(parts[0], TokenIds) and pieces[0].dim() == 2:
+            longest = max(n for (n,) in communicator.gather_numbers([max(piece.shape[1] for piece in pieces)]))
+            pieces = [_padded(piece, longest) for piece in pieces]
+        gathered[item.name] = torch.cat(communicator.gather_rows(torch.cat(pieces)))
+    return type(parts[0])(**gathered)
 
 
 def sample_offsets(batches: Sequence[Batch], communicator: Communicator) -> list[int]:
@@ -299,7 +312,7 @@ class _Leaves:
                 self.tensors[key, field_name] = leaf
                 sizes = [len(tensor) for tensor in tensors]
                 bounds = [start + sum(sizes[:i]) for i in range(len(sizes) + 1)]
-                self.spans[key, field_name] = list(zip(bounds[:-1], bounds[1:]))
+                self.spans[key, field_name] = list(itertools.pairwise(bounds))
             rows = {name: torch.cat(communicator.gather_rows(torch.cat(values))) for name, values in shared.items()}
             leaves = {field_name: self.tensors[key, field_name] for field_name in held}
             self.outputs[key] = Outputs(**rows, **leaves, log_scale=pieces[0].log_scale, bias=pieces[0].bias)

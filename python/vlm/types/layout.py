@@ -57,7 +57,7 @@ class Layout:
         supervised: Tensor | None = None,
         target: Tensor | None = None,
         role: Tensor | None = None,
-        modality: int = Modality.TEXT,
+        modality: int | Tensor = Modality.TEXT,
     ) -> Layout:
         """The layout of plain token rows ids [n, T]; labels are `target`, or the ids themselves.
 
@@ -76,7 +76,7 @@ class Layout:
             mask=mask,
             position=position,
             segment=segment,
-            modality=torch.full_like(ids, int(modality)),
+            modality=modality if isinstance(modality, Tensor) else torch.full_like(ids, int(modality)),
             role=torch.zeros_like(ids) if role is None else role,
             label=torch.where(counted, ids if target is None else target, IGNORE),
             picture=torch.full_like(ids, -1),
@@ -90,21 +90,30 @@ class Layout:
         renumber: valid positions are counted from 0 in each segment again (pyramiddrop); otherwise each kept token
         keeps its position (aim). A padding position is masked, ignored, of segment -1.
         """
-        padding = index < 0
-        safe = index.clamp(min=0)
+        absent, at = index < 0, index.clamp(min=0)
         changed = {
-            f.name: torch.gather(getattr(self, f.name), 1, safe) for f in fields(self) if f.name != "sample_index"
+            f.name: torch.gather(getattr(self, f.name), 1, at).masked_fill(absent, _PADDING[f.name])
+            for f in fields(self)
+            if f.name != "sample_index"
         }
-        changed["mask"] = changed["mask"] & ~padding
-        for name, empty in (("segment", -1), ("label", IGNORE), ("picture", -1), ("position", 0)):
-            changed[name] = changed[name].masked_fill(padding, empty)
         if renumber:
-            changed["position"] = _numbered(changed["mask"], changed["segment"])
+            mask, segment = changed["mask"], changed["segment"]
+            count = mask.cumsum(1) - 1
+            starts = mask.clone()
+            starts[:, 1:] &= segment[:, 1:] != segment[:, :-1]
+            first = torch.where(starts, count, 0).cummax(dim=1).values
+            changed["position"] = torch.where(mask, count - first, 0)
         return replace(self, **changed)
 
 
-def _numbered(mask: Tensor, segment: Tensor) -> Tensor:
-    """[n, T]: valid positions counted from 0 in each segment; 0 at padding."""
-    same = (segment[:, :, None] == segment[:, None, :]) & mask[:, None, :]
-    earlier = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril(-1)
-    return torch.where(mask, (same & earlier).sum(-1), 0)
+_PADDING = {
+    "mask": False,
+    "position": 0,
+    "segment": -1,
+    "modality": int(Modality.TEXT),
+    "role": 0,
+    "label": IGNORE,
+    "picture": -1,
+    "kept": -1,
+}
+"""What each field holds at a position that is padding."""

@@ -4,7 +4,6 @@ import threading
 
 import pytest
 import torch
-
 from vlm.models import DualEncoderOptions, LanguageOptions
 from vlm.objectives import BuildContext, ContrastiveOptions, DistillOptions, TokenCrossEntropyOptions
 from vlm.training.companions import Companion, Companions

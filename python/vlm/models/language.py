@@ -110,6 +110,8 @@ class LanguageModel(Model):
                 segment=stream.segment,
                 position=stream.position,
                 supervised=stream.supervised,
+                target=stream.target,
+                role=stream.role,
             )
             x, hidden = self.run(stream.values, layout=layout, collect=layers_of(fields))
             out[name] = Outputs(

@@ -63,5 +63,18 @@ class Objective(nn.Module):
         """
         return torch.tensor(float(len(batch)), dtype=torch.float64)
 
+    def prepare(self, views: Views, context: Context) -> Views:
+        """Scope batch: the part that each sample can do alone, on one micro-batch. Embeddings and tokens of the
+        result are what is gathered over the update (dreamlip reduces patch tokens to group vectors here).
+
+        The default is what it requires, unchanged.
+        """
+        wanted = {f"{request.companion}/{request.stream}" for request in self.requires}
+        return Views({key: views[key] for key in sorted(wanted)})
+
+    def commit(self, views: Views, context: Context) -> None:
+        """After the optimiser's step, with the detached views of the whole update: where a queue moves (ctp)."""
+
     def forward(self, views: Views, context: Context) -> Terms:
+        """The terms of a micro-batch (scope sample) or of the whole update (scope batch). Pure: it may run twice."""
         raise TypeError(f"{type(self).__name__} defines no forward")

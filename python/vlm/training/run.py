@@ -15,7 +15,7 @@ from torch import nn
 
 from vlm.config.errors import CheckpointError, RequestError
 from vlm.config.load import Resolved
-from vlm.config.write import to_toml
+from vlm.config.writing import to_toml
 from vlm.data import Loader, build_loader
 from vlm.data.tokenizer import Tokenizer
 from vlm.models import Model, load_model

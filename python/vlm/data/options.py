@@ -137,12 +137,12 @@ class DataOptions(Options):
 
     source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines or scenes:")
     val: str | None = Field(None, description="evaluation data, an address like source")
-    columns: Columns = Field(default_factory=Columns)
+    columns: Columns = Columns()
     group_by: str | None = Field(
         None, description="field (or text) whose equal values are positives of each other: stream group"
     )
-    image: ImageOptions = Field(default_factory=ImageOptions)
-    text: TextOptions = Field(default_factory=TextOptions)
+    image: ImageOptions = ImageOptions()
+    text: TextOptions = TextOptions()
     captions: Captions = OneCaption()
     packer: Packer | None = Field(
         None, description="how documents become rows of a language model; text-only data"
@@ -151,7 +151,7 @@ class DataOptions(Options):
         0, ge=0, le=256, description="processes that decode samples; 0: the training process itself"
     )
     prefetch: int = Field(2, ge=1, le=64, description="global batches that workers decode ahead")
-    bad_samples: BadSamples = Field(default_factory=BadSamples)
+    bad_samples: BadSamples = BadSamples()
     max_pixels: int = Field(64 * 2**20, ge=1, le=2**31, description="pixels of a picture, from its header")
     max_bytes: int = Field(32 * 2**20, ge=1, le=2**31, description="bytes of an encoded picture")
     max_text: int = Field(1_000_000, ge=1, le=16 * 2**20, description="characters of a text")

@@ -1,3 +1,8 @@
-#include <pybind11/pybind11.h>
+#include "bindings.hpp"
 
-PYBIND11_MODULE(_native, m) { m.doc() = "Native operators of vlm: raw strided views in and out."; }
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native operators of vlm: raw strided views in and out.";
+  vlm::bindings::register_runtime(m);
+  vlm::bindings::register_attention(m);
+  vlm::bindings::register_contrastive(m);
+}

@@ -1,0 +1,36 @@
+// Entry of exact attention: checks, then calls the active level.
+#include "vlm/attention.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "core/kernel_table.hpp"
+
+namespace vlm {
+namespace {
+
+void check(const AttentionProblem& p) {
+  for (int64_t n : {p.batch, p.query_heads, p.key_heads, p.queries, p.keys, p.width, p.value_width})
+    if (n < 0) throw std::invalid_argument("attention: negative size");
+  if (p.key_heads == 0 || p.query_heads % p.key_heads != 0)
+    throw std::invalid_argument("attention: query heads are not a multiple of key heads");
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& call, int threads) {
+  check(call.problem);
+  active_kernels().attention_forward(call, std::max(threads, 1));
+}
+
+void attention_backward(const AttentionBackward& call, int threads) {
+  check(call.problem);
+  const AttentionProblem& p = call.problem;
+  if (call.dbias != nullptr && ((call.bias_batch != 1 && call.bias_batch != p.batch) ||
+                                (call.bias_heads != 1 && call.bias_heads != p.query_heads) ||
+                                (call.bias_rows != 1 && call.bias_rows != p.queries)))
+    throw std::invalid_argument("attention: extents of the bias gradient do not fit");
+  active_kernels().attention_backward(call, std::max(threads, 1));
+}
+
+}  // namespace vlm

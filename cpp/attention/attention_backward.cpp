@@ -1,0 +1,281 @@
+// Exact attention backward: probabilities are recomputed from lse, tile by tile. Compiled once per level.
+//
+// A task is (owner, chunk of key tiles). It owns dK and dV of its keys, and the rows of dQ either outright (one chunk)
+// or as a partial sum, merged in chunk order. An owner is one (batch, key head), or several where the bias gradient is
+// summed over batch or heads, so that every output has one writer: no atomics, bits independent of threads.
+// Five tile products for each tile: S, dP, dV, dK, dQ.
+#include "attention/attention_kernels.hpp"
+#include "attention/attention_tiles.hpp"
+
+namespace vlm {
+namespace VLM_LEVEL {
+namespace {
+
+constexpr int64_t BLOCK_QUERIES = W == 16 ? 8 * MR : 16 * MR;
+constexpr int64_t WANTED_TASKS = 16;
+
+struct Plan {
+  const AttentionBackward& call;
+  const AttentionProblem& p;
+  KeyMasks masks;
+  int64_t group;
+  bool bias_matrix, bias_columns;      // how the bias gradient is collected: by tile, or as column sums
+  int64_t owner_batches, owner_heads;  // owners; 1 where several members share one
+  int64_t chunks, chunk_tiles;
+  int64_t width, value_width;          // rounded up to W: row strides of accumulators
+  float* column_sums;                  // [batch, query_heads, keys]
+  float* dq_parts;                     // [chunks, batch, query_heads, queries, width], if chunks > 1
+
+  explicit Plan(const AttentionBackward& c)
+      : call(c), p(c.problem), masks(c.problem), group(p.query_heads / p.key_heads) {
+    bias_columns = call.dbias != nullptr && call.bias_rows == 1;
+    bias_matrix = call.dbias != nullptr && !bias_columns;
+    owner_batches = bias_matrix && call.bias_batch == 1 ? 1 : p.batch;
+    owner_heads = bias_matrix && call.bias_heads == 1 ? 1 : p.key_heads;
+    const int64_t owners = larger(1, owner_batches * owner_heads);
+    chunks = larger(1, smaller(masks.tiles, (WANTED_TASKS + owners - 1) / owners));
+    chunk_tiles = (masks.tiles + chunks - 1) / chunks;
+    if (chunk_tiles > 0) chunks = larger(1, (masks.tiles + chunk_tiles - 1) / chunk_tiles);
+    width = round_up(larger(p.width, 1), W);
+    value_width = round_up(larger(p.value_width, 1), W);
+    column_sums = dq_parts = nullptr;
+  }
+  int64_t column_room() const { return bias_columns ? p.batch * p.query_heads * p.keys : 0; }
+  int64_t part_room() const { return p.batch * p.query_heads * p.queries * width; }
+};
+
+// What one worker owns.
+struct Worker {
+  float *keys, *values, *plain_keys;         // of the chunk: k^T and v^T panels, k panels, for each tile
+  float *dk, *dv;                            // of the chunk, [tiles * BC, width], [tiles * BC, value_width]
+  float *query, *dout;                       // of a query block, in groups of MR
+  float *plain_query, *plain_dout;           // the same as panels
+  float *dq;                                 // [BLOCK_QUERIES, width]
+  float *weights, *gradients;                // score tiles P and dS, [BLOCK_QUERIES, LDS]
+  float *lse, *delta;                        // [BLOCK_QUERIES]
+  uint8_t* packed;                           // [chunk tiles]
+
+  // Walks the layout; with at = nullptr it only measures.
+  static int64_t lay_out(const Plan& s, Worker* w, float* at) {
+    int64_t used = 0;
+    const auto take = [&](float** slot, int64_t floats) {
+      if (at != nullptr) *slot = at + used;
+      used += round_up(floats, W);
+    };
+    const int64_t n = s.chunk_tiles, D = s.p.width, V = s.p.value_width;
+    Worker unused;
+    Worker& to = w == nullptr ? unused : *w;
+    take(&to.keys, n * D * BC);
+    take(&to.values, n * V * BC);
+    take(&to.plain_keys, n * round_up(D, NR) * BC);
+    take(&to.dk, n * BC * s.width);
+    take(&to.dv, n * BC * s.value_width);
+    take(&to.query, BLOCK_QUERIES * D);
+    take(&to.dout, BLOCK_QUERIES * V);
+    take(&to.plain_query, BLOCK_QUERIES * round_up(D, NR));
+    take(&to.plain_dout, BLOCK_QUERIES * round_up(V, NR));
+    take(&to.dq, BLOCK_QUERIES * s.width);
+    take(&to.weights, BLOCK_QUERIES * LDS);
+    take(&to.gradients, BLOCK_QUERIES * LDS);
+    take(&to.lse, BLOCK_QUERIES);
+    take(&to.delta, BLOCK_QUERIES);
+    float* flags = nullptr;
+    take(&flags, n / 4 + 1);
+    to.packed = reinterpret_cast<uint8_t*>(flags);
+    return used;
+  }
+};
+
+void fill(float* at, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) at[e] = 0.0f;
+}
+
+void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t first_tile, int64_t tile) {
+  const AttentionProblem& p = s.p;
+  const int64_t slot = tile - first_tile, j0 = tile * BC, n = smaller(BC, p.keys - j0);
+  if (w.packed[slot]) return;
+  const uint8_t* kept = s.masks.kept(b, j0);
+  const float* k = head_of(p.k, b, key_head) + j0 * p.k.row_stride;
+  const float* v = head_of(p.v, b, key_head) + j0 * p.v.row_stride;
+  pack_transposed(k, p.k.row_stride, n, p.width, kept, w.keys + slot * p.width * BC);
+  pack_transposed(v, p.v.row_stride, n, p.value_width, kept, w.values + slot * p.value_width * BC);
+  pack_plain(k, p.k.row_stride, n, p.width, kept, w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC);
+  w.packed[slot] = 1;
+}
+
+// Pack a block of queries and its upstream gradient; lse in units of log 2, delta_i = <dout_i, out_i> - dlse_i.
+void load_queries(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t i0, int64_t rows) {
+  const AttentionProblem& p = s.p;
+  const AttentionBackward& c = s.call;
+  const float* q = head_of(p.q, b, h) + i0 * p.q.row_stride;
+  const float* dout = head_of(c.dout, b, h) + i0 * c.dout.row_stride;
+  const float* out = head_of(c.out, b, h) + i0 * c.out.row_stride;
+  pack_rows(q, p.q.row_stride, rows, p.width, p.scale * log2_e, w.query);
+  pack_rows(dout, c.dout.row_stride, rows, p.value_width, 1.0f, w.dout);
+  pack_plain(q, p.q.row_stride, rows, p.width, nullptr, w.plain_query, NR * BLOCK_QUERIES);
+  pack_plain(dout, c.dout.row_stride, rows, p.value_width, nullptr, w.plain_dout, NR * BLOCK_QUERIES);
+  const int64_t at = (b * p.query_heads + h) * p.queries + i0;
+  for (int64_t r = 0; r < rows; ++r) {
+    vf sum{};
+    for (int64_t e = 0; e < p.value_width; e += W)
+      sum += load_first(dout + r * c.dout.row_stride + e, p.value_width - e) *
+             load_first(out + r * c.out.row_stride + e, p.value_width - e);
+    w.delta[r] = sum_lanes(sum) - (c.dlse == nullptr ? 0.0f : c.dlse[at + r]);
+    w.lse[r] = c.lse[at + r] == -infinity ? infinity : c.lse[at + r] * log2_e;
+    if (c.lse[at + r] == -infinity) w.delta[r] = 0.0f;
+  }
+}
+
+// P and dS of one block and tile; returns how many leading keys any of its queries sees.
+int64_t score_tile(const Plan& s, Worker& w, const MaskProgram& program, Cover cover, int64_t b, int64_t h, int64_t i0,
+                   int64_t rows, int64_t slot, int64_t j0, int64_t breadth) {
+  const AttentionProblem& p = s.p;
+  const int64_t seen = program.causal.seen(i0 + rows - 1, j0, breadth);
+  for (int64_t g = 0; g < rows; g += MR) {
+    const int64_t height = smaller(MR, rows - g), n = program.causal.seen(i0 + g + height - 1, j0, breadth);
+    float *weights = w.weights + g * LDS, *gradients = w.gradients + g * LDS;
+    if (n > 0) {
+      multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0, w.keys + slot * p.width * BC, NR * p.width,
+                           weights, LDS, false);
+      multiply<PackedRows>(height, n, p.value_width, w.dout + g * p.value_width, 0,
+                           w.values + slot * p.value_width * BC, NR * p.value_width, gradients, LDS, false);
+    }
+    for (int64_t r = 0; r < height; ++r, weights += LDS, gradients += LDS) {
+      const int64_t i = i0 + g + r, padded = round_up(n, W);
+      finish_scores(weights, n, bias_row(p.bias, b, h, i, j0), program, cover, i, j0);
+      const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
+      for (int64_t c = 0; c < padded; c += W) {
+        const vf weight = exp2(load(weights + c) - lse);
+        store(weights + c, weight);
+        store(gradients + c, weight * (load(gradients + c) - delta));
+      }
+      for (int64_t c = padded; c < seen; c += W) {
+        store(weights + c, vf{});
+        store(gradients + c, vf{});
+      }
+    }
+  }
+  return seen;
+}
+
+void collect_bias(const Plan& s, const Worker& w, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
+                  int64_t n) {
+  const AttentionBackward& c = s.call;
+  float* to = s.bias_columns ? s.column_sums + (b * s.p.query_heads + h) * s.p.keys
+                             : c.dbias + ((c.bias_batch == 1 ? 0 : b) * c.bias_heads + (c.bias_heads == 1 ? 0 : h)) *
+                                             c.bias_rows * s.p.keys +
+                                   i0 * s.p.keys;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = to + (s.bias_columns ? 0 : r * s.p.keys) + j0;
+    for (int64_t e = 0; e < n; e += W)
+      store_first(row + e, load_first(row + e, n - e) + load(w.gradients + r * LDS + e), n - e);
+  }
+}
+
+void run_head(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t chunk) {
+  const AttentionProblem& p = s.p;
+  const int64_t first_tile = chunk * s.chunk_tiles, last_tile = smaller(first_tile + s.chunk_tiles, s.masks.tiles);
+  const int64_t first_key = first_tile * BC, keys = smaller(last_tile * BC, p.keys) - first_key;
+  for (int64_t t = first_tile; t < last_tile; ++t) w.packed[t - first_tile] = 0;
+  fill(w.dk, larger(keys, 0) * s.width);
+  fill(w.dv, larger(keys, 0) * s.value_width);
+  const MaskProgram program = s.masks.program(p, b);
+  for (int64_t h = key_head * s.group; h < (key_head + 1) * s.group; ++h) {
+    for (int64_t i0 = 0; i0 < p.queries; i0 += BLOCK_QUERIES) {
+      const int64_t rows = smaller(BLOCK_QUERIES, p.queries - i0);
+      bool loaded = false;
+      fill(w.dq, rows * s.width);
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        const int64_t j0 = tile * BC, breadth = smaller(BC, p.keys - j0), slot = tile - first_tile;
+        const Cover cover = program.cover(i0, i0 + rows, j0, j0 + breadth, tile);
+        if (cover == Cover::skip) continue;
+        if (!loaded) load_queries(s, w, b, h, i0, rows);
+        loaded = true;
+        need_tile(s, w, b, key_head, first_tile, tile);
+        const int64_t n = score_tile(s, w, program, cover, b, h, i0, rows, slot, j0, breadth);
+        multiply<TileColumns>(n, p.value_width, rows, w.weights, MR, w.plain_dout, NR * BLOCK_QUERIES,
+                              w.dv + slot * BC * s.value_width, s.value_width, true);
+        multiply<TileColumns>(n, p.width, rows, w.gradients, MR, w.plain_query, NR * BLOCK_QUERIES,
+                              w.dk + slot * BC * s.width, s.width, true);
+        multiply<TileRows>(rows, p.width, n, w.gradients, MR * LDS,
+                           w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC, w.dq, s.width, true);
+        if (s.call.dbias != nullptr) collect_bias(s, w, b, h, i0, rows, j0, n);
+      }
+      if (s.chunks > 1) {
+        float* to = s.dq_parts + chunk * s.part_room() + ((b * p.query_heads + h) * p.queries + i0) * s.width;
+        for (int64_t e = 0; e < rows * s.width; e += W) store(to + e, load(w.dq + e));
+      } else {
+        float* to = head_of(s.call.dq, b, h) + i0 * s.call.dq.row_stride;
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t e = 0; e < p.width; e += W)
+            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * p.scale, p.width - e);
+      }
+    }
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    float* dk = head_of(s.call.dk, b, key_head) + (first_key + j) * s.call.dk.row_stride;
+    for (int64_t e = 0; e < p.width; e += W)
+      store_first(dk + e, load(w.dk + j * s.width + e) * p.scale, p.width - e);
+    float* dv = head_of(s.call.dv, b, key_head) + (first_key + j) * s.call.dv.row_stride;
+    for (int64_t e = 0; e < p.value_width; e += W)
+      store_first(dv + e, load(w.dv + j * s.value_width + e), p.value_width - e);
+  }
+}
+
+void merge_queries(const Plan& s, int threads) {
+  const AttentionProblem& p = s.p;
+  parallel_for(p.batch * p.query_heads * p.queries, 64, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t i = at % p.queries, head = at / p.queries;
+      float* to = head_of(s.call.dq, head / p.query_heads, head % p.query_heads) + i * s.call.dq.row_stride;
+      for (int64_t e = 0; e < p.width; e += W) {
+        vf sum{};
+        for (int64_t chunk = 0; chunk < s.chunks; ++chunk)
+          sum += load(s.dq_parts + chunk * s.part_room() + at * s.width + e);
+        store_first(to + e, sum * p.scale, p.width - e);
+      }
+    }
+  });
+}
+
+void merge_columns(const Plan& s) {
+  const AttentionProblem& p = s.p;
+  const AttentionBackward& c = s.call;
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t h = 0; h < p.query_heads; ++h) {
+      float* to = c.dbias + ((c.bias_batch == 1 ? 0 : b) * c.bias_heads + (c.bias_heads == 1 ? 0 : h)) * p.keys;
+      const float* from = s.column_sums + (b * p.query_heads + h) * p.keys;
+      for (int64_t j = 0; j < p.keys; ++j) to[j] += from[j];
+    }
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& call, int threads) {
+  Plan plan(call);
+  const AttentionProblem& p = plan.p;
+  threads = useful_threads(p, threads);
+  Scratch columns(plan.column_room()), parts(plan.chunks > 1 ? plan.chunks * plan.part_room() : 0);
+  plan.column_sums = columns.data;
+  plan.dq_parts = parts.data;
+  fill(columns.data, plan.column_room());
+  if (call.dbias != nullptr) fill(call.dbias, call.bias_batch * call.bias_heads * call.bias_rows * p.keys);
+
+  const int64_t room = Worker::lay_out(plan, nullptr, nullptr);
+  Scratch memory(threads * room), owners(threads * static_cast<int64_t>(sizeof(Worker) / sizeof(float) + 1));
+  Worker* workers = reinterpret_cast<Worker*>(owners.data);
+  for (int t = 0; t < threads; ++t) Worker::lay_out(plan, workers + t, memory.data + t * room);
+  const int64_t member_batches = plan.owner_batches == p.batch ? 1 : p.batch;
+  const int64_t member_heads = plan.owner_heads == p.key_heads ? 1 : p.key_heads;
+  parallel_for(plan.owner_batches * plan.owner_heads * plan.chunks, 1, threads, [&](int64_t task, int64_t, int worker) {
+    const int64_t chunk = task % plan.chunks, owner = task / plan.chunks;
+    const int64_t b0 = owner / plan.owner_heads, h0 = owner % plan.owner_heads;
+    for (int64_t b = b0; b < b0 + member_batches; ++b)
+      for (int64_t h = h0; h < h0 + member_heads; ++h) run_head(plan, workers[worker], b, h, chunk);
+  });
+  if (plan.chunks > 1) merge_queries(plan, threads);
+  if (plan.bias_columns) merge_columns(plan);
+}
+
+}  // namespace VLM_LEVEL
+}  // namespace vlm

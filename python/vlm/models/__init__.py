@@ -1,0 +1,18 @@
+"""Model families; `catalogue.py` lists them."""
+
+from vlm.models.base import Model
+from vlm.models.catalogue import ModelOptions
+from vlm.models.directory import load_model, save_model
+from vlm.models.dual_encoder import DualEncoder, DualEncoderOptions
+from vlm.models.language import LanguageModel, LanguageOptions
+
+__all__ = [
+    "DualEncoder",
+    "DualEncoderOptions",
+    "LanguageModel",
+    "LanguageOptions",
+    "Model",
+    "ModelOptions",
+    "load_model",
+    "save_model",
+]

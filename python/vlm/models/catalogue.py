@@ -1,0 +1,10 @@
+"""The catalogue of model families: a new family is one file and one entry here."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vlm.models.dual_encoder import DualEncoderOptions
+from vlm.models.language import LanguageOptions
+
+ModelOptions = Annotated[DualEncoderOptions | LanguageOptions, Field(discriminator="kind")]

@@ -1,0 +1,144 @@
+"""Language model: a decoder over token ids, in the Llama layout and near it.
+
+n rows, T tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlm.config.options import Options
+from vlm.models.base import Model
+from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
+from vlm.types import Batch, Layout, Outputs, TokenIds, Vocabulary, VocabularyLayout
+from vlm.types.export import ExportPart
+from vlm.types.outputs import Wanted
+
+
+class LanguageOptions(Options):
+    """A decoder-only transformer; the defaults are Llama's."""
+
+    kind: Literal["language"] = "language"
+    width: int = Field(gt=0, description="channels C")
+    depth: int = Field(gt=0, description="number of blocks")
+    heads: int = Field(gt=0, description="query heads")
+    kv_heads: int | None = Field(None, description="key and value heads; default: heads")
+    head_width: int | None = Field(None, description="channels of one head; default: width / heads")
+    ffn_width: int = Field(gt=0, description="hidden channels of the feed-forward layer")
+    ffn: Literal["mlp", "gated"] = "gated"
+    activation: Activation = "silu"
+    norm: NormKind = "rmsnorm"
+    norm_eps: float = 1e-6
+    bias: bool = False
+    rope_theta: float = 10000.0
+    length: int = Field(gt=0, description="greatest number of tokens the positions are made for")
+    vocab_size: int | None = Field(None, description="number of token ids; default: the tokenizer's")
+    tie_embeddings: bool = Field(True, description="input embedding and output head share their weight")
+
+    def filled(self, vocabulary: VocabularyLayout) -> LanguageOptions:
+        return self.model_copy(update={"vocab_size": self.vocab_size or vocabulary.size})
+
+    def build(self, vocabulary: VocabularyLayout) -> LanguageModel:
+        return LanguageModel(self.filled(vocabulary), vocabulary)
+
+    def trunk(self) -> TrunkOptions:
+        shared = {name: getattr(self, name) for name in TrunkOptions.model_fields}
+        return TrunkOptions(**shared)
+
+
+class LanguageModel(Model):
+    """Token rows to (hidden, weight) of the vocabulary logits; packed documents never see one another."""
+
+    kind: ClassVar[str] = "language"
+    offers: ClassVar[dict[str, frozenset[str]]] = {"tokens": frozenset({"vocabulary", "hidden"})}
+
+    def __init__(self, options: LanguageOptions, vocabulary: VocabularyLayout) -> None:
+        super().__init__()
+        if options.vocab_size is None:
+            raise ValueError("the language model needs vocab_size, from the preset or the tokenizer")
+        self.options: LanguageOptions = options
+        self.vocabulary = vocabulary
+        self.tokens = nn.Embedding(options.vocab_size, options.width)
+        self.trunk = Trunk(options.trunk())
+        self.post_norm = norm_of(options.norm, options.width, options.norm_eps)
+        self.head = None if options.tie_embeddings else nn.Linear(options.width, options.vocab_size, bias=False)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, C]"""
+        return self.tokens.weight if self.head is None else self.head.weight
+
+    def run(
+        self, ids: Tensor, *, mask: Tensor | None = None, layout: Layout | None = None, collect: set[int] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """ids [n, T] -> (hidden after the final norm [n, T, C], hidden states by layer)."""
+        segment = position = None
+        if layout is not None:
+            position = layout.position
+            packed = (layout.segment > 0).any()
+            segment, mask = (layout.segment, None) if packed else (None, layout.mask)
+        # With right padding a causal trunk never attends padding from a valid position.
+        padded_left = mask is not None and bool((~mask[:, 0]).any())
+        x, hidden = self.trunk(
+            self.tokens(ids),
+            causal=True,
+            key_mask=mask if padded_left else None,
+            segment=segment,
+            position=position,
+            collect=collect or set(),
+        )
+        return self.post_norm(x), hidden
+
+    def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
+        """Outputs by stream: `vocabulary` and `hidden:L`, with the layout that labels come from."""
+        out = {}
+        for name, fields in wanted.items():
+            stream = batch[name]
+            if not isinstance(stream, TokenIds):
+                raise TypeError(f"a language model reads tokens, stream {name!r} is {type(stream).__name__}")
+            layout = Layout.of_tokens(
+                stream.values,
+                stream.mask,
+                stream.sample_index,
+                segment=stream.segment,
+                position=stream.position,
+                supervised=stream.supervised,
+                target=stream.target,
+                role=stream.role,
+            )
+            x, hidden = self.run(stream.values, layout=layout, collect=layers_of(fields))
+            out[name] = Outputs(
+                sample_index=stream.sample_index,
+                mask=stream.mask.any(1),
+                vocabulary=Vocabulary(x, self.head_weight) if "vocabulary" in fields else None,
+                hidden=hidden,
+                layout=layout,
+            )
+        return out
+
+    def export_parts(self) -> dict[str, ExportPart]:
+        ids = torch.ones(2, min(self.options.length, 16), dtype=torch.int64)
+        axes = {0: "batch", 1: "length"}
+        return {"decoder": ExportPart(_DecoderGraph(self), {"input_ids": ids}, {"input_ids": axes}, ["logits"])}
+
+
+class _DecoderGraph(nn.Module):
+    """Right-padded ids to logits; padding comes after every valid token and is never attended."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, _ = self.model.run(input_ids)
+        return x @ self.model.head_weight.T
+
+
+__all__ = ["LanguageModel", "LanguageOptions", "RmsNorm"]

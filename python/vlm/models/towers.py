@@ -1,0 +1,206 @@
+"""Vision and text towers of dual encoders, in the published CLIP and SigLIP shapes and between.
+
+B pictures or texts, P patches, T tokens, C width, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlm.config.options import Options
+from vlm.models.blocks import Activation, Attention, FeedForward, Trunk, TrunkOptions
+
+
+class TowerOptions(Options):
+    """What both towers have."""
+
+    width: int = Field(gt=0, description="channels")
+    depth: int = Field(gt=0, description="number of blocks")
+    heads: int = Field(gt=0, description="attention heads")
+    ffn_ratio: float = Field(4.0, gt=0, description="feed-forward width over width")
+    activation: Activation = "gelu"
+    norm_eps: float = 1e-5
+
+    @property
+    def ffn_width(self) -> int:
+        return round(self.width * self.ffn_ratio)
+
+    def trunk(self) -> TrunkOptions:
+        return TrunkOptions(
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            ffn_width=self.ffn_width,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+        )
+
+
+class VitOptions(TowerOptions):
+    """A vision transformer over square patches."""
+
+    kind: Literal["vit"] = "vit"
+    image_size: int = Field(gt=0, description="side of the picture in pixels")
+    patch_size: int = Field(gt=0, description="side of a patch in pixels")
+    class_token: bool = Field(True, description="prepend a learned token")
+    patch_bias: bool = Field(False, description="bias in the patch embedding")
+    pre_norm: bool = Field(True, description="layer norm before the first block")
+    pool: Literal["cls", "mean", "attention"] = Field("cls", description="how tokens become one vector")
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class TextOptions(TowerOptions):
+    """A text transformer with learned positions."""
+
+    kind: Literal["transformer"] = "transformer"
+    length: int = Field(gt=0, description="greatest number of tokens T")
+    vocab_size: int | None = Field(None, description="number of token ids; default: the tokenizer's")
+    attention: Literal["causal", "bidirectional"] = "causal"
+    mask_padding: bool = Field(True, description="bidirectional only: padding is not attended to")
+    pool: Literal["eos", "last", "mean", "cls"] = Field("eos", description="how tokens become one vector")
+    projection_bias: bool = Field(False, description="bias in the projection to the embedding")
+    eos_id: int | None = Field(None, description="id at which pool = eos reads; default: the tokenizer's")
+
+
+VisionTowerOptions = Annotated[VitOptions, Field()]
+TextTowerOptions = Annotated[TextOptions, Field()]
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends all tokens, then a residual feed-forward layer (SigLIP's pooling head)."""
+
+    def __init__(self, options: TrunkOptions) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, options.width) * options.width**-0.5)
+        self.attention = Attention(options)
+        self.norm = nn.LayerNorm(options.width, eps=options.norm_eps)
+        self.ffn = FeedForward(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, C]"""
+        y = self.attention(self.probe.expand(x.shape[0], -1, -1), context=x)
+        return (y + self.ffn(self.norm(y)))[:, 0]
+
+
+class VisionTransformer(nn.Module):
+    """Pictures [B, 3, S, S], already normalised, to pooled vectors [B, E] and patch tokens [B, P, E]."""
+
+    def __init__(self, options: VitOptions, embed_dim: int, *, project: bool = True) -> None:
+        super().__init__()
+        if options.image_size % options.patch_size:
+            raise ValueError(f"image_size {options.image_size} is no multiple of patch_size {options.patch_size}")
+        self.options = options
+        c, p = options.width, options.patch_size
+        self.patch = nn.Linear(3 * p * p, c, bias=options.patch_bias)
+        self.class_token = nn.Parameter(torch.randn(c) * c**-0.5) if options.class_token else None
+        self.position = nn.Parameter(torch.randn(options.patches + options.class_token, c) * c**-0.5)
+        self.pre_norm = nn.LayerNorm(c, eps=options.norm_eps) if options.pre_norm else None
+        self.trunk = Trunk(options.trunk())
+        self.post_norm = nn.LayerNorm(c, eps=options.norm_eps)
+        self.pool = AttentionPool(options.trunk()) if options.pool == "attention" else None
+        self.projection = nn.Linear(c, embed_dim, bias=False) if project else None
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=c**-0.5)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, P, 3 p p], patches in raster order, each in the channel-row-column order of a
+        convolution's weight."""
+        p = self.options.patch_size
+        b, channels, h, w = pixels.shape
+        x = pixels.reshape(b, channels, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(b, (h // p) * (w // p), channels * p * p)
+
+    def forward(self, pixels: Tensor, collect: Collection[int] = ()) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """pixels [B, 3, S, S] -> (tokens before pooling [B, N, C], pooled [B, C], hidden states)."""
+        x = self.patch(self.patches(pixels))
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + self.position
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        x, hidden = self.trunk(x, collect=collect)
+        if self.options.pool == "cls":
+            return x, self.post_norm(x[:, 0]), hidden
+        x = self.post_norm(x)
+        return x, self.pool(x) if self.pool is not None else x.mean(1), hidden
+
+    def project(self, x: Tensor) -> Tensor:
+        return x if self.projection is None else self.projection(x)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, E], not normalised."""
+        return self.project(self(pixels)[1])
+
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        """Patch tokens of the trunk's output in the embedding's space: [B, N, C] -> [B, P, E].
+
+        They pass the same final norm and projection as the pooled token (dreamlip).
+        """
+        x = x[:, 1:] if self.class_token is not None else x
+        return self.project(self.post_norm(x) if self.options.pool == "cls" else x)
+
+
+class TextTransformer(nn.Module):
+    """Token ids [B, T] to pooled vectors [B, E] and token vectors [B, T, E]."""
+
+    def __init__(self, options: TextOptions, embed_dim: int) -> None:
+        super().__init__()
+        if options.vocab_size is None:
+            raise ValueError("the text tower needs vocab_size, from the preset or the tokenizer")
+        if options.pool == "eos" and options.eos_id is None:
+            raise ValueError('pool = "eos" needs eos_id, from the preset or the tokenizer')
+        self.options = options
+        self.tokens = nn.Embedding(options.vocab_size, options.width)
+        self.position = nn.Parameter(torch.randn(options.length, options.width) * 0.01)
+        self.trunk = Trunk(options.trunk())
+        self.post_norm = nn.LayerNorm(options.width, eps=options.norm_eps)
+        self.projection = nn.Linear(options.width, embed_dim, bias=options.projection_bias)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.projection.weight, std=options.width**-0.5)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None, collect: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """ids [B, T], mask [B, T] or None -> (tokens after the final norm [B, T, C], pooled [B, C], hidden)."""
+        options = self.options
+        x = self.tokens(ids) + self.position[: ids.shape[1]]
+        causal = options.attention == "causal"
+        # Right padding is invisible to a causal tower up to the token it pools at, so no mask is needed there.
+        key_mask = mask if (not causal and options.mask_padding) else None
+        x, hidden = self.trunk(x, causal=causal, key_mask=key_mask, collect=collect)
+        x = self.post_norm(x)
+        return x, self.pooled(x, ids, mask), hidden
+
+    def pooled(self, x: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """One vector a row, [B, C]."""
+        pool = self.options.pool
+        if pool == "eos":
+            if self.options.eos_id == 2:  # published CLIP configurations mean "the greatest id", see transformers
+                at = ids.to(torch.int32).argmax(dim=-1)
+            else:
+                at = (ids == self.options.eos_id).to(torch.int32).argmax(dim=-1)
+            return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
+        if pool == "mean":
+            if mask is None:
+                return x.mean(1)
+            share = mask.to(x.dtype) / mask.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
+            return (share[:, None] @ x)[:, 0]
+        return x[:, -1] if pool == "last" else x[:, 0]
+
+    def embed(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T] -> [B, E], not normalised."""
+        return self.projection(self(ids, mask)[1])
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine similarity of rows, [B, E] and [B', E] -> [B, B'], in float32."""
+    return F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T

@@ -1,0 +1,27 @@
+"""Objectives. The catalogue is the union below: a new objective is one file and one entry here."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
+from vlm.objectives.classification import ClassificationOptions
+from vlm.objectives.contrastive import ContrastiveOptions
+from vlm.objectives.distill import DistillOptions
+from vlm.objectives.token_ce import TokenCrossEntropyOptions
+
+AnyObjective = Annotated[
+    ClassificationOptions | ContrastiveOptions | DistillOptions | TokenCrossEntropyOptions,
+    Field(discriminator="kind"),
+]
+
+__all__ = [
+    "AnyObjective",
+    "BuildContext",
+    "ClassificationOptions",
+    "ContrastiveOptions",
+    "DistillOptions",
+    "Objective",
+    "ObjectiveOptions",
+    "TokenCrossEntropyOptions",
+]

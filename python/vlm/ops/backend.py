@@ -1,0 +1,75 @@
+"""Which implementation an operator uses: the native core or its plain-torch twin.
+
+The choice is made per call from three facts: the override below, the tensors (the native core takes float32 on the
+CPU; half precision is converted; everything else goes to the twin), and whether the graph is being exported (the
+twin is made of exportable operators). Whether the compiled module is there is resolved once, at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+try:
+    _native: Any = importlib.import_module("vlm._native")
+except ImportError:  # a source tree that was never built; `vlm doctor` reports it
+    _native = None
+
+Backend = Literal["auto", "native", "torch"]
+NATIVE_AVAILABLE: bool = _native is not None and hasattr(_native, "attention_forward")
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_override: Backend = "auto"
+
+
+def core() -> Any:
+    """The compiled module; RuntimeError with the remedy where it is missing."""
+    if _native is None:
+        raise RuntimeError("the compiled module vlm._native is missing: install the package (pip install -e .)")
+    return _native
+
+
+def current_backend() -> Backend:
+    """The override in force: `auto` unless inside `backend(...)`."""
+    return _override
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Within the block every operator uses `name`; meant for tests and measurements.
+
+    `native` raises if the tensors cannot be taken by the native core, instead of falling back quietly.
+    The switch is process-wide, not per thread.
+    """
+    global _override
+    if name not in ("auto", "native", "torch"):
+        raise ValueError(f"unknown backend {name!r}; expected 'auto', 'native' or 'torch'")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def native_takes(*tensors: Tensor | None) -> bool:
+    """Whether all given tensors are of a kind that the native core computes with."""
+    return all(t is None or (t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES) for t in tensors)
+
+
+def use_native(*tensors: Tensor | None, prefer_torch: bool = False) -> bool:
+    """Decide for one call. `prefer_torch`: measured to be faster in torch for this shape, used under `auto` only."""
+    if _override == "torch":
+        return False
+    takes = NATIVE_AVAILABLE and native_takes(*tensors)
+    if _override == "native":
+        if not takes:
+            kinds = ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
+            raise ValueError(f"the native core takes float32, bfloat16 or float16 on the CPU, got {kinds}"
+                             + ("" if NATIVE_AVAILABLE else " (and the compiled module is missing)"))
+        return True
+    return takes and not prefer_torch and not torch.compiler.is_exporting()

@@ -1,0 +1,158 @@
+"""The composed schema of a preset: every top-level table, and what a stage may change.
+
+A stage is the top level with the stage's own table merged over it, so it may change anything: data, objectives,
+trainable patterns, rates, schedule, model settings. A preset without stages has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from vlm.config.load import Resolved, merge_tables, resolve, validate
+from vlm.config.options import Options
+from vlm.data import DataOptions
+from vlm.evaluation import EvaluationOptions
+from vlm.models import ModelOptions
+from vlm.objectives import AnyObjective
+from vlm.schedules import Duration, LearningRateOptions
+from vlm.training.companions import CompanionOptions
+from vlm.training.optimizer import OptimizerOptions
+from vlm.training.tokenizing import TokenizerOptions
+from vlm.tuning import TuningOptions
+
+
+class MethodOptions(Options):
+    """What the preset is and where it departs from its source."""
+
+    key: str
+    title: str
+    command: Literal["pretrain", "finetune", "distill"] = "pretrain"
+    paper: str | None = Field(None, description="title of the source")
+    departs: tuple[str, ...] = Field((), description="where it differs from the source, and why")
+
+
+class StartOptions(Options):
+    """Where the weights come from."""
+
+    model: str | None = Field(None, description="model directory, run or Hugging Face directory to start from")
+
+
+class TrainOptions(Options):
+    """Length, batch and safety of a stage."""
+
+    steps: int | None = Field(None, gt=0, description="updates; wins over epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data, for sources of known length")
+    batch_size: int = Field(256, gt=0, description="samples of one update over all processes and micro-batches")
+    accumulate: int = Field(1, gt=0, description="micro-batches of one update in each process; exact for every objective")
+    seed: int = Field(0, ge=0)
+    checkpoint_every: Duration = Field(0, description="steps, share or epochs between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=0, description="newest checkpoints kept; 0: all")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, float32 weights")
+    clip: float | None = Field(None, gt=0, description="greatest norm of the gradient")
+    not_finite: Literal["stop", "skip"] = Field("stop", description="what a loss that is NaN or infinite does")
+    recompute: bool = Field(False, description="activation checkpointing: less memory, about a third more time")
+    average: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of the weights")
+    log_every: int = Field(1, gt=0, description="updates between lines of metrics.jsonl")
+    tensorboard: bool = Field(False, description="also write TensorBoard files (needs vlm-forge[tensorboard])")
+
+
+class ScaleOptions(Options):
+    """How many processes share an update."""
+
+    processes: int = Field(1, gt=0, description="processes on this machine (`-n`)")
+    threads: int | None = Field(None, gt=0, description="CPU threads of a process; default: cores / processes")
+
+
+class LoopOptions(Options):
+    """Repeats stages: rounds of self-training, active learning, error-driven data."""
+
+    rounds: int = Field(gt=0)
+    body: tuple[str, ...] = Field(description="names of the stages that one round runs")
+    carry: tuple[str, ...] = Field(("model",), description="what the next round starts from; the rest is made anew")
+    until: str | None = Field(None, description='stop early, as "eval/name >= number"')
+
+
+class ClaimOptions(Options):
+    """What `vlm reproduce` measures, written before its first result."""
+
+    baseline: str = Field(description="key of the preset it is compared with")
+    metric: str
+    direction: Literal["higher", "lower"] = "higher"
+    margin: float = Field(ge=0, description="difference that counts")
+    tier: Literal["S", "M", "L"] = "S"
+    data: str | None = Field(None, description="training data of both arms; default: the preset's")
+    test: str | None = Field(None, description="data that is scored and never trained on or tuned to")
+    overrides: tuple[str, ...] = Field((), description="settings of both arms")
+
+
+class StageSettings(Options):
+    """Every table that a stage can have; the top level has them too."""
+
+    model: ModelOptions | None = Field(None, description="architecture; left out where start.model brings it")
+    start: StartOptions = StartOptions()
+    tokenizer: TokenizerOptions = TokenizerOptions()
+    data: DataOptions = DataOptions()
+    objectives: list[AnyObjective] = []
+    companions: dict[str, CompanionOptions] = {}
+    tuning: TuningOptions = TuningOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: LearningRateOptions = LearningRateOptions()
+    train: TrainOptions = TrainOptions()
+    scale: ScaleOptions = ScaleOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> StageSettings:
+        names = [objective.name for objective in self.objectives]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two objectives are called {sorted(twice)[0]!r}; give each its own name")
+        return self
+
+
+class Preset(StageSettings):
+    """A whole preset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+
+    schema_: Literal[1] = Field(alias="schema")
+    method: MethodOptions
+    stages: list[dict[str, Any]] = Field([], description="each: a name and the tables that differ from the top level")
+    loop: LoopOptions | None = None
+    claim: ClaimOptions | None = None
+
+
+class Stage(StageSettings):
+    """One stage, fully settled."""
+
+    name: str
+
+    @model_validator(mode="after")
+    def _can_train(self) -> Stage:
+        if not self.objectives:
+            raise ValueError("at least one objective is needed")
+        if self.train.steps is None and self.train.epochs is None:
+            raise ValueError("train.steps or train.epochs is needed")
+        return self
+
+
+def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Preset, Resolved]:
+    """A preset by key or path with overrides. Raises PresetError with file, line and column."""
+    resolved = resolve(name_or_path, overrides)
+    preset = validate(resolved, Preset)
+    stages_of(resolved)
+    return preset, resolved
+
+
+def stages_of(resolved: Resolved) -> list[Stage]:
+    """The stages of a resolved preset in order."""
+    whole = {key: value for key, value in resolved.values.items() if key in StageSettings.model_fields}
+    entries = resolved.values.get("stages") or [{"name": "train"}]
+    stages = []
+    for index, entry in enumerate(entries):
+        merged = resolved.derive(merge_tables(whole, entry), inside=("stages", index))
+        stages.append(validate(merged, Stage))
+    return stages

@@ -1,0 +1,316 @@
+"""A run from preset to model directory: assembles the parts of each stage and hands them to the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.config.errors import CheckpointError, RequestError
+from vlm.config.load import Resolved
+from vlm.config.writing import to_toml
+from vlm.data import Loader, build_loader
+from vlm.data.tokenizer import Tokenizer
+from vlm.models import Model, load_model
+from vlm.models.directory import find_model_directory
+from vlm.objectives import BuildContext
+from vlm.training.average import WeightAverage
+from vlm.training.checkpoint import Checkpoints
+from vlm.training.companions import Companions
+from vlm.training.directory import RunDirectory
+from vlm.training.engine import Engine, Weighted
+from vlm.training.evaluate import evaluate_model, numbers_of
+from vlm.training.metrics import MetricsLog
+from vlm.training.optimizer import NamedOptimizer
+from vlm.training.preset import Preset, Stage, load_preset, stages_of
+from vlm.training.tokenizing import make_tokenizer, vocabulary_of
+from vlm.training.trainer import Cursor, Parts, Trainer
+from vlm.tuning import add_lora, lora_files, merged_state, trainable
+from vlm.types import Communicator, SingleProcess
+from vlm.types.random import draw_key
+from vlm.types.state import Tree
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class RunResult:
+    """What a finished run says."""
+
+    output: Path
+    steps: int
+    seconds: float
+    parameters: int
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "model": str(self.output / "model"),
+            "steps": self.steps,
+            "seconds": round(self.seconds, 1),
+            "parameters": self.parameters,
+            "evaluations": self.evaluations,
+        }
+
+
+class Run:
+    """One run in its directory. `begin` makes a new one, `resume` continues one; `train` takes either to its end."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        preset: Preset,
+        resolved: Resolved,
+        *,
+        communicator: Communicator | None = None,
+        note: Note = print,
+        progress: bool = False,
+    ) -> None:
+        self.directory = directory
+        self.preset = preset
+        self.stages = stages_of(resolved)
+        self.communicator = communicator or SingleProcess()
+        self.note = note if self.communicator.rank == 0 else _silent
+        self.progress = progress and self.communicator.rank == 0
+        self.tokenizer: Tokenizer | None = None
+        if preset.loop is not None:
+            raise RequestError("[loop] is not run yet: rounds come with the methods that need them")
+
+    @classmethod
+    def begin(cls, output: Path, preset: Preset, resolved: Resolved, **settings: Any) -> Run:
+        """A new run. Raises RequestError when the directory is not empty."""
+        run = cls(RunDirectory(output), preset, resolved, **settings)
+        if run.communicator.rank == 0:
+            run.directory.create(to_toml(resolved.values, resolved.origins))
+        run.communicator.barrier()
+        return run
+
+    @classmethod
+    def resume(cls, output: Path, **settings: Any) -> Run:
+        """Continue from the newest checkpoint that holds, or from the start when there is none yet."""
+        directory = RunDirectory(output)
+        if not directory.preset.is_file():
+            raise CheckpointError("not a run: preset.toml is missing", where=str(output), remedy="give the directory that --output named")
+        preset, resolved = load_preset(str(directory.preset))
+        return cls(directory, preset, resolved, **settings)
+
+    def train(self, *, strict: bool = False) -> RunResult:
+        """Run every stage that is left, write the model, evaluate it."""
+        started = time.monotonic()
+        threads = self.stages[0].scale.threads
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.communicator.size))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        checkpoints = Checkpoints(self.directory.checkpoints, keep=self.stages[0].train.keep)
+        found = checkpoints.newest(self.note, strict=strict)
+        tree: Tree | None = None
+        cursor = Cursor()
+        if found is not None:
+            cursor.load_state_dict(found[1]["cursor"])
+            tree = found[1]
+            self.note(f"continuing from {checkpoints.path(found[0])}")
+        root = self.directory if self.communicator.rank == 0 else None
+        board = self.directory.root / "tensorboard" if self.stages[0].train.tensorboard else None
+        metrics = MetricsLog(root.metrics if root else None, tensorboard=board)
+        if tree is None:
+            metrics.rewind(0)
+        previous: dict[str, torch.Tensor] | None = None
+        parts: Parts | None = None
+        while not cursor.done:
+            stage = self.stages[cursor.stage]
+            parts = self.assemble(stage, cursor, initial=tree is None, weights=previous)
+            trainer = Trainer(
+                parts,
+                cursor,
+                checkpoints,
+                metrics,
+                self.communicator,
+                evaluate=self._evaluate_inside if stage.evaluation.tasks else None,
+                note=self.note,
+                progress=self.progress,
+            )
+            try:
+                if tree is not None:
+                    trainer.load_state_dict(tree)
+                    tree = None
+                trainer.run()
+                previous = self._final_state(parts)
+                if cursor.stage + 1 == len(self.stages):
+                    cursor.done = True
+                    trainer.save()
+                else:
+                    cursor.stage, cursor.step = cursor.stage + 1, 0
+            finally:
+                parts.loader.close()
+        if parts is None:  # resumed after the last update
+            parts = self.assemble(self.stages[-1], cursor, initial=False)
+            with contextlib.closing(parts.loader):
+                if tree is not None:
+                    trainer = Trainer(parts, cursor, checkpoints, metrics, self.communicator, note=self.note)
+                    trainer.load_state_dict(tree)
+            previous = self._final_state(parts)
+        assert previous is not None
+        return self._finish(parts, previous, cursor, metrics, started)
+
+    def assemble(
+        self, stage: Stage, cursor: Cursor, *, initial: bool, weights: dict[str, torch.Tensor] | None = None, data: bool = True
+    ) -> Parts:
+        """Everything a stage trains with. initial: fresh or published weights are wanted, not a checkpoint's."""
+        model = self.model_of(stage, initial=initial and weights is None)
+        if weights is not None:
+            model.load_state_dict(weights)
+        tuning, seed = stage.tuning, stage.train.seed
+        if tuning.lora is not None:
+            torch.manual_seed(draw_key(seed, "lora", cursor.stage))
+            add_lora(model, tuning.lora)
+        self._choose_trainable(model, stage)
+        model.set_recompute(stage.train.recompute)
+        companions = Companions.build(stage.companions, model, self.directory.root / "cache")
+        torch.manual_seed(draw_key(seed, "objectives", cursor.stage))
+        loader = self._loader(stage)
+        context = BuildContext(model, companions.models(), loader.classes())
+        objectives = nn.ModuleDict({options.name: self._objective(options, context) for options in stage.objectives})
+        weighted = [Weighted(o.name, objectives[o.name], o.weight) for o in stage.objectives]  # type: ignore[arg-type]
+        engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named |= {f"objectives.{name}": p for name, p in objectives.named_parameters() if p.requires_grad}
+        if not named:
+            raise RequestError("nothing is trainable in this stage", remedy="check tuning.train and tuning.freeze")
+        samples = loader.samples_per_epoch
+        return Parts(
+            stage=stage,
+            model=model,
+            engine=engine,
+            optimizer=NamedOptimizer(stage.optimizer, named, tuning.rates),
+            companions=companions,
+            loader=loader,
+            objectives=objectives,
+            average=WeightAverage(model, stage.train.average) if stage.train.average else None,
+            steps=self.steps_of(stage, samples),
+            samples=samples,
+        )
+
+    @staticmethod
+    def steps_of(stage: Stage, samples: int | None) -> int:
+        """Updates of a stage."""
+        if stage.train.steps is not None:
+            return stage.train.steps
+        if samples is None:
+            raise RequestError("train.epochs needs a source of known length", remedy="give train.steps")
+        assert stage.train.epochs is not None
+        return max(1, round(stage.train.epochs * samples / stage.train.batch_size))
+
+    def model_of(self, stage: Stage, *, initial: bool) -> Model:
+        """The architecture of a stage; with `initial` also its first weights."""
+        start = stage.start.model
+        own = self.directory.architecture
+        if (own / "vlm.json").is_file():
+            self.tokenizer = self.tokenizer or Tokenizer.load(own)
+        else:
+            self._write_architecture(stage)
+        assert self.tokenizer is not None
+        if not initial:
+            return load_model(own, weights=False)
+        if start is not None:
+            return load_model(start)
+        assert stage.model is not None
+        torch.manual_seed(draw_key(stage.train.seed, "init"))
+        return stage.model.build(vocabulary_of(self.tokenizer))
+
+    def _write_architecture(self, stage: Stage) -> None:
+        """Tokenizer and architecture, once a run; rank 0 writes, the others wait and read."""
+        own = self.directory.architecture
+        if self.communicator.rank == 0:
+            if stage.start.model is not None:
+                source = find_model_directory(stage.start.model)
+                tokenizer, model = Tokenizer.load(source), load_model(source, weights=False)
+            else:
+                if stage.model is None:
+                    raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")
+                tokenizer = make_tokenizer(stage.tokenizer, stage.data, self.note)
+                model = stage.model.build(vocabulary_of(tokenizer))
+            self.directory.write_architecture(model, tokenizer, model.preprocess())
+        self.communicator.barrier()
+        self.tokenizer = Tokenizer.load(own)
+
+    def _loader(self, stage: Stage) -> Loader:
+        assert self.tokenizer is not None
+        model = load_model(self.directory.architecture, weights=False)
+        return build_loader(
+            stage.data,
+            tokenizer=self.tokenizer,
+            preprocess=model.preprocess(),
+            batch_size=stage.train.batch_size,
+            seed=stage.train.seed,
+            communicator=self.communicator,
+            quarantine=self.directory.root if self.communicator.rank == 0 else None,
+        )
+
+    def _objective(self, options: Any, context: BuildContext) -> nn.Module:
+        try:
+            return options.build(context)
+        except (ValueError, AttributeError) as error:
+            raise RequestError(f"objective {options.name!r} cannot be built: {error}") from error
+
+    def _choose_trainable(self, model: Model, stage: Stage) -> None:
+        """requires_grad by the patterns; with LoRA only adapters (and what `train` names besides) learn."""
+        plain = {name: name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+        chosen = set(trainable([n for n in plain.values() if ".lora_" not in n], stage.tuning.train, stage.tuning.freeze))
+        for name, parameter in model.named_parameters():
+            if stage.tuning.lora is None:
+                parameter.requires_grad_(plain[name] in chosen)
+            else:
+                everything = stage.tuning.train == ("*",)
+                parameter.requires_grad_(".lora_" in name or (not everything and plain[name] in chosen))
+
+    def _final_state(self, parts: Parts) -> dict[str, torch.Tensor]:
+        """Weights that a stage hands on: averaged if there is an average, adapters merged."""
+        if parts.average is None:
+            return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
+        with parts.average.applied(parts.model):
+            return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
+
+    def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
+        """Evaluation during training, on rank 0; the others wait."""
+        values: dict[str, float] = {}
+        if self.communicator.rank == 0:
+            assert self.tokenizer is not None
+            parts.model.eval()
+            values = numbers_of(evaluate_model(parts.model, self.tokenizer, parts.stage, self.note))
+            parts.model.train()
+        self.communicator.barrier()
+        return values
+
+    def _finish(
+        self, parts: Parts, state: dict[str, torch.Tensor], cursor: Cursor, metrics: MetricsLog, started: float
+    ) -> RunResult:
+        """Write model/, evaluate it, log the figures."""
+        assert self.tokenizer is not None
+        clean = load_model(self.directory.architecture, weights=False)
+        clean.load_state_dict(state)
+        clean.eval()
+        result = RunResult(self.directory.root, cursor.total, 0.0, sum(p.numel() for p in clean.parameters()))
+        if self.communicator.rank == 0:
+            self.directory.write_model(clean, dict(clean.state_dict()), self.tokenizer, clean.preprocess())
+            if parts.stage.tuning.lora is not None:
+                lora_files(parts.model, parts.stage.tuning.lora, self.directory.root / "adapter")
+            self.note(f"model written to {self.directory.model}")
+            if parts.stage.evaluation.tasks:
+                result.evaluations = evaluate_model(clean, self.tokenizer, parts.stage, self.note)
+                metrics.write(cursor.total, numbers_of(result.evaluations))
+        metrics.close()
+        self.communicator.barrier()
+        result.seconds = time.monotonic() - started
+        return result
+
+
+def _silent(text: str) -> None:
+    return None
+

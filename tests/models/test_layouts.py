@@ -1,0 +1,134 @@
+"""Our models and the published ones are the same functions, in both directions and bit for bit on disk."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+)
+from vlm.config.errors import CheckpointError
+from vlm.models import load_model, save_model
+from vlm.types import Batch, Pictures, TokenIds
+
+TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99,
+            max_position_embeddings=12, bos_token_id=1, eos_token_id=3, pad_token_id=0)
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+
+
+def published(kind):
+    torch.manual_seed(0)
+    if kind == "clip":
+        model = CLIPModel(CLIPConfig(text_config=TEXT | {"projection_dim": 24}, vision_config=VISION | {"projection_dim": 24},
+                                     projection_dim=24))
+    elif kind == "siglip":
+        model = SiglipModel(SiglipConfig(text_config=TEXT | {"projection_size": 32}, vision_config=VISION))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                             num_key_value_heads=2, vocab_size=99, bos_token_id=1, eos_token_id=3))
+    with torch.no_grad():  # published initialisations leave many tensors at zero, which would hide a wrong name
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def tokens(rows=3, length=12):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, 99, (rows, length), generator=generator)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    for row, stop in enumerate([5, 12, 8][:rows]):
+        ids[row, stop - 1], ids[row, stop:], mask[row, stop:] = 3, 0, False
+    return ids, mask
+
+
+def batch_of(pixels, ids, mask):
+    n = ids.shape[0]
+    index = torch.arange(n)
+    streams = {"text": TokenIds(ids, mask, index)}
+    if pixels is not None:
+        streams["image"] = Pictures(pixels, torch.ones(n, dtype=torch.bool), index)
+    return Batch(streams, [str(i) for i in range(n)], index, index * 0)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_published_dual_encoder_loads_and_embeds_alike(kind, tmp_path):
+    theirs = published(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path).eval()
+    ids, mask = tokens()
+    pixels = torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        out = ours.encode(batch_of(pixels, ids, mask), {"image": frozenset({"embedding"}), "text": frozenset({"embedding"})})
+        x = ours.pixel_norm(pixels)
+        # SigLIP attends padding, so its reference is called without a mask, as published pipelines do.
+        expected = theirs(input_ids=ids, pixel_values=x, attention_mask=mask.long() if kind == "clip" else None)
+    unit = torch.nn.functional.normalize
+    assert torch.allclose(unit(out["image"].embedding, dim=-1), expected.image_embeds, atol=2e-6)
+    assert torch.allclose(unit(out["text"].embedding, dim=-1), expected.text_embeds, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "llama"])
+def test_a_saved_model_is_the_published_one_again(kind, tmp_path):
+    theirs = published(kind)
+    theirs.save_pretrained(tmp_path / "published")
+    ours = load_model(tmp_path / "published")
+    save_model(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    reloaded = load_model(tmp_path / "ours")
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, reloaded.state_dict()[name]), name
+
+
+def test_a_published_llama_gives_the_same_logits_padded_or_not(tmp_path):
+    theirs = published("llama")
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path).eval()
+    ids, mask = tokens()
+    with torch.no_grad():
+        out = ours.encode(batch_of(None, ids, mask), {"text": frozenset({"vocabulary"})})["text"]
+        expected = theirs(input_ids=ids, attention_mask=mask.long()).logits
+    assert torch.allclose(out.vocabulary.logits()[mask], expected[mask], atol=1e-5)
+
+
+def test_packed_documents_do_not_see_one_another(tmp_path):
+    published("llama").save_pretrained(tmp_path)
+    ours = load_model(tmp_path).eval()
+    ids = torch.randint(4, 99, (1, 11), generator=torch.Generator().manual_seed(2))
+    segment = torch.tensor([[0] * 5 + [1] * 6])
+    full = torch.ones(1, 11, dtype=torch.bool)
+    packed = TokenIds(ids, full, torch.zeros(1, dtype=torch.int64), segment=segment)
+    batch = Batch({"text": packed}, ["a"], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        together = ours.encode(batch, {"text": frozenset({"vocabulary"})})["text"].vocabulary.logits()
+        for part in (slice(0, 5), slice(5, 11)):
+            alone = ours.encode(batch_of(None, ids[:, part], full[:, part]), {"text": frozenset({"vocabulary"})})["text"]
+            assert torch.allclose(together[:, part], alone.vocabulary.logits(), atol=1e-5)
+
+
+def test_pickle_is_refused_by_name(tmp_path):
+    model = published("clip")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle.*refused"):
+        load_model(tmp_path)
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
+    published("clip").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 13
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"'text.position' is \(12, 32\), expected \(13, 32\)"):
+        load_model(tmp_path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,9 @@ class PackedLoader:
         self._documents = Documents(source, self._order, options, tokenizer)
         self._ledger = Ledger(len(source), options.bad_samples)
         self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
+        self.samples_per_epoch: int | None = (
+            None  # rows are counted, and how many there are is not known beforehand
+        )
         self._document = 0  # position of the document that the next row begins in
         self._offset = 0  # token of that document that the next row begins with
         self._row = 0
@@ -133,6 +136,9 @@ class PackedLoader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        return {}
 
     def close(self) -> None:
         """Nothing runs beside the trainer here."""

@@ -21,6 +21,7 @@ from vlm.data.options import ConcatPacker, DataOptions, DocumentPacker
 from vlm.data.order import EpochOrder
 from vlm.data.samples import BadSample, clean_text, stable_id
 from vlm.data.sources.base import Source
+from vlm.data.sources.readers import open_reader
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.pictures import BadPicture
 from vlm.types.batch import Batch, TokenIds
@@ -47,6 +48,7 @@ class Documents:
 
     def __init__(self, source: Source, order: EpochOrder, options: DataOptions, tokenizer: Tokenizer) -> None:
         self.source, self.order, self.options, self.tokenizer = source, order, options, tokenizer
+        self.reader = open_reader(source.spec(), options.limits)
         self._ready: dict[int, tuple[list[int] | None, str, str, str]] = {}
 
     def at(self, position: int, until: int | None = None) -> tuple[list[int] | None, str, str, str]:
@@ -57,7 +59,7 @@ class Documents:
             good: list[tuple[int, str]] = []
             for p in range(position, stop):
                 try:
-                    fields = self.source.read(self.order.at(p)[1]).fields
+                    fields = self.reader.fields(self.source.recipe(self.order.at(p)[1]))
                     value = text_values(fields, self.options.columns.text)[0]
                     good.append((p, clean_text(value, self.options.max_text)))
                 except (BadSample, BadPicture) as error:

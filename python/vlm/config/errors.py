@@ -7,6 +7,7 @@ prints it without a traceback and leaves with `exit_code`.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -51,7 +52,12 @@ class RequestError(VlmError):
 
 
 class PresetError(RequestError):
-    """A preset was wrong. `where` is `file:line:column`."""
+    """A preset was wrong. `where` is `file:line:column`, or `command line: key` for an override.
+
+    problems: everything that validation found, each with `where`, `message` and `remedy`; empty for other errors.
+    """
+
+    problems: tuple[Any, ...] = ()
 
 
 class DataError(VlmError):

@@ -6,7 +6,10 @@ field with `Field(description=...)`, which `vlm presets explain` prints.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Options(BaseModel):
@@ -16,3 +19,12 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_by_name(cls, values: Any) -> Any:
+        """TOML has no null: the word "none" empties a field that may be empty."""
+        if not isinstance(values, dict) or "none" not in values.values():
+            return values
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        return {name: None if value == "none" and name in optional else value for name, value in values.items()}

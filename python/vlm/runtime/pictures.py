@@ -81,14 +81,14 @@ def decode_picture(
         data = bytes(source)
     else:
         where = os.fspath(source)
-        data = _read_file(where, limits.max_bytes)
+        data = read_file(where, limits.max_bytes)
     try:
         return _decode(data, limits)
     except BadPicture as error:
         raise BadPicture(error.reason, error.detail, where=where) from error.__cause__
 
 
-def _read_file(path: str, max_bytes: int) -> bytes:
+def read_file(path: str, max_bytes: int) -> bytes:
     """At most `max_bytes` of a regular file; pipes and devices are refused before they can block."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

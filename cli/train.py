@@ -1,0 +1,64 @@
+"""`vlm pretrain`, `vlm finetune` and `vlm distill`: one trainer, three doors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlm.config.errors import ExitCode, RequestError
+
+_EPILOG = "KEY=VALUE changes any setting: train.steps=500 optimizer.lr=3e-4 objectives.contrastive.targets=groups"
+
+
+def _command(name: str, help_text: str) -> click.Command:
+    @click.command(name=name, help=help_text, epilog=_EPILOG)
+    @click.argument("preset", required=False, shell_complete=_complete_preset)
+    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    @click.option("--data", metavar="URI", help="training data: tar shards, a folder, JSONL or scenes:")
+    @click.option("--val", metavar="URI", help="data for evaluation")
+    @click.option("--output", type=click.Path(path_type=Path), help="run directory [default: runs/PRESET]")
+    @click.option("--model", metavar="DIR", help="model to start from: a run or a Hugging Face directory")
+    @click.option("--teacher", metavar="DIR", help="model of [companions.teacher]")
+    @click.option("-n", "--processes", type=click.IntRange(min=1), help="data-parallel processes on this machine")
+    @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="continue the run in DIR")
+    @click.option("--strict", is_flag=True, help="with --resume: fail on an altered checkpoint instead of using the one before")
+    @click.option("--dry-run", is_flag=True, help="say what would run (parameters, memory, disk, time) and stop")
+    @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+    @click.option("--no-report", is_flag=True, help="do not write report.html at the end")
+    def command(**arguments: Any) -> None:
+        from vlm.cli import training_job
+
+        job = training_job.Job(command=name, **arguments)
+        code = training_job.run(job, sys.argv[1:])
+        if code is not ExitCode.DONE:
+            sys.exit(int(code))
+
+    return command
+
+
+def _complete_preset(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from vlm.config.catalogue import list_presets
+
+    return [entry.key for entry in list_presets() if entry.key.startswith(incomplete)]
+
+
+def settings_of(preset: str | None, overrides: tuple[str, ...], resume: Path | None) -> tuple[str | None, tuple[str, ...]]:
+    """PRESET and KEY=VALUE apart; with --resume the first word may already be a setting, which is refused."""
+    if resume is not None:
+        if preset is not None or overrides:
+            raise RequestError(
+                "--resume takes its settings from the run and allows no preset and no changes",
+                remedy="start a new run with --model DIR to change settings",
+            )
+        return None, ()
+    if preset is None:
+        raise RequestError("no preset given", remedy="vlm presets list shows them")
+    return preset, overrides
+
+
+pretrain = _command("pretrain", "Train a model from scratch by a preset.")
+finetune = _command("finetune", "Train a model further: fully, in parts, or through adapters.")
+distill = _command("distill", "Train a student from a teacher.")

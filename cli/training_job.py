@@ -1,0 +1,156 @@
+"""What a training command does: settings to preset, dry run or run, result to the shell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.cli.output import echo_json, echo_result, log, wants_bar
+from vlm.cli.train import settings_of
+from vlm.config.errors import ExitCode, RequestError
+from vlm.config.write import toml_value
+
+
+@dataclass
+class Job:
+    """The arguments of one training command."""
+
+    command: str
+    preset: str | None
+    overrides: tuple[str, ...]
+    data: str | None
+    val: str | None
+    output: Path | None
+    model: str | None
+    teacher: str | None
+    processes: int | None
+    resume: Path | None
+    strict: bool
+    dry_run: bool
+    as_json: bool
+    no_report: bool
+
+    def all_overrides(self) -> list[str]:
+        """Options first, KEY=VALUE last, so that the latter win."""
+        given = {
+            "data.source": self.data,
+            "data.val": self.val,
+            "start.model": self.model,
+            "companions.teacher.source": self.teacher,
+            "scale.processes": self.processes,
+        }
+        return [f"{key}={toml_value(value)}" for key, value in given.items() if value is not None] + list(self.overrides)
+
+
+def run(job: Job, arguments: Sequence[str]) -> ExitCode:
+    """Do the job; errors go up as VlmError."""
+    from vlm.training.communicators import joined
+    from vlm.training.preset import load_preset
+    from vlm.training.run import Run
+    from vlm.training.trainer import Interrupted
+
+    name, _ = settings_of(job.preset, job.overrides, job.resume)
+    if name is not None:
+        preset, resolved = load_preset(name, job.all_overrides())
+        _check_command(job, preset)
+        output = job.output or Path("runs") / preset.method.key
+    else:
+        assert job.resume is not None
+        output = job.resume
+        preset, resolved = load_preset(str(output / "preset.toml")) if (output / "preset.toml").is_file() else (None, None)
+    processes = job.processes or (preset.scale.processes if preset is not None else 1)
+    if processes > 1 and "RANK" not in os.environ and not job.dry_run:
+        from vlm.training.launch import launch
+
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        return _as_code(launch(arguments, processes, threads))
+    with joined() as communicator:
+        settings: dict[str, Any] = {"communicator": communicator, "note": log, "progress": wants_bar() and not job.as_json}
+        if job.dry_run:
+            return _dry_run(job, preset, resolved, output, settings)
+        if name is not None:
+            assert preset is not None
+            training = Run.begin(output, preset, resolved, **settings)
+        else:
+            training = Run.resume(output, **settings)
+        try:
+            result = training.train(strict=job.strict)
+        except Interrupted as signal:
+            if communicator.rank == 0:
+                log(f"interrupted; continue with: vlm {job.command} --resume {output}")
+            return signal.code
+        if communicator.rank == 0:
+            answer = result.to_json()
+            if not job.no_report:
+                answer["report"] = _report(output)
+            if job.as_json:
+                echo_json(answer)
+            else:
+                echo_result(_summary(answer))
+    return ExitCode.DONE
+
+
+def _as_code(code: int) -> ExitCode:
+    return ExitCode(code) if code in ExitCode._value2member_map_ else ExitCode.RUN_FAILED
+
+
+def _check_command(job: Job, preset: Any) -> None:
+    """A pretraining preset may be finetuned when a model is given; everything else wants its own command."""
+    wanted = preset.method.command
+    if job.command == wanted or (job.command == "finetune" and wanted == "pretrain" and preset.start.model is not None):
+        return
+    raise RequestError(
+        f"{preset.method.key} is a preset of vlm {wanted}",
+        remedy=f"run: vlm {wanted} {job.preset}" + (" (or give --model DIR to finetune it)" if wanted == "pretrain" else ""),
+    )
+
+
+def _dry_run(job: Job, preset: Any, resolved: Any, output: Path, settings: dict[str, Any]) -> ExitCode:
+    """Assemble the first stage in a temporary directory, measure one small update, print the plan."""
+    import tempfile
+
+    from vlm.training.directory import RunDirectory
+    from vlm.training.plan import make_plan
+    from vlm.training.run import Run
+    from vlm.training.trainer import Cursor
+
+    with tempfile.TemporaryDirectory(prefix="vlm-dry-run-") as folder:
+        training = Run(RunDirectory(Path(folder)), preset, resolved, **settings)
+        plans = []
+        for index, stage in enumerate(training.stages):
+            parts = training.assemble(stage, Cursor(stage=index), initial=True)
+            try:
+                plans.append(make_plan(parts, str(output)))
+            finally:
+                parts.loader.close()
+    if job.as_json:
+        echo_json({"preset": preset.method.key, "output": str(output), "stages": [plan.to_json() for plan in plans]})
+    else:
+        for plan in plans:
+            echo_result("\n".join(plan.lines()))
+    return ExitCode.DONE
+
+
+def _report(output: Path) -> str | None:
+    """The report page; its failure never fails a finished run."""
+    from vlm.reporting import write_report
+
+    try:
+        return str(write_report(output))
+    except Exception as error:
+        log(f"the report could not be written: {error}")
+        return None
+
+
+def _summary(answer: dict[str, Any]) -> str:
+    from vlm.evaluation.table import table_of
+
+    lines = [table_of(result) for result in answer["evaluations"]]
+    lines.append(f"{answer['parameters']:,} parameters, {answer['steps']} updates, {answer['seconds']:.0f} s")
+    lines.append(f"model:  {answer['model']}")
+    if answer.get("report"):
+        lines.append(f"report: {answer['report']}")
+    return "\n".join(lines)

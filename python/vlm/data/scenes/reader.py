@@ -1,0 +1,43 @@
+"""Read drawn scenes as if they were files: picture, captions, attributes, boxes, questions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm.data.scenes.draw import draw
+from vlm.data.scenes.language import captions, description, questions
+from vlm.data.scenes.layout import compose, scene_generator
+
+
+class SceneReader:
+    """Recipe: the index of the scene. spec: `key` of the set, `split`, `size` in pixels."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.key = int(spec["key"])
+        self.split = str(spec["split"])
+        self.size = int(spec["size"])
+
+    def read(self, recipe: Any) -> dict[str, Any]:
+        """Fields `image` (drawn), `caption`, `captions`, `description`, `name` ("red circle"), `shape`, `color`,
+        `category` (the shape), `concept` (the name), `count`, `objects`, `boxes`, `relations`, `questions`."""
+        generator = scene_generator(self.key, int(recipe))
+        scene = compose(generator, self.split)
+        draws = generator.random(8).tolist()
+        texts = captions(scene)
+        main = scene.things[0]
+        return {
+            "image": draw(scene, self.size),
+            "caption": texts[int(draws[7] * len(texts))],
+            "captions": texts,
+            "description": description(scene),
+            "name": main.name,
+            "shape": main.shape,
+            "color": main.color,
+            "category": main.shape,
+            "concept": main.name,
+            "count": len(scene.things),
+            "objects": [{"shape": t.shape, "color": t.color, "size": t.size, "box": t.box} for t in scene.things],
+            "boxes": [t.box for t in scene.things],
+            "relations": [list(relation) for relation in scene.relations()],
+            "questions": questions(scene, draws),
+        }

@@ -76,7 +76,7 @@ class Bundle:
         """[n, E] float32, unit length. A text beyond the model's length is cut. Raises DataError for invalid Unicode."""
         rows = self.tokenizer.rows(texts)
         out = np.zeros((len(rows), self.width), np.float32)
-        # Texts of like length together: less padding, and the result of a row does not depend on its neighbours.
+        # Texts of like length together need less padding.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
@@ -112,30 +112,67 @@ class Bundle:
 
 
 class LanguageBundle:
-    """A decoder's bundle: ids to logits."""
+    """A decoder's bundle: ids to logits, and what perplexity needs of a language model.
+
+    length: greatest number of positions; packs: several documents may share a row; starts: a document begins with a
+    token that is given, not predicted.
+    """
 
     kind = "language"
+    packs = False
 
     def __init__(self, directory: Path, manifest: Manifest, *, threads: int | None, providers: Sequence[str]) -> None:
+        where = str(directory / MANIFEST)
         self.directory, self.manifest, self.name = directory, manifest, manifest.name
-        length = manifest.require("text", "length", int, str(directory / MANIFEST))
-        self.tokenizer = BundleTokenizer(directory, length=length, fixed=False)
+        self.length: int = manifest.require("text", "length", int, where)
+        self.vocab_size: int = manifest.require("text", "vocab_size", int, where)
+        self.starts: bool = manifest.require("text", "starts", bool, where)
+        self.tokenizer = BundleTokenizer(directory, length=self.length, fixed=False)
         self._session = _graph(directory, manifest, "decoder", threads, providers)
 
     def logits(self, input_ids: np.ndarray) -> np.ndarray:
         """Right-padded ids int64 [n, T] to float32 [n, T, V]."""
         return cast(np.ndarray, self._session.run(["logits"], {"input_ids": np.asarray(input_ids, np.int64)})[0])
 
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, special tokens included, not cut."""
+        return self.tokenizer.whole_rows(texts)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as text."""
+        return self.tokenizer.pieces(ids)
+
+    def nats(self, ids: np.ndarray, segment: np.ndarray, scored: np.ndarray) -> np.ndarray:
+        """-log p of the token after each scored position, float64 [scored.sum()] in row order.
+
+        ids, segment, scored [n, T]; segment -1 is padding. One document a row: raises ValueError for packed rows.
+        """
+        if segment.size and segment.max() > 0:
+            raise ValueError("this graph takes one document a row")
+        out = []
+        for row, wanted in zip(ids, scored):
+            at = np.flatnonzero(wanted)
+            if len(at):
+                logits = self.logits(row[None])[0, at].astype(np.float64)
+                top = logits.max(axis=1)
+                total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+                out.append(total - logits[np.arange(len(at)), row[at + 1]])
+        return np.concatenate(out) if out else np.zeros(0)
+
     def self_test(self) -> float:
-        """Largest difference of the golden logits' last rows. Raises GateFailed when it is above the tolerance."""
+        """Compare the last logits of the golden texts with what the training framework gave.
+
+        Returns the greatest difference over the largest logit. Raises GateFailed above the bundle's tolerance.
+        """
         golden = read_json(inside(self.directory, GOLDEN))
         limit = float((self.manifest.data.get("tolerance") or {}).get("max_abs", 1e-3))
         worst = 0.0
         for text, ids, wanted in zip(golden["texts"], golden["ids"], golden["last_logits"]):
             if self.tokenizer.rows([text])[0] != ids:
                 raise GateFailed(f"the golden text {text!r} gives other ids", where=str(self.directory))
+            expected = np.asarray(wanted, np.float32)
             got = self.logits(np.asarray([ids]))[0, -1]
-            worst = max(worst, float(np.abs(got - np.asarray(wanted, np.float32)).max()))
+            worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
         if not worst <= limit:
             raise GateFailed(f"the golden logits are reproduced to {worst:.2e}, expected {limit:.0e}", where=str(self.directory))
         return worst

@@ -45,6 +45,15 @@ class BundleTokenizer:
         check_texts(texts)
         return [self._cut(e.ids, e.special_tokens_mask) for e in self._core.encode_batch(list(texts))]
 
+    def whole_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, special tokens included, not cut."""
+        check_texts(texts)
+        return [e.ids for e in self._core.encode_batch(list(texts))]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each id as text."""
+        return [self._core.decode([int(i)], skip_special_tokens=False) for i in ids]
+
     def _cut(self, ids: list[int], special: list[int]) -> list[int]:
         if len(ids) <= self.length:
             return ids

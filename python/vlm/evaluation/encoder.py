@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
 from vlm.config.errors import CheckpointError, RequestError
 from vlm.evaluation.material import Embedder, Floats
 from vlm.evaluation.perplexity import Integers, LanguageScorer, Wide
 
 if TYPE_CHECKING:
     import torch
+
     from vlm.data.tokenizer import Tokenizer
     from vlm.models import Model
     from vlm.runtime.preprocess import Preprocess
@@ -41,6 +43,7 @@ def _evaluating(model: Model) -> Iterator[torch.device]:
 
 def _batch(name: str, stream: Any) -> Any:
     import torch
+
     from vlm.types import Batch
 
     count = len(stream)
@@ -60,15 +63,15 @@ class TorchEmbedder:
         name: str = "model",
         batch: int = 64,
     ) -> None:
-        from vlm.models.dual_encoder import Similarity
-
         self.model = model
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.name = name
         self.batch = batch
-        similarity = Similarity.of(model)  # type: ignore[arg-type]
-        self.scale, self.bias, self.form = similarity.scale, similarity.bias, str(similarity.form)
+        log_scale, bias = model.temperature()
+        self.scale = 1.0 if log_scale is None else float(log_scale.detach().exp())
+        self.bias = 0.0 if bias is None else float(bias.detach())
+        self.form = "softmax" if bias is None else "sigmoid"
         self.length: int = model.options.text.length  # type: ignore[attr-defined]
 
     def _embed(self, stream: Any) -> Floats:
@@ -81,6 +84,7 @@ class TorchEmbedder:
     def encode_image(self, pictures: Sequence[Any]) -> Floats:
         """[n, E] float32 unit rows of RGB pictures, encoded files or paths."""
         import torch
+
         from vlm.runtime.pictures import decode_picture
         from vlm.types import Pictures
 
@@ -98,6 +102,7 @@ class TorchEmbedder:
     def encode_text(self, texts: Sequence[str]) -> Floats:
         """[n, E] float32 unit rows; a text longer than the tower is cut as in training."""
         import torch
+
         from vlm.types import TokenIds
 
         parts = []
@@ -139,6 +144,7 @@ class TorchLanguage:
     def nats(self, ids: Integers, segment: Integers, scored: NDArray[np.bool_]) -> Wide:
         """See LanguageScorer. float32 logits, log-sum-exp in float64."""
         import torch
+
         from vlm.types import TokenIds, Vocabulary
 
         rows = torch.from_numpy(ids)
@@ -185,20 +191,13 @@ def of_memory(
 
 def preprocess_of(model: Model, directory: Path) -> Preprocess | None:
     """From preprocessor_config.json where there is one, else from the model's own options."""
-    from vlm.runtime.preprocess import Preprocess
-
     path = directory / "preprocessor_config.json"
-    if path.is_file():
+    if path.is_file() and model.preprocess() is not None:
         from vlm.models.directory import read_json
+        from vlm.runtime.preprocess import Preprocess
 
         return Preprocess.from_config(read_json(path), where=str(path))
-    options: Any = model.options
-    if not hasattr(options, "pictures"):
-        return None
-    pictures = options.pictures
-    return Preprocess(
-        options.vision.image_size, pictures.resize, pictures.interpolation, pictures.mean, pictures.std
-    )
+    return model.preprocess()
 
 
 def is_bundle(path: str | Path) -> bool:

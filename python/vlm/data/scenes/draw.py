@@ -9,7 +9,10 @@ from PIL import Image, ImageDraw
 from vlm.data.scenes.layout import COLORS, SIZES, Scene
 
 _STAR = [
-    (math.sin(i * math.pi / 5) * (1.0 if i % 2 == 0 else 0.42), -math.cos(i * math.pi / 5) * (1.0 if i % 2 == 0 else 0.42))
+    (
+        math.sin(i * math.pi / 5) * (1.0 if i % 2 == 0 else 0.42),
+        -math.cos(i * math.pi / 5) * (1.0 if i % 2 == 0 else 0.42),
+    )
     for i in range(10)
 ]
 _C = 0.36

@@ -81,7 +81,11 @@ def questions(scene: Scene, draws: Sequence[float]) -> list[dict[str, Any]]:
     else:
         present = {t.name for t in things}
         # Half of what is asked for in vain shares its color with something there, half its shape.
-        names = [f"{thing.color} {s}" for s in SHAPES] if draws[2] < 0.5 else [f"{c} {thing.shape}" for c in COLORS]
+        names = (
+            [f"{thing.color} {s}" for s in SHAPES]
+            if draws[2] < 0.5
+            else [f"{c} {thing.shape}" for c in COLORS]
+        )
         absent = [name for name in names if name not in present]
         ask("exists", f"is there {a(absent[int(draws[3] * len(absent))])}?", "no")
     relations = scene.relations()

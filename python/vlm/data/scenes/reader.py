@@ -36,7 +36,9 @@ class SceneReader:
             "category": main.shape,
             "concept": main.name,
             "count": len(scene.things),
-            "objects": [{"shape": t.shape, "color": t.color, "size": t.size, "box": t.box} for t in scene.things],
+            "objects": [
+                {"shape": t.shape, "color": t.color, "size": t.size, "box": t.box} for t in scene.things
+            ],
             "boxes": [t.box for t in scene.things],
             "relations": [list(relation) for relation in scene.relations()],
             "questions": questions(scene, draws),

@@ -47,7 +47,9 @@ class ScenesSource:
             else:
                 raise DataError(f"unknown option {name!r}", where=uri, remedy=f"known options: {known}")
         if query and not options:
-            raise DataError(f"cannot read the options {query!r}", where=uri, remedy="write scenes:?n=1000&split=val")
+            raise DataError(
+                f"cannot read the options {query!r}", where=uri, remedy="write scenes:?n=1000&split=val"
+            )
         return cls(**options)
 
     def __len__(self) -> int:
@@ -66,4 +68,10 @@ class ScenesSource:
         return Sample(self.key(index), self._reader.read(index))
 
     def describe(self) -> Mapping[str, Any]:
-        return {"kind": self.kind, "samples": self.n, "seed": self.seed, "split": self.split, "size": self.size}
+        return {
+            "kind": self.kind,
+            "samples": self.n,
+            "seed": self.seed,
+            "split": self.split,
+            "size": self.size,
+        }

@@ -33,7 +33,7 @@ class FolderSource:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             below = os.path.relpath(folder, self.root)
             for name in sorted(files):
-                stem, _, extension = name.rpartition(".")
+                _stem, _, extension = name.rpartition(".")
                 path = name if below == "." else f"{below}/{name}"
                 if name.startswith("."):
                     continue
@@ -51,7 +51,9 @@ class FolderSource:
         self._entries: list[Entry] = []
         for path in pictures:
             label = os.path.dirname(path) if classed else None
-            self._entries.append((path, texts.get(path.rpartition(".")[0]) if captioned else None, label or None))
+            self._entries.append(
+                (path, texts.get(path.rpartition(".")[0]) if captioned else None, label or None)
+            )
         if captioned:
             self._entries += [(None, path, None) for stem, path in sorted(texts.items()) if stem not in stems]
         self.kind = (

@@ -72,7 +72,12 @@ class JsonLinesSource:
         return Sample(self.key(index), self._reader.read(self.recipe(index)))
 
     def describe(self) -> Mapping[str, Any]:
-        return {"kind": self.kind, "samples": len(self), "files": len(self.paths), "first_file": self.paths[0]}
+        return {
+            "kind": self.kind,
+            "samples": len(self),
+            "files": len(self.paths),
+            "first_file": self.paths[0],
+        }
 
 
 def _open(path: str) -> IO[bytes]:
@@ -112,7 +117,11 @@ def _scan(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     while chunk := file.read(_CHUNK):
         ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position)
         position += len(chunk)
-    stops = np.concatenate([*ends, [position]]) if not ends or not len(ends[-1]) or ends[-1][-1] != position - 1 else np.concatenate(ends)
+    stops = (
+        np.concatenate([*ends, [position]])
+        if not ends or not len(ends[-1]) or ends[-1][-1] != position - 1
+        else np.concatenate(ends)
+    )
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
     file.seek(0)
     bom = 3 if file.read(3) == b"\xef\xbb\xbf" else 0

@@ -196,7 +196,9 @@ def _take(builder: _Builder, name: str, kind: bytes, sparse: bool, offset: int, 
 
 def _safe(name: str) -> bool:
     parts = name.split("/")
-    return bool(name) and len(name) <= _MAX_NAME and name[0] != "/" and ".." not in parts and name.isprintable()
+    return (
+        bool(name) and len(name) <= _MAX_NAME and name[0] != "/" and ".." not in parts and name.isprintable()
+    )
 
 
 def _text(raw: bytes) -> str:

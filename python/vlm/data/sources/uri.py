@@ -37,7 +37,9 @@ def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
     remote = re.match(r"^([a-z][a-z0-9+.-]*)://|^pipe:", rest)
     if remote:
         raise DataError(
-            "remote addresses and commands are not read", where=uri, remedy="download the data and name the files"
+            "remote addresses and commands are not read",
+            where=uri,
+            remedy="download the data and name the files",
         )
     files = expand(rest)
     if prefix is None:
@@ -113,7 +115,9 @@ def _braces(text: str) -> list[str]:
         first, last = span.groups()
         low, high = int(first), int(last)
         if abs(high - low) >= _MAX_FILES:
-            raise DataError(f"{{{body}}} names {abs(high - low) + 1} files, expected at most {_MAX_FILES}", where=text)
+            raise DataError(
+                f"{{{body}}} names {abs(high - low) + 1} files, expected at most {_MAX_FILES}", where=text
+            )
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         step = 1 if high >= low else -1
         choices = [str(n).zfill(width) for n in range(low, high + step, step)]
@@ -124,7 +128,9 @@ def _braces(text: str) -> list[str]:
 
 
 def _inside(folder: str, ending: str) -> list[str]:
-    return sorted(entry.path for entry in os.scandir(folder) if entry.name.endswith(ending) and entry.is_file())
+    return sorted(
+        entry.path for entry in os.scandir(folder) if entry.name.endswith(ending) and entry.is_file()
+    )
 
 
 def _detect(files: list[str], uri: str) -> str:
@@ -132,7 +138,9 @@ def _detect(files: list[str], uri: str) -> str:
         return "wds" if _inside(files[0], ".tar") else "folder"
     folders = [name for name in files if os.path.isdir(name)]
     if folders:
-        raise DataError(f"{folders[0]} is a folder among files", where=uri, remedy="name one folder, or files")
+        raise DataError(
+            f"{folders[0]} is a folder among files", where=uri, remedy="name one folder, or files"
+        )
     if all(name.lower().endswith((".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")) for name in files):
         return "jsonl"
     if all(name.lower().endswith(".tar") for name in files):

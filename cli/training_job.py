@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 from vlm.cli.output import echo_json, echo_result, log, wants_bar
 from vlm.cli.train import settings_of
 from vlm.config.errors import ExitCode, RequestError
-from vlm.config.write import toml_value
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Job:
             "companions.teacher.source": self.teacher,
             "scale.processes": self.processes,
         }
-        return [f"{key}={toml_value(value)}" for key, value in given.items() if value is not None] + list(self.overrides)
+        options = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
+        return options + list(self.overrides)
 
 
 def run(job: Job, arguments: Sequence[str]) -> ExitCode:

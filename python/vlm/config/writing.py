@@ -35,6 +35,11 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def toml_value(value: Any) -> str:
+    """A value as it stands behind `=`: for overrides that a program writes. Raises TypeError as `to_toml` does."""
+    return _value(value, ("value",))
+
+
 def _canonical(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {"table": {str(key): _canonical(item) for key, item in value.items()}}

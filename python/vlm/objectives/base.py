@@ -40,6 +40,10 @@ class ObjectiveOptions(Options):
     name: str = Field(description="how logs and overrides call it")
     weight: Scalar = Field(1.0, description="factor of the reduced loss; a number or a ramp over the stage")
 
+    def classes_field(self) -> str | None:
+        """The field of the data whose distinct values it needs when it is made; None: no field."""
+        return None
+
     def build(self, context: BuildContext) -> Objective:
         """The objective itself. Raises ValueError for an impossible combination."""
         raise TypeError(f"{type(self).__name__} defines no build")
@@ -63,5 +67,18 @@ class Objective(nn.Module):
         """
         return torch.tensor(float(len(batch)), dtype=torch.float64)
 
+    def prepare(self, views: Views, context: Context) -> Views:
+        """Scope batch: the part that each sample can do alone, on one micro-batch. Embeddings and tokens of the
+        result are what is gathered over the update (dreamlip reduces patch tokens to group vectors here).
+
+        The default is what it requires, unchanged.
+        """
+        wanted = {f"{request.companion}/{request.stream}" for request in self.requires}
+        return Views({key: views[key] for key in sorted(wanted)})
+
+    def commit(self, views: Views, context: Context) -> None:
+        """After the optimiser's step, with the detached views of the whole update: where a queue moves (ctp)."""
+
     def forward(self, views: Views, context: Context) -> Terms:
+        """The terms of a micro-batch (scope sample) or of the whole update (scope batch). Pure: it may run twice."""
         raise TypeError(f"{type(self).__name__} defines no forward")

@@ -52,7 +52,7 @@ class TokenCrossEntropy(Objective):
         stream = batch[self.options.stream]
         assert isinstance(stream, TokenIds)
         layout = Layout.of_tokens(
-            stream.values, stream.mask, stream.sample_index, segment=stream.segment, supervised=stream.supervised
+            stream.values, stream.mask, stream.sample_index, segment=stream.segment, supervised=stream.supervised, target=stream.target
         )
         return (next_token_targets(layout) != IGNORE).sum().double()
 

@@ -81,29 +81,31 @@ def decode_picture(
         data = bytes(source)
     else:
         where = os.fspath(source)
-        data = _read_file(where, limits.max_bytes)
+        data = read_file(where, limits.max_bytes)
     try:
         return _decode(data, limits)
     except BadPicture as error:
         raise BadPicture(error.reason, error.detail, where=where) from error.__cause__
 
 
-def _read_file(path: str, max_bytes: int) -> bytes:
+def read_file(path: str, max_bytes: int) -> bytes:
     """At most `max_bytes` of a regular file; pipes and devices are refused before they can block."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise BadPicture("unreadable", getattr(error, "strerror", None) or str(error), where=path) from error
-    with open(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise BadPicture("unreadable", "not a regular file", where=path)
         if status.st_size > max_bytes:
             raise BadPicture("too_many_bytes", f"{status.st_size} > {max_bytes}", where=path)
-        try:
+        with open(handle, "rb", closefd=False) as file:
             return file.read(max_bytes + 1)
-        except OSError as error:
-            raise BadPicture("unreadable", error.strerror or "", where=path) from error
+    except OSError as error:
+        raise BadPicture("unreadable", error.strerror or "", where=path) from error
+    finally:
+        os.close(handle)
 
 
 def _decode(data: bytes, limits: PictureLimits) -> Image.Image:

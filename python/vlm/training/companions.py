@@ -42,6 +42,7 @@ class Companion:
     model: Model
     update: EmaUpdate | None
     cache: EmbeddingCache | None = None
+    copied: bool = False
 
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
         """Its outputs; embeddings come from the cache where every sample of the batch has one."""
@@ -79,7 +80,7 @@ class Companions:
             cache = None
             if table.cache and cache_folder is not None:
                 cache = EmbeddingCache.of_model(cache_folder, companion.state_dict())
-            members.append(Companion(name, companion, table.update, cache))
+            members.append(Companion(name, companion, table.update, cache, copied=table.source == "model"))
         return cls(members)
 
     def models(self) -> dict[str, Model]:
@@ -112,8 +113,8 @@ class Companions:
                 member.cache.flush()
 
     def state_dict(self) -> Tree:
-        """Only companions that change belong in a checkpoint."""
-        return {name: m.model.state_dict() for name, m in self.members.items() if m.update is not None}
+        """Companions that change or were copied from the model: what no path can bring back."""
+        return {name: m.model.state_dict() for name, m in self.members.items() if m.update is not None or m.copied}
 
     def load_state_dict(self, state: Tree) -> None:
         for name, tensors in state.items():

@@ -9,8 +9,9 @@ replayed micro-batch by micro-batch with the same random draws (gradient caching
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from vlm.models import Model
 from vlm.objectives import Objective
 from vlm.schedules import Scalar, value_at
 from vlm.training.companions import Companions
-from vlm.types import Batch, Communicator, Context, Outputs, Request, Stream, Terms, Views
+from vlm.types import Batch, Communicator, Context, Outputs, Stream, Terms, TokenIds, Views
 from vlm.types.outputs import wanted_of
 from vlm.types.random import draw_key
 
@@ -48,10 +49,17 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where the run stands: update `step` of `total` in its stage; `total` 0 when it has no end."""
+    """Where the run stands: update `step` of `total` in its stage; `total` 0 when it has no end. Stage and loop round
+    key the draws, so that they do not repeat one another's."""
 
     step: int
     total: int
+    stage: int = 0
+    round: int = 0
+
+    def key(self, seed: int, purpose: str, *parts: int) -> int:
+        """Seed of the draws of this update."""
+        return draw_key(seed, purpose, self.round, self.stage, self.step, *parts)
 
     @property
     def progress(self) -> float:
@@ -81,13 +89,7 @@ class Engine:
         self.wanted = wanted_of(self.requests, "model")
         self.per_sample = [o for o in self.objectives if o.objective.scope == "sample"]
         self.per_batch = [o for o in self.objectives if o.objective.scope == "batch"]
-        for entry in self.per_batch:
-            for request in entry.objective.requires:
-                if request.field not in LEAF_FIELDS:
-                    raise RunFailed(
-                        f"objective {entry.name!r} of scope batch asks for {request}, "
-                        f"but only {' and '.join(LEAF_FIELDS)} can be gathered over the update"
-                    )
+        self._committed: list[tuple[Objective, Views, Context]] = []
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision == "float32":
@@ -99,25 +101,31 @@ class Engine:
         totals = {o.name: self._total_weight(o, batches) for o in self.per_sample}
         sums: dict[str, Tensor] = {}
         scalars: dict[str, list[tuple[float, float]]] = {}
-        leaves: _Leaves | None = None
+        leaves: list[_Leaves] = []
+        self._committed = []
         kept: list[Views | None] = [None] * len(batches)
+        prepared: list[list[Views]] = []
+        keep = len(batches) == 1
         if self.per_batch:
-            keep = len(batches) == 1
             gathered = []
             for index, batch in enumerate(batches):
                 with contextlib.nullcontext() if keep else torch.no_grad():
                     views = self._views(batch, clock, index)
                 gathered.append(views)
                 kept[index] = views if keep else None
-            leaves = _Leaves(self._leaf_requests(), gathered, batches, self.communicator)
             context = self._context(self._gathered_batch(batches), clock)
+            prepared = [
+                [entry.objective.prepare(views, self._context(batch, clock)) for views, batch in zip(gathered, batches)]
+                for entry in self.per_batch
+            ]
+            leaves = [
+                _Leaves(entry.name, parts, batches, self.communicator) for entry, parts in zip(self.per_batch, prepared)
+            ]
             self._batch_scope(leaves, context, clock, sums, scalars)
             if self.communicator.rank:  # every rank computed the same: the parameters' share is counted once
                 for parameter in self.parameters():
                     parameter.grad = None
         for index, batch in enumerate(batches):
-            if leaves is not None and not self.per_sample and not leaves.wants_gradient:
-                continue
             views = kept[index] or self._views(batch, clock, index)
             loss: Tensor | None = None
             for entry in self.per_sample:
@@ -129,13 +137,23 @@ class Engine:
                 value = terms.total().detach().double() / max(totals[entry.name], 1e-12)
                 sums[entry.name] = sums.get(entry.name, torch.zeros((), dtype=torch.float64)) + value
                 self._note(scalars, entry.name, terms)
-            replay = leaves.pull(views, index) if leaves is not None else None
-            loss = replay if loss is None else loss if replay is None else loss + replay
+            for entry, cut in zip(self.per_batch, leaves):
+                part_views = prepared[self.per_batch.index(entry)][index] if keep else None
+                if part_views is None:
+                    part_views = entry.objective.prepare(views, self._context(batch, clock))
+                replay = cut.pull(part_views, index)
+                loss = replay if loss is None else loss if replay is None else loss + replay
             if loss is not None and loss.requires_grad:
                 loss.backward()
             kept[index] = None
         self._share_gradients()
         return self._result(sums, scalars, clock)
+
+    def commit(self) -> None:
+        """After the optimiser's step: objectives with a memory (queues) take in the update they have just seen."""
+        for objective, views, context in self._committed:
+            objective.commit(views, context)
+        self._committed = []
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Trainable parameters of the model and of the objectives, in a fixed order."""
@@ -145,7 +163,7 @@ class Engine:
     def _views(self, batch: Batch, clock: Clock, index: int) -> Views:
         """Model and companion outputs of one micro-batch. Random layers draw from (seed, step, micro-batch, rank), so
         that a replay draws the same."""
-        torch.manual_seed(draw_key(self.seed, "model", clock.step, index, self.communicator.rank))
+        torch.manual_seed(clock.key(self.seed, "model", index, self.communicator.rank))
         views = Views()
         with self.autocast():
             for stream, outputs in self.model.encode(batch, self.wanted).items():
@@ -159,7 +177,7 @@ class Engine:
             communicator=self.communicator,
             step=clock.step,
             progress=clock.progress,
-            draw_seed=draw_key(self.seed, "objective", clock.step),
+            draw_seed=clock.key(self.seed, "objective"),
         )
 
     def _total_weight(self, entry: Weighted, batches: Sequence[Batch]) -> float:
@@ -174,9 +192,6 @@ class Engine:
                 remedy="its count() must equal the weights of its terms; otherwise accumulation would bias the loss",
             )
 
-    def _leaf_requests(self) -> list[Request]:
-        return sorted({request for o in self.per_batch for request in o.objective.requires})
-
     def _gathered_batch(self, batches: Sequence[Batch]) -> Batch:
         """The streams that batch-scope objectives read (labels), over the whole update in leaf order."""
         names = sorted({name for o in self.per_batch for name in o.objective.reads})
@@ -187,16 +202,17 @@ class Engine:
 
     def _batch_scope(
         self,
-        leaves: _Leaves,
+        leaves: Sequence[_Leaves],
         context: Context,
         clock: Clock,
         sums: dict[str, Tensor],
         scalars: dict[str, list[tuple[float, float]]],
     ) -> None:
         temperature = self.model.temperature()
-        views = leaves.views(temperature)
         loss: Tensor | None = None
-        for entry in self.per_batch:
+        for entry, cut in zip(self.per_batch, leaves):
+            views = cut.views(temperature)
+            self._committed.append((entry.objective, cut.detached(), context))
             with torch.autocast("cpu", enabled=False):
                 terms = entry.objective(views, context)
             value = terms.total() / terms.weights.sum().clamp(min=1e-12)
@@ -242,16 +258,21 @@ class Engine:
 
 
 def gather_streams(parts: Sequence[Stream], batches: Sequence[Batch], communicator: Communicator) -> Stream:
-    """One stream over micro-batches and ranks, sample_index counted over the whole update."""
+    """One stream over micro-batches and ranks, every field of it; sample_index is counted over the whole update and
+    rows of tokens are padded to the longest."""
     offsets = sample_offsets(batches, communicator)
-    index = torch.cat([part.sample_index + offset for part, offset in zip(parts, offsets)])
-    values = torch.cat([part.values for part in parts])
-    mask = torch.cat([part.mask for part in parts])
-    return type(parts[0])(
-        values=torch.cat(communicator.gather_rows(values)),
-        mask=torch.cat(communicator.gather_rows(mask)),
-        sample_index=torch.cat(communicator.gather_rows(index)),
-    )
+    gathered: dict[str, Tensor] = {}
+    for item in fields(parts[0]):
+        pieces = [getattr(part, item.name) for part in parts]
+        if any(piece is None for piece in pieces):
+            continue
+        if item.name == "sample_index":
+            pieces = [piece + offset for piece, offset in zip(pieces, offsets)]
+        if isinstance(parts[0], TokenIds) and pieces[0].dim() == 2:
+            longest = max(n for (n,) in communicator.gather_numbers([max(piece.shape[1] for piece in pieces)]))
+            pieces = [_padded(piece, longest) for piece in pieces]
+        gathered[item.name] = torch.cat(communicator.gather_rows(torch.cat(pieces)))
+    return type(parts[0])(**gathered)
 
 
 def sample_offsets(batches: Sequence[Batch], communicator: Communicator) -> list[int]:
@@ -262,42 +283,48 @@ def sample_offsets(batches: Sequence[Batch], communicator: Communicator) -> list
 
 
 class _Leaves:
-    """Embeddings and tokens of the whole update, cut off from the encoders, whose gradients are handed back."""
+    """What one batch-scope objective reads, over the whole update and cut off from the encoders.
 
-    def __init__(
-        self, requests: Sequence[Request], parts: Sequence[Views], batches: Sequence[Batch], communicator: Communicator
-    ) -> None:
+    parts: its prepared views, one a micro-batch. Embeddings and tokens of the model are leaves that collect a
+    gradient, which `pull` hands back to each micro-batch.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Views], batches: Sequence[Batch], communicator: Communicator) -> None:
         self.offsets = sample_offsets(batches, communicator)
         self.tensors: dict[tuple[str, str], Tensor] = {}
         self.spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self.outputs: dict[str, Outputs] = {}
-        for request in requests:
-            key = f"{request.companion}/{request.stream}"
+        for key in parts[0]:
             pieces = [views[key] for views in parts]
-            tensors = [getattr(piece, request.field) for piece in pieces]
-            if any(tensor is None for tensor in tensors):
-                raise RunFailed(f"{request} was asked for and not given")
-            fields = {"sample_index": [p.sample_index + o for p, o in zip(pieces, self.offsets)], "mask": [p.mask for p in pieces]}
-            if request.field == "tokens":
-                longest = max(n for (n,) in communicator.gather_numbers([max(t.shape[1] for t in tensors)]))
-                tensors = [_padded(tensor, longest) for tensor in tensors]
-                fields["token_mask"] = [_padded(p.token_mask, longest) for p in pieces]
-            own = torch.cat([tensor.detach() for tensor in tensors])
-            ranks = communicator.gather_rows(own)
-            start = sum(len(r) for r in ranks[: communicator.rank])
-            leaf = torch.cat(ranks).detach()
-            if request.companion == "model":
-                leaf.requires_grad_(True)
-            self.tensors[key, request.field] = leaf
-            sizes = [len(tensor) for tensor in tensors]
-            self.spans[key, request.field] = [(start + sum(sizes[:i]), start + sum(sizes[: i + 1])) for i in range(len(sizes))]
-            shared = {name: torch.cat(communicator.gather_rows(torch.cat(values))) for name, values in fields.items()}
-            known = self.outputs.get(key, Outputs(shared["sample_index"], shared["mask"], log_scale=pieces[0].log_scale, bias=pieces[0].bias))
-            self.outputs[key] = replace(known, **{request.field: leaf}, **{k: v for k, v in shared.items() if k == "token_mask"})
+            held = [name for name in LEAF_FIELDS if getattr(pieces[0], name) is not None]
+            if not held:
+                raise RunFailed(f"objective {name!r} of scope batch: {key} holds none of {', '.join(LEAF_FIELDS)}")
+            shared = {"sample_index": [p.sample_index + o for p, o in zip(pieces, self.offsets)], "mask": [p.mask for p in pieces]}
+            for field_name in held:
+                tensors = [getattr(piece, field_name) for piece in pieces]
+                if field_name == "tokens":
+                    longest = max(n for (n,) in communicator.gather_numbers([max(t.shape[1] for t in tensors)]))
+                    tensors = [_padded(tensor, longest) for tensor in tensors]
+                    shared["token_mask"] = [_padded(p.token_mask, longest) for p in pieces]
+                ranks = communicator.gather_rows(torch.cat([tensor.detach() for tensor in tensors]))
+                start = sum(len(rows) for rows in ranks[: communicator.rank])
+                leaf = torch.cat(ranks).detach().requires_grad_(key.startswith("model/"))
+                self.tensors[key, field_name] = leaf
+                sizes = [len(tensor) for tensor in tensors]
+                bounds = [start + sum(sizes[:i]) for i in range(len(sizes) + 1)]
+                self.spans[key, field_name] = list(itertools.pairwise(bounds))
+            rows = {name: torch.cat(communicator.gather_rows(torch.cat(values))) for name, values in shared.items()}
+            leaves = {field_name: self.tensors[key, field_name] for field_name in held}
+            self.outputs[key] = Outputs(**rows, **leaves, log_scale=pieces[0].log_scale, bias=pieces[0].bias)
 
-    @property
-    def wants_gradient(self) -> bool:
-        return any(leaf.grad is not None for leaf in self.tensors.values())
+    def detached(self) -> Views:
+        """The whole update without gradient, for an objective that keeps a memory of it."""
+        return Views(
+            {
+                key: replace(outputs, **{name: t.detach() for (k, name), t in self.tensors.items() if k == key})
+                for key, outputs in self.outputs.items()
+            }
+        )
 
     def views(self, temperature: tuple[Tensor | None, Tensor | None]) -> Views:
         """The whole update as objectives see it; the model's own temperature carries its gradient."""

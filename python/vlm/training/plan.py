@@ -42,7 +42,7 @@ class Plan:
         """For a person."""
         share = self.trainable / max(1, self.parameters)
         peak = sum(self.memory.values())
-        out = [
+        return [
             f"stage {self.stage}: {self.steps} updates of {self.batch_size} samples"
             + (f" ({self.steps * self.batch_size / self.samples_per_epoch:.1f} epochs)" if self.samples_per_epoch else ""),
             f"parameters: {self.parameters:,}, {share:.0%} trainable  "
@@ -52,7 +52,6 @@ class Plan:
             + "  ".join(f"{name} {size(bytes_)}" for name, bytes_ in self.disk.items()),
             f"time: about {duration(self.seconds)} ({self.seconds_per_step:.2f} s an update)",
         ]
-        return out
 
 
 def size(number: float) -> str:
@@ -96,7 +95,7 @@ def make_plan(parts: Parts, output: str) -> Plan:
     parts.optimizer.zero_grad()
     weights = {p.data_ptr() for p in parts.model.parameters()}
     activations = sum(n for address, n in stored.items() if address not in weights)
-    parameters = [p for p in parts.model.parameters()]
+    parameters = list(parts.model.parameters())
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parts.engine.parameters())
     groups: dict[str, int] = {}

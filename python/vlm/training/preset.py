@@ -13,14 +13,13 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.load import Resolved, merge_tables, resolve, validate
 from vlm.config.options import Options
-from vlm.data import DataOptions
+from vlm.data.options import BpeTokenizer, DataOptions, TokenizerOptions
 from vlm.evaluation import EvaluationOptions
 from vlm.models import ModelOptions
 from vlm.objectives import AnyObjective
 from vlm.schedules import Duration, LearningRateOptions
 from vlm.training.companions import CompanionOptions
 from vlm.training.optimizer import OptimizerOptions
-from vlm.training.tokenizing import TokenizerOptions
 from vlm.tuning import TuningOptions
 
 
@@ -43,7 +42,7 @@ class StartOptions(Options):
 class TrainOptions(Options):
     """Length, batch and safety of a stage."""
 
-    steps: int | None = Field(None, gt=0, description="updates; or give epochs")
+    steps: int | None = Field(None, gt=0, description="updates; wins over epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data, for sources of known length")
     batch_size: int = Field(256, gt=0, description="samples of one update over all processes and micro-batches")
     accumulate: int = Field(1, gt=0, description="micro-batches of one update in each process; exact for every objective")
@@ -57,12 +56,6 @@ class TrainOptions(Options):
     average: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of the weights")
     log_every: int = Field(1, gt=0, description="updates between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="also write TensorBoard files (needs vlm-forge[tensorboard])")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainOptions:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
-        return self
 
 
 class ScaleOptions(Options):
@@ -99,14 +92,14 @@ class StageSettings(Options):
 
     model: ModelOptions | None = Field(None, description="architecture; left out where start.model brings it")
     start: StartOptions = StartOptions()
-    tokenizer: TokenizerOptions = TokenizerOptions()
-    data: DataOptions
-    objectives: list[AnyObjective]
+    tokenizer: TokenizerOptions = BpeTokenizer()
+    data: DataOptions = DataOptions()
+    objectives: list[AnyObjective] = []
     companions: dict[str, CompanionOptions] = {}
     tuning: TuningOptions = TuningOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     schedule: LearningRateOptions = LearningRateOptions()
-    train: TrainOptions
+    train: TrainOptions = TrainOptions()
     scale: ScaleOptions = ScaleOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
 
@@ -116,8 +109,6 @@ class StageSettings(Options):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two objectives are called {sorted(twice)[0]!r}; give each its own name")
-        if not names:
-            raise ValueError("at least one objective is needed")
         return self
 
 
@@ -137,6 +128,14 @@ class Stage(StageSettings):
     """One stage, fully settled."""
 
     name: str
+
+    @model_validator(mode="after")
+    def _can_train(self) -> Stage:
+        if not self.objectives:
+            raise ValueError("at least one objective is needed")
+        if self.train.steps is None and self.train.epochs is None:
+            raise ValueError("train.steps or train.epochs is needed")
+        return self
 
 
 def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Preset, Resolved]:

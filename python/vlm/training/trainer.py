@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vlm.config.errors import ExitCode, OutOfMemory, RunFailed
-from vlm.data import Loader
+from vlm.data.loader import Loader
 from vlm.models import Model
 from vlm.schedules import in_steps, rate_factor
 from vlm.training.average import WeightAverage
@@ -196,7 +196,7 @@ class Trainer:
         parts.model.train()
         parts.optimizer.zero_grad()
         try:
-            result = parts.engine.update(batch.split(train.accumulate), Clock(cursor.step, parts.steps))
+            result = parts.engine.update(batch.split(train.accumulate), Clock(cursor.step, parts.steps, cursor.stage, cursor.round))
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise self._out_of_memory(train.accumulate) from error
         except RuntimeError as error:
@@ -217,6 +217,7 @@ class Trainer:
                 if parameter.grad is not None:
                     parameter.grad.mul_(train.clip / norm)
         parts.optimizer.step(factor)
+        parts.engine.commit()
         parts.companions.after_step(parts.model)
         if parts.average is not None:
             parts.average.update(parts.model)

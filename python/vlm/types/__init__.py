@@ -3,7 +3,7 @@
 They know no model family and no method. `docs/design/types.md` shows each with the method that stretched it most.
 """
 
-from vlm.types.batch import Batch, Boxes, Features, Labels, Pictures, Stream, TokenIds
+from vlm.types.batch import Batch, Boxes, Features, Labels, Pictures, Role, Stream, TokenIds
 from vlm.types.communicator import Communicator, SingleProcess
 from vlm.types.layout import Layout
 from vlm.types.outputs import Outputs, Request, Views, Vocabulary
@@ -22,6 +22,7 @@ __all__ = [
     "Outputs",
     "Pictures",
     "Request",
+    "Role",
     "SingleProcess",
     "Stateful",
     "Stream",

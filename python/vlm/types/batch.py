@@ -1,8 +1,10 @@
 """Batch: what the data hands to the models.
 
-A batch holds B samples as named streams (`image`, `text`, `caption.2`, `region`, `image.noisy`, ...). A stream
-holds n rows; `sample_index` says which sample each row belongs to, so K captions, pairs, views, tiles, frames,
-points and ragged regions are rows, not special cases. A value of zero never means padding: `mask` does.
+A batch holds B samples as named streams (`image`, `text`, `region`, `image.noisy`, `answer.rejected`, ...). A stream
+holds n rows; `sample_index` says which sample each row belongs to, so K captions, views, tiles, frames, points and
+ragged regions are rows, not special cases. Rows of one role are rows of one stream, numbered by `slot` (K captions);
+rows with different roles are different streams (`answer.preferred`, `answer.rejected`). A value of zero never means
+padding: `mask` does.
 
 Shapes: B samples, n rows of a stream, T positions, C channels.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
 from typing import ClassVar
 
 import torch
@@ -22,12 +25,14 @@ class Stream:
     """Rows of one kind of value.
 
     values: [n, ...]; mask: bool, [n] or [n, T], true where valid; sample_index: [n] int64 in [0, B).
+    slot: [n] int64, which of a sample's interchangeable rows this is; None where each sample has one row.
     Raises ValueError when the leading sizes differ or the mask is not boolean.
     """
 
     values: Tensor
     mask: Tensor
     sample_index: Tensor
+    slot: Tensor | None = None
     value_dims: ClassVar[int | None] = None
     mask_dims: ClassVar[int] = 1
 
@@ -66,6 +71,15 @@ class Pictures(Stream):
     value_dims: ClassVar[int | None] = 4
 
 
+class Role(IntEnum):
+    """Which part of a sample a token is from."""
+
+    CONTEXT = 0
+    INSTRUCTION = 1
+    ANSWER = 2
+    LEARNED = 3
+
+
 @dataclass(frozen=True)
 class TokenIds(Stream):
     """values [n, T] int64; mask [n, T].
@@ -73,12 +87,14 @@ class TokenIds(Stream):
     segment: [n, T] int64, document number within a packed row, -1 at padding; None: one document a row.
     position: [n, T] int64; None: 0..T-1 counted over valid tokens.
     supervised: [n, T] bool, true where the token is a prediction target; None: all valid tokens.
-    role: [n, T] int64, which part of the sample a token comes from (a VocabularyLayout or template says what).
+    target: [n, T] int64, what a position should be where that is not its own id (masked tokens); None: the ids.
+    role: [n, T] int64 of `Role`; None: all context.
     """
 
     segment: Tensor | None = None
     position: Tensor | None = None
     supervised: Tensor | None = None
+    target: Tensor | None = None
     role: Tensor | None = None
     value_dims: ClassVar[int | None] = 2
     mask_dims: ClassVar[int] = 2
@@ -110,6 +126,9 @@ class Batch:
     keys: one name a sample (`shard:key`), which logs and errors print.
     draws: [B] int64, a stable id of each sample: randomness is keyed by (seed, purpose, draw, epoch).
     epoch: how often the data has been passed, one number a sample, [B] int64.
+    shared: streams whose rows belong to the run, not to samples (class names, descriptors): `sample_index` counts
+    the owner (the class), `slot` the descriptor. Cutting a batch keeps them whole.
+    extra: plain values a sample (raw caption, fields), for evaluation.
     """
 
     streams: Mapping[str, Stream]
@@ -117,6 +136,7 @@ class Batch:
     draws: Tensor
     epoch: Tensor
     extra: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    shared: Mapping[str, Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (len(self.keys) == len(self.draws) == len(self.epoch)):
@@ -126,16 +146,17 @@ class Batch:
         return len(self.keys)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.streams
+        return name in self.streams or name in self.shared
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.streams)
 
     def __getitem__(self, name: str) -> Stream:
-        if name not in self.streams:
-            known = ", ".join(sorted(self.streams)) or "none"
+        stream = self.streams.get(name, self.shared.get(name))
+        if stream is None:
+            known = ", ".join(sorted([*self.streams, *self.shared])) or "none"
             raise KeyError(f"the batch has no stream {name!r} (it has: {known})")
-        return self.streams[name]
+        return stream
 
     def with_streams(self, added: Mapping[str, Stream]) -> Batch:
         """The batch with streams added or replaced."""
@@ -144,10 +165,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`."""
         moved = {name: stream.map(lambda t: t.to(device)) for name, stream in self.streams.items()}
-        return replace(self, streams=moved, draws=self.draws.to(device), epoch=self.epoch.to(device))
+        shared = {name: stream.map(lambda t: t.to(device)) for name, stream in self.shared.items()}
+        return replace(self, streams=moved, shared=shared, draws=self.draws.to(device), epoch=self.epoch.to(device))
 
     def samples(self, start: int, stop: int) -> Batch:
-        """Samples start..stop-1, their rows in the old order, sample_index counted from 0."""
+        """Samples start..stop-1, their rows in the old order, sample_index counted from 0; shared streams whole."""
         part = {}
         for name, stream in self.streams.items():
             chosen = (stream.sample_index >= start) & (stream.sample_index < stop)

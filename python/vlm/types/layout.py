@@ -30,7 +30,8 @@ class Layout:
     """One entry a position, each tensor [n, T].
 
     mask: bool, valid; position: int64, what rotary or learned positions see; segment: int64, packed document,
-    -1 at padding; modality: int64 of `Modality`; label: int64 target at this position or `IGNORE`;
+    -1 at padding; modality: int64 of `Modality`; role: int64 of `Role`; label: int64 target *at* this position or
+    `IGNORE` (shifting is the loss's work); picture: int64, row of the picture stream it came from, -1 elsewhere;
     kept: int64, index of the position in the sequence before any token was dropped; sample_index: [n].
     """
 
@@ -38,7 +39,9 @@ class Layout:
     position: Tensor
     segment: Tensor
     modality: Tensor
+    role: Tensor
     label: Tensor
+    picture: Tensor
     kept: Tensor
     sample_index: Tensor
 
@@ -52,9 +55,11 @@ class Layout:
         segment: Tensor | None = None,
         position: Tensor | None = None,
         supervised: Tensor | None = None,
-        modality: int = Modality.TEXT,
+        target: Tensor | None = None,
+        role: Tensor | None = None,
+        modality: int | Tensor = Modality.TEXT,
     ) -> Layout:
-        """The layout of plain token rows ids [n, T]; labels are the ids themselves (shifting is the loss's work).
+        """The layout of plain token rows ids [n, T]; labels are `target`, or the ids themselves.
 
         Positions count valid tokens from 0 and start again with every segment.
         """
@@ -66,25 +71,49 @@ class Layout:
             starts[:, 1:] = segment[:, 1:] != segment[:, :-1]
             first = torch.where(starts, arange, 0).cummax(dim=1).values
             position = arange - first
-        target = mask if supervised is None else mask & supervised
+        counted = mask if supervised is None else mask & supervised
         return cls(
             mask=mask,
             position=position,
             segment=segment,
-            modality=torch.full_like(ids, int(modality)),
-            label=torch.where(target, ids, IGNORE),
+            modality=modality if isinstance(modality, Tensor) else torch.full_like(ids, int(modality)),
+            role=torch.zeros_like(ids) if role is None else role,
+            label=torch.where(counted, ids if target is None else target, IGNORE),
+            picture=torch.full_like(ids, -1),
             kept=arange.clone(),
             sample_index=sample_index,
         )
 
     def gather(self, index: Tensor, *, renumber: bool = False) -> Layout:
-        """The layout after keeping positions `index` [n, K] (ascending in each row).
+        """The layout after keeping positions `index` [n, K], ascending in each row, -1 as padding on the right.
 
-        renumber: positions become 0..K-1 (pyramiddrop); otherwise each kept token keeps its position (aim).
+        renumber: valid positions are counted from 0 in each segment again (pyramiddrop); otherwise each kept token
+        keeps its position (aim). A padding position is masked, ignored, of segment -1.
         """
+        absent, at = index < 0, index.clamp(min=0)
         changed = {
-            f.name: torch.gather(getattr(self, f.name), 1, index) for f in fields(self) if f.name != "sample_index"
+            f.name: torch.gather(getattr(self, f.name), 1, at).masked_fill(absent, _PADDING[f.name])
+            for f in fields(self)
+            if f.name != "sample_index"
         }
         if renumber:
-            changed["position"] = torch.arange(index.shape[1], device=index.device).expand_as(index).clone()
+            mask, segment = changed["mask"], changed["segment"]
+            count = mask.cumsum(1) - 1
+            starts = mask.clone()
+            starts[:, 1:] &= segment[:, 1:] != segment[:, :-1]
+            first = torch.where(starts, count, 0).cummax(dim=1).values
+            changed["position"] = torch.where(mask, count - first, 0)
         return replace(self, **changed)
+
+
+_PADDING = {
+    "mask": False,
+    "position": 0,
+    "segment": -1,
+    "modality": int(Modality.TEXT),
+    "role": 0,
+    "label": IGNORE,
+    "picture": -1,
+    "kept": -1,
+}
+"""What each field holds at a position that is padding."""

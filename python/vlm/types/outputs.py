@@ -49,7 +49,8 @@ class Outputs:
     hidden: layer -> [n, N, C]. statistics: name -> tensor (attention received, keep ratios, ...).
     auxiliary: name -> scalar tensor that a loss may add (expert balance, keep-ratio terms).
     scale, bias: the model's own learned temperature (already exponentiated is `scale`; `log_scale` is its logarithm).
-    layout: positions of tokens, vocabulary and hidden states after any dropping, merging or packing.
+    layout: positions of tokens and vocabulary after any dropping, merging or packing; layouts: those of hidden
+    states where they differ, by layer (`layout_of` answers for both).
     """
 
     sample_index: Tensor
@@ -65,6 +66,11 @@ class Outputs:
     log_scale: Tensor | None = None
     bias: Tensor | None = None
     layout: Layout | None = None
+    layouts: Mapping[int, Layout] = field(default_factory=dict)
+
+    def layout_of(self, layer: int) -> Layout | None:
+        """The layout of the hidden states of a layer."""
+        return self.layouts.get(layer, self.layout)
 
 
 @dataclass(frozen=True, order=True)

@@ -25,16 +25,22 @@ class Stateful(Protocol):
 def split_tree(tree: Tree) -> tuple[dict[str, Tensor], Tree]:
     """A tree as (tensors by `a/b/c` path, the same tree with each tensor replaced by {"tensor": path}).
 
-    Raises TypeError that names the path of a leaf that neither safetensors nor JSON can hold.
+    A tensor that stands in several places is written once. Raises TypeError that names the path of a leaf that
+    neither safetensors nor JSON can hold, and of a key that is no string or holds a slash.
     """
     tensors: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
 
     def walk(node: Any, path: str) -> Any:
         if isinstance(node, Tensor):
-            tensors[path] = node
-            return {"tensor": path}
+            name = seen.setdefault(id(node), path)
+            tensors[name] = node
+            return {"tensor": name}
         if isinstance(node, dict):
-            return {str(key): walk(value, f"{path}/{key}" if path else str(key)) for key, value in node.items()}
+            for key in node:
+                if not isinstance(key, str) or "/" in key:
+                    raise TypeError(f"state {path!r} has the key {key!r}: expected a string without a slash")
+            return {key: walk(value, f"{path}/{key}" if path else str(key)) for key, value in node.items()}
         if isinstance(node, list | tuple):
             return [walk(value, f"{path}/{i}") for i, value in enumerate(node)]
         if node is None or isinstance(node, str | int | float | bool):

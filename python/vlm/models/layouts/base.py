@@ -17,7 +17,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "
 def activation_named(name: str) -> str:
     """Our name of a published activation. Raises ValueError for one that we do not have."""
     for ours, theirs in ACTIVATIONS.items():
-        if name == theirs or name == ours:
+        if name in (theirs, ours):
             return ours
     raise ValueError(f"activation {name!r} is not supported (known: {', '.join(ACTIVATIONS.values())})")
 

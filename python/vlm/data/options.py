@@ -1,0 +1,148 @@
+"""The `[data]` table: where samples come from and how they become streams."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from vlm.config.options import Options
+from vlm.runtime.pictures import PictureLimits
+
+
+class Columns(Options):
+    """Which fields hold the picture and the text. `auto`: `image`; then `txt`, `caption`, `text` in this order."""
+
+    image: str = Field("auto", description="field with the picture, or auto")
+    text: str = Field(
+        "auto", description="field with the text, dotted for nested ones (captions.de), or auto"
+    )
+
+
+class ImageOptions(Options):
+    """What training does to a picture before the model's own preprocessing."""
+
+    augment: Literal["none", "random-resized-crop"] = Field(
+        "none", description="what to vary from epoch to epoch"
+    )
+    scale: tuple[float, float] = Field(
+        (0.5, 1.0), description="share of the area that a random crop keeps, from, to"
+    )
+    ratio: tuple[float, float] = Field(
+        (0.75, 4 / 3), description="width over height of a random crop, from, to"
+    )
+    flip: bool = Field(
+        False, description="mirror left and right half of the time (texts may say left and right)"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ImageOptions:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is {list(self.scale)}, expected 0 < from <= to <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {list(self.ratio)}, expected 0 < from <= to")
+        return self
+
+
+class TextOptions(Options):
+    """How texts become ids."""
+
+    length: int = Field(
+        32, ge=2, le=1_048_576, description="tokens of a text; a longer one is cut, keeping eos"
+    )
+
+
+class OneCaption(Options):
+    """One text a sample, the first of a list."""
+
+    kind: Literal["one"] = "one"
+
+
+class RandomCaption(Options):
+    """One of several texts, drawn for each sample and epoch."""
+
+    kind: Literal["random"] = "random"
+    columns: tuple[str, ...] = Field(
+        (), description="fields to choose among; none: the entries of the text column"
+    )
+
+
+class SentenceCaptions(Options):
+    """k sentences of long texts, drawn for each sample and epoch: rows of `text`, numbered by `slot`. Source: dreamlip."""
+
+    kind: Literal["sentences"] = "sentences"
+    k: int = Field(2, ge=1, le=64, description="sentences to draw")
+    raw: str | None = Field(
+        None, description="field with the caption the picture came with: slot 0 before the sentences"
+    )
+    columns: tuple[str, ...] = Field((), description="fields with long texts; none: the text column")
+    split: tuple[str, ...] = Field((".", "!", "?", "\n"), min_length=1, description="what ends a sentence")
+    merge: int = Field(1, ge=1, description="consecutive sentences joined into one")
+    replacement: Literal["never", "when-short", "always"] = Field(
+        "never", description="whether a sentence may be drawn twice; never: a short text gives fewer rows"
+    )
+
+
+Captions = Annotated[OneCaption | RandomCaption | SentenceCaptions, Field(discriminator="kind")]
+
+
+class DocumentPacker(Options):
+    """One document a row; a longer one goes on in the next row."""
+
+    kind: Literal["document"] = "document"
+    length: int = Field(128, ge=2, le=1_048_576, description="tokens of a row")
+
+
+class ConcatPacker(Options):
+    """Documents joined end to end and cut into full rows; `segment` keeps them apart."""
+
+    kind: Literal["concat"] = "concat"
+    length: int = Field(128, ge=2, le=1_048_576, description="tokens of a row")
+
+
+Packer = Annotated[DocumentPacker | ConcatPacker, Field(discriminator="kind")]
+
+
+class BadSamples(Options):
+    """What happens to a sample that cannot be used: it is counted and named, and past the budget the run stops."""
+
+    policy: Literal["skip", "stop"] = Field(
+        "skip", description="skip within the budget, or stop at the first one"
+    )
+    budget: float = Field(0.01, ge=0, le=1, description="share of the samples of an epoch that may be bad")
+
+    def allowed(self, samples: int) -> int:
+        """How many bad samples an epoch of `samples` may have."""
+        return 0 if self.policy == "stop" else int(self.budget * samples + 1e-9)
+
+
+class DataOptions(Options):
+    """The `[data]` table."""
+
+    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines or scenes:")
+    val: str | None = Field(None, description="evaluation data, an address like source")
+    columns: Columns = Columns()
+    group_by: str | None = Field(
+        None, description="field (or text) whose equal values are positives of each other: stream group"
+    )
+    label: str | None = Field(
+        None, description="field whose distinct values over the training data are the classes: stream label"
+    )
+    image: ImageOptions = ImageOptions()
+    text: TextOptions = TextOptions()
+    captions: Captions = OneCaption()
+    packer: Packer | None = Field(
+        None, description="how documents become rows of a language model; text-only data"
+    )
+    workers: int = Field(
+        0, ge=0, le=256, description="processes that decode samples; 0: the training process itself"
+    )
+    prefetch: int = Field(2, ge=1, le=64, description="global batches that workers decode ahead")
+    bad_samples: BadSamples = BadSamples()
+    max_pixels: int = Field(64 * 2**20, ge=1, le=2**31, description="pixels of a picture, from its header")
+    max_bytes: int = Field(32 * 2**20, ge=1, le=2**31, description="bytes of an encoded picture")
+    max_text: int = Field(1_000_000, ge=1, le=16 * 2**20, description="characters of a text")
+
+    @property
+    def limits(self) -> PictureLimits:
+        return PictureLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels)

@@ -22,9 +22,13 @@ def selected(name: str | None) -> list[Case]:
 
 
 def measure(case: Case, threads: int, with_memory: bool = True) -> dict[str, object]:
-    """One row: times in milliseconds, memory in MiB, `ratio` and `native_ratio` = peer time over ours."""
+    """One row: times in milliseconds, memory in MiB, `ratio` and `native_ratio` = peer time over ours.
+
+    `native_cpu_ratio` is the same of the processor time of all threads: what is left of a figure on a busy machine.
+    """
     torch.set_num_threads(threads)
-    times = _times(case)
+    measured = _times(case)
+    times = {arm: wall for arm, (wall, _) in measured.items()}
     native, dispatched, peer = times["native"], times["dispatched"], times.get("peer")
     return {
         "case": case.name,
@@ -34,6 +38,7 @@ def measure(case: Case, threads: int, with_memory: bool = True) -> dict[str, obj
         "peer_ms": None if peer is None else round(peer * 1e3, 3),
         "ratio": None if peer is None else round(peer / dispatched, 3),
         "native_ratio": None if peer is None else round(peer / native, 3),
+        "native_cpu_ratio": None if peer is None else round(measured["peer"][1] / max(measured["native"][1], 1e-9), 3),
         "target": case.target,
         "ours_peak_mb": _rounded(memory.peak(case, "native", threads)) if with_memory else None,
         "peer_peak_mb": _rounded(memory.peak(case, "peer", threads)) if with_memory and case.runs_peer else None,
@@ -45,23 +50,26 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
 
-def _times(case: Case) -> dict[Arm, float]:
+def _times(case: Case) -> dict[Arm, tuple[float, float]]:
+    """Median wall and processor seconds of every arm."""
     arms = {arm: work for arm, work in case.build().items() if arm != "peer" or case.runs_peer}
     first = {arm: _time(work) for arm, work in arms.items()}
-    if sum(first.values()) > SHORT_SECONDS * len(arms):  # minutes of work: the warm-up was the measurement
+    spent = sum(wall for wall, _ in first.values())
+    if spent > SHORT_SECONDS * len(arms):  # minutes of work: the warm-up was the measurement
         return first
-    repeats = max(1, min(25, int(BUDGET_SECONDS / sum(first.values()))))
-    samples: dict[Arm, list[float]] = {arm: [] for arm in arms}
+    repeats = max(1, min(25, int(BUDGET_SECONDS / spent)))
+    samples: dict[Arm, list[tuple[float, float]]] = {arm: [] for arm in arms}
     for _ in range(repeats):
         for arm, work in arms.items():
             samples[arm].append(_time(work))
-    return {arm: median(values) for arm, values in samples.items()}
+    return {arm: (median(w for w, _ in values), median(c for _, c in values)) for arm, values in samples.items()}
 
 
-def _time(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _time(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and processor seconds, all threads."""
+    wall, processor = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def measure_all(name: str | None, threads: int, with_memory: bool = True) -> Iterator[dict[str, object]]:

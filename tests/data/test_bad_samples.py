@@ -103,8 +103,8 @@ def test_the_stop_policy_names_the_first_one(name, tmp_path, tokenizer):
     uri = str(write_tar(tmp_path / "shard.tar", {"one": sample(1), "wrong": MAKERS[name][0]}))
     options = options_of(uri, bad_samples={"policy": "stop"})
     with build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=2) as loader:
-        with pytest.raises(DataError, match="shard.tar:wrong") as caught:
-            next(loader)
+        caught = pytest.raises(DataError, next, loader)
+    caught.match("shard.tar:wrong")
     assert caught.value.exit_code == ExitCode.WRONG_DATA
     assert any(reason in str(caught.value) for reason in MAKERS[name][1])
 
@@ -130,8 +130,7 @@ def test_data_without_one_good_sample_end_in_an_error(tmp_path, tokenizer):
     uri = str(write_tar(tmp_path / "shard.tar", {f"bad{n}": with_text(b"") for n in range(5)}))
     options = options_of(uri, bad_samples={"budget": 1.0})
     with build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=2) as loader:
-        with pytest.raises(DataError, match="5 of 5 samples are bad"):
-            next(loader)
+        pytest.raises(DataError, next, loader).match("5 of 5 samples are bad")
     with pytest.raises(DataError, match="none of the 5"):
         list(iterate_once(options, tokenizer=tokenizer, preprocess=PRE))
 
@@ -157,8 +156,7 @@ def test_limits_of_the_options_hold(tmp_path, tokenizer):
     ]:
         options = options_of(uri, **{"max_text": 2000, **table})
         with build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=1) as loader:
-            with pytest.raises(DataError, match=reason):
-                next(loader)
+            pytest.raises(DataError, next, loader).match(reason)
 
 
 def test_a_sample_without_the_group_or_label_field_is_bad(tmp_path, tokenizer):

@@ -102,8 +102,11 @@ def test_check_finds_exactly_the_bad_ones(every_kind):
 def test_the_stop_policy_names_the_first_one(name, tmp_path, tokenizer):
     uri = str(write_tar(tmp_path / "shard.tar", {"one": sample(1), "wrong": MAKERS[name][0]}))
     options = options_of(uri, bad_samples={"policy": "stop"})
-    with build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=2) as loader:
-        caught = pytest.raises(DataError, next, loader)
+    with (
+        build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=2) as loader,
+        pytest.raises(DataError) as caught,
+    ):
+        next(loader)
     caught.match("shard.tar:wrong")
     assert caught.value.exit_code == ExitCode.WRONG_DATA
     assert any(reason in str(caught.value) for reason in MAKERS[name][1])
@@ -129,8 +132,11 @@ def test_the_budget_is_a_share_of_the_epoch(tmp_path, tokenizer, bad, stops):
 def test_data_without_one_good_sample_end_in_an_error(tmp_path, tokenizer):
     uri = str(write_tar(tmp_path / "shard.tar", {f"bad{n}": with_text(b"") for n in range(5)}))
     options = options_of(uri, bad_samples={"budget": 1.0})
-    with build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=2) as loader:
-        pytest.raises(DataError, next, loader).match("5 of 5 samples are bad")
+    with (
+        build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=2) as loader,
+        pytest.raises(DataError, match="5 of 5 samples are bad"),
+    ):
+        next(loader)
     with pytest.raises(DataError, match="none of the 5"):
         list(iterate_once(options, tokenizer=tokenizer, preprocess=PRE))
 
@@ -155,8 +161,11 @@ def test_limits_of_the_options_hold(tmp_path, tokenizer):
         ({"max_text": 5}, "text_too_long"),
     ]:
         options = options_of(uri, **{"max_text": 2000, **table})
-        with build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=1) as loader:
-            pytest.raises(DataError, next, loader).match(reason)
+        with (
+            build_loader(options, tokenizer=tokenizer, preprocess=PRE, batch_size=1) as loader,
+            pytest.raises(DataError, match=reason),
+        ):
+            next(loader)
 
 
 def test_a_sample_without_the_group_or_label_field_is_bad(tmp_path, tokenizer):

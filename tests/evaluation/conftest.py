@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from vlm.evaluation.material import BadSamples, Material
+
+from vlm.evaluation.material import BadTally, Material
 
 
 class TableEmbedder:
@@ -40,7 +41,7 @@ def material():
             fields=fields or [{} for _ in images],
             images=rows,
             fingerprint="0" * 64,
-            bad=BadSamples(),
+            bad=BadTally(),
             **kwargs,
         )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vlm.config.errors import DataError, RunFailed
 from vlm.evaluation.encoder import TorchLanguage
 from vlm.evaluation.material import Item
@@ -34,8 +35,8 @@ def language():
     return TorchLanguage(options.build(VocabularyLayout.of_text(29, {"bos": 1, "eos": 2})), Letters())
 
 
-def items(*texts, field="text"):
-    return [Item(f"k{i}", (), {field: text}, None) for i, text in enumerate(texts)]
+def items(*texts):
+    return [Item(f"k{i}", (text,), {}) for i, text in enumerate(texts)]
 
 
 def test_uniform_model_needs_log2_of_the_vocabulary(language):
@@ -129,13 +130,13 @@ def test_a_tokenizer_without_opening_token_is_charged_for_the_first(language):
 
 
 def test_empty_documents_are_counted_and_named(language):
-    texts = [f"text{'abcdefghij'[i % 10]}" for i in range(30)]
+    texts = [f"text{'abcdefghij'[i % 10]}" for i in range(100)]
     result = perplexity(language, items(*texts, "   "), PerplexityOptions())
     assert result.bad["count"] == 1
-    assert result.bad["first"] == ["k30: field 'text' is empty"]
+    assert result.bad["first"] == ["k100: missing_text: the sample has no text"]
     with pytest.raises(DataError, match="2 of 3 samples are bad"):
         perplexity(language, items("abc", "", ""), PerplexityOptions())
-    with pytest.raises(DataError, match="field 'body' is missing"):
+    with pytest.raises(DataError, match="missing_text"):
         perplexity(language, items("abc"), PerplexityOptions(field="body"))
 
 

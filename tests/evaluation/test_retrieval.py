@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+
 from vlm.config.errors import DataError, RunFailed
-from vlm.evaluation.material import Item, unit
+from vlm.evaluation.material import unit
 from vlm.evaluation.retrieval import RetrievalOptions, distinct_texts, retrieval
 
 
@@ -91,8 +92,7 @@ def test_interval_is_wider_by_concept(material):
 def test_examples_are_a_seeded_draw_with_pictures_and_outcomes(material, drawn):
     vectors = {f"t{i}": np.eye(8)[i] for i in range(8)}
     images = [np.eye(8)[i if i != 3 else 4] for i in range(8)]
-    reread = lambda: (Item(f"k{i}", (f"t{i}",), {}, lambda i=i: drawn(i)) for i in range(8))  # noqa: E731
-    m = material(images, [f"t{i}" for i in range(8)], table=vectors, reread=reread)
+    m = material(images, [f"t{i}" for i in range(8)], table=vectors, reread=drawn)
     first, again = (retrieval(m, RetrievalOptions(examples=8)).examples for _ in range(2))
     assert first == again
     assert len(first) == 16

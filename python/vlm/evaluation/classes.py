@@ -154,6 +154,18 @@ def label_of(value: Any) -> str | None:
     return str(value) if isinstance(value, int) else None
 
 
+def labelled_field(fields: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> str:
+    """The first of the wanted fields in which some sample has a class. Raises DataError naming the data's fields."""
+    for name in wanted:
+        if any(label_of(sample.get(name)) is not None for sample in fields):
+            return name
+    known = sorted({name for sample in fields for name in sample})
+    raise DataError(
+        f"no sample has a class in {' or '.join(map(repr, wanted))}",
+        remedy=f"name the field with --labels-from FIELD; fields of the data: {', '.join(known) or 'none'}",
+    )
+
+
 def true_classes(
     classes: Sequence[ClassEntry],
     keys: Sequence[str],

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+
 from vlm.config.errors import DataError
 from vlm.evaluation.bootstrap import bootstrap, cluster_ids
-from vlm.evaluation.classes import LABEL_FIELDS, label_of
+from vlm.evaluation.classes import LABEL_FIELDS, label_of, labelled_field
 from vlm.evaluation.material import Material
 from vlm.evaluation.result import Result, figures
-from vlm.evaluation.task import Task
+from vlm.evaluation.task import Fields, Task, as_fields
 
 Wide = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -29,8 +30,11 @@ Integers = NDArray[np.int64]
 class LinearProbeOptions(Task):
     """A linear classifier on frozen embeddings."""
 
-    kind: Literal["linear-probe"] = "linear-probe"
-    labels_from: str | None = Field(None, description="data field that holds a sample's class")
+    task: Literal["linear-probe"] = "linear-probe"
+    labels_from: Fields | None = Field(
+        None,
+        description="data field that holds a sample's class, or several: the first one that the data has",
+    )
     train: str | None = Field(
         None, description="data to fit on; default: folds of the evaluated data by concept"
     )
@@ -138,17 +142,10 @@ def probe(
     return predict(test_x, weight), chosen
 
 
-def labels_in(material: Material, field: str | None) -> tuple[list[str | None], str]:
+def labels_in(material: Material, fields: Fields | None) -> tuple[list[str | None], str]:
     """Each sample's class label from a field, the first of the usual names when none is given."""
-    for name in (field,) if field is not None else LABEL_FIELDS:
-        labels = [label_of(sample.get(name)) for sample in material.fields]
-        if any(label is not None for label in labels):
-            return labels, name
-    known = sorted({name for sample in material.fields for name in sample})
-    raise DataError(
-        f"no sample has a class in {field!r}" if field else "no field holds a class",
-        remedy=f"name it with --labels-from FIELD; fields of the data: {', '.join(known) or 'none'}",
-    )
+    name = labelled_field(material.fields, LABEL_FIELDS if fields is None else as_fields(fields))
+    return [label_of(sample.get(name)) for sample in material.fields], name
 
 
 def linear_probe(material: Material, train: Material | None, options: LinearProbeOptions) -> Result:

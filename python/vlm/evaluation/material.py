@@ -6,13 +6,14 @@ n samples, E embedding width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
 from vlm.config.errors import DataError, RunFailed
 
 Floats = NDArray[np.float32]
@@ -40,24 +41,29 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """One sample as evaluation sees it. picture() decodes and may raise DataError."""
+    """One sample as evaluation sees it. picture() decodes and may raise DataError; None: it has none.
+
+    index: its place in the source; problem: why it could not be read at all.
+    """
 
     key: str
     texts: tuple[str, ...]
     fields: Mapping[str, Any]
-    picture: Callable[[], Image.Image] | None
+    picture: Callable[[], Image.Image] | None = None
+    index: int = 0
+    problem: str | None = None
 
 
 @dataclass
-class BadSamples:
+class BadTally:
     """Samples that could not be read: counted, the first ones named, and an error past the budget.
 
-    budget: the greatest share of samples that may be bad; a single bad sample among few never ends the run.
+    budget: the share of samples that may be bad.
     """
 
-    budget: float = 0.05
+    budget: float = 0.01
     count: int = 0
-    seen: int = 0
+    good: int = 0
     named: list[str] = field(default_factory=list)
 
     def add(self, key: str, reason: str) -> None:
@@ -68,8 +74,8 @@ class BadSamples:
 
     def check(self) -> None:
         """Raises DataError when more than the budget was bad."""
-        total = self.seen + self.count
-        if self.count and (self.seen == 0 or (self.count > 1 and self.count > self.budget * total)):
+        total = self.good + self.count
+        if self.count > int(self.budget * total + 1e-9):
             raise DataError(
                 f"{self.count} of {total} samples are bad, the budget is {self.budget:.1%}; first: {self.named[0]}",
                 remedy="mend or remove them, or allow more with --bad-budget",
@@ -114,6 +120,10 @@ def unit(rows: Floats, what: str) -> Floats:
     return rows / lengths
 
 
+def _cannot(number: int) -> Image.Image:
+    raise LookupError(number)
+
+
 @dataclass
 class Material:
     """keys, texts, fields: one entry a sample; images: [n, E] unit rows, None when pictures were not asked for.
@@ -127,8 +137,8 @@ class Material:
     fields: list[Mapping[str, Any]]
     images: Floats | None
     fingerprint: str
-    bad: BadSamples
-    reread: Callable[[], Iterator[Item]] | None = None
+    bad: BadTally
+    reread: Callable[[int], Image.Image] = field(default=_cannot)
     _texts: dict[str, Floats] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -149,21 +159,13 @@ class Material:
         return np.stack([self._texts[text] for text in texts])
 
     def pictures(self, wanted: Iterable[int]) -> dict[int, Image.Image]:
-        """The pictures of some samples, read again. Empty when the data cannot be read twice."""
-        numbers = {self.keys[i]: i for i in wanted}
+        """The pictures of some samples, read again; those that cannot be are left out."""
         out: dict[int, Image.Image] = {}
-        if self.reread is None or not numbers:
-            return out
-        for item in self.reread():
-            i = numbers.get(item.key)
-            if i is None or i in out or item.picture is None:
-                continue
+        for number in wanted:
             try:
-                out[i] = item.picture()
-            except DataError:
+                out[number] = self.reread(number)
+            except (DataError, LookupError):
                 continue
-            if len(out) == len(numbers):
-                break
         return out
 
 
@@ -180,18 +182,19 @@ def collect(
     *,
     limit: int | None = None,
     batch: int = 64,
-    bad: BadSamples | None = None,
-    reread: Callable[[], Iterator[Item]] | None = None,
+    bad: BadTally | None = None,
+    reread: Callable[[int], Image.Image] = _cannot,
     progress: Callable[[int], None] | None = None,
 ) -> Material:
-    """Read and embed the pictures of `items`, the first `limit` good ones.
+    """Read and embed the pictures of `items`, the first `limit` good ones. reread: a picture by its place in the source.
 
     Raises DataError when nothing is left or more than the budget is bad.
     """
-    bad = bad if bad is not None else BadSamples()
+    bad = bad if bad is not None else BadTally()
     keys: list[str] = []
     texts: list[tuple[str, ...]] = []
     fields: list[Mapping[str, Any]] = []
+    places: list[int] = []
     parts: list[Floats] = []
     waiting: list[Image.Image] = []
     fingerprint = Fingerprint()
@@ -206,8 +209,8 @@ def collect(
     for item in items:
         if limit is not None and len(keys) >= limit:
             break
-        if item.picture is None:
-            bad.add(item.key, "has no picture")
+        if item.problem is not None or item.picture is None:
+            bad.add(item.key, item.problem or "missing_image: the sample has no picture")
             continue
         try:
             picture = item.picture()
@@ -215,11 +218,12 @@ def collect(
             bad.add(item.key, error.message)
             continue
         keys.append(item.key)
+        places.append(item.index)
         texts.append(tuple(dict.fromkeys(t for t in map(clean, item.texts) if t)))
         fields.append(_scalars(item.fields))
         fingerprint.add(item, picture)
         waiting.append(picture)
-        bad.seen += 1
+        bad.good += 1
         if len(waiting) == batch:
             flush()
     flush()

@@ -17,9 +17,11 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+
 from vlm.config.errors import DataError, RunFailed
+from vlm.data.samples import field_at
 from vlm.evaluation.bootstrap import bootstrap
-from vlm.evaluation.material import CONCEPT, BadSamples, Fingerprint, Item
+from vlm.evaluation.material import CONCEPT, BadTally, Fingerprint, Item
 from vlm.evaluation.result import Result, figures
 from vlm.evaluation.task import Needs, Task
 
@@ -61,9 +63,9 @@ class LanguageScorer(Protocol):
 class PerplexityOptions(Task):
     """Bits per character and per token of a language model over texts."""
 
-    kind: Literal["perplexity"] = "perplexity"
+    task: Literal["perplexity"] = "perplexity"
     needs: ClassVar[Needs] = "tokens"
-    field: str = Field("text", description="data field that holds the document")
+    field: str = Field("auto", description="data field with the document; auto: the text column")
     length: int | None = Field(None, gt=1, description="context in tokens; default: the model's")
     stride: int | None = Field(
         None, gt=0, description="new tokens of each further window; default: half the context"
@@ -172,14 +174,14 @@ def perplexity(
     scorer: LanguageScorer,
     items: Sequence[Item] | Iterator[Item],
     options: PerplexityOptions,
-    bad: BadSamples | None = None,
+    bad: BadTally | None = None,
 ) -> Result:
     """Bits per character, byte and token, nats per token and perplexity; intervals by document (or concept).
 
     Without an opening token the first token of a document is charged as a uniform guess, log2 of the vocabulary.
     Raises DataError when no document is left.
     """
-    bad = bad if bad is not None else BadSamples()
+    bad = bad if bad is not None else BadTally()
     keys: list[str] = []
     texts: list[str] = []
     concepts: list[Any] = []
@@ -187,15 +189,15 @@ def perplexity(
     for item in items:
         if options.limit is not None and len(texts) >= options.limit:
             break
-        value = item.fields.get(options.field)
-        if not isinstance(value, str):
-            value = item.texts[0] if options.field == "text" and item.texts else None
-        if not isinstance(value, str) or not value.strip():
-            bad.add(
-                item.key, f"field {options.field!r} is {'empty' if isinstance(value, str) else 'missing'}"
-            )
+        value = (
+            field_at(dict(item.fields), options.field)
+            if options.field != "auto"
+            else next(iter(item.texts), None)
+        )
+        if item.problem is not None or not isinstance(value, str) or not value.strip():
+            bad.add(item.key, item.problem or "missing_text: the sample has no text")
             continue
-        bad.seen += 1
+        bad.good += 1
         keys.append(item.key)
         texts.append(value)
         concept = item.fields.get(CONCEPT)

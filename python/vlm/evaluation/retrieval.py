@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+
 from vlm.config.errors import DataError
 from vlm.evaluation.bootstrap import bootstrap
 from vlm.evaluation.material import Material
@@ -30,7 +31,7 @@ SHOWN = 5
 class RetrievalOptions(Task):
     """Recall at cutoffs of pictures by text and texts by picture, in percent."""
 
-    kind: Literal["retrieval"] = "retrieval"
+    task: Literal["retrieval"] = "retrieval"
     cutoffs: tuple[int, ...] = Field((1, 5, 10), min_length=1, description="r@K for each of these")
 
     def run(self, material: Material) -> Result:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+
 from vlm.config.options import Options
 from vlm.evaluation.bootstrap import RESAMPLES
 
 Needs = Literal["pictures", "tokens"]
 """pictures: an embedder and samples with pictures; tokens: a language model and texts."""
 
+Fields = str | tuple[str, ...]
+"""One data field, or several of which the first that the data has is taken."""
+
+
+def as_fields(fields: Fields) -> tuple[str, ...]:
+    return (fields,) if isinstance(fields, str) else fields
+
 
 class Task(Options):
-    """One entry of `[[evaluation.tasks]]`."""
+    """One entry of `[[evaluation.tasks]]`; `task` says which."""
 
-    name: str | None = Field(None, description="name in metrics and reports; default: the kind of task")
+    name: str | None = Field(None, description="name in metrics and reports; default: the task")
     data: str | None = Field(None, description="data of this task; default: the run's validation data")
     limit: int | None = Field(None, gt=0, description="evaluate at most this many samples")
     seed: int = Field(0, ge=0, description="seed of bootstrap, folds and the choice of examples")
@@ -24,8 +32,8 @@ class Task(Options):
         0, ge=0, le=1000, description="keep this many randomly chosen examples for the report"
     )
     needs: ClassVar[Needs] = "pictures"
-    kind: str
+    task: str
 
     @property
     def title(self) -> str:
-        return self.name or self.kind
+        return self.name or self.task

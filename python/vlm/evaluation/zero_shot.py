@@ -13,20 +13,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
-from vlm.config.errors import DataError
+
 from vlm.evaluation.bootstrap import bootstrap
 from vlm.evaluation.classes import (
     ClassEntry,
     checked,
     classes_of_values,
     label_of,
+    labelled_field,
     read_classes,
     true_classes,
 )
 from vlm.evaluation.material import Embedder, Floats, Material, unit
 from vlm.evaluation.ranking import TIE, Integers
 from vlm.evaluation.result import Result, figures
-from vlm.evaluation.task import Task
+from vlm.evaluation.task import Fields, Task, as_fields
 from vlm.evaluation.thumbnail import thumbnails
 
 PLAIN = "{}"
@@ -38,11 +39,14 @@ _MATRIX = 24  # classes of the confusion matrix that a report draws
 class ZeroShotOptions(Task):
     """Classes by their names alone. Templates hold `{}` where the name goes."""
 
-    kind: Literal["zero-shot"] = "zero-shot"
+    task: Literal["zero-shot"] = "zero-shot"
     classes: str | None = Field(
         None, description="file of classes: a name a line, or JSON; FILE#LIST picks a list"
     )
-    labels_from: str | None = Field(None, description="data field that holds a sample's class")
+    labels_from: Fields | None = Field(
+        None,
+        description="data field that holds a sample's class, or several: the first one that the data has",
+    )
     templates: tuple[str, ...] = Field(
         (PLAIN,), min_length=1, description='prompts, for example "a photo of a {}."'
     )
@@ -137,19 +141,14 @@ def classes_and_truth(material: Material, options: ZeroShotOptions) -> tuple[lis
         {"text": texts[0], "caption": texts[0], **f} if texts else f
         for texts, f in zip(material.texts, material.fields)
     ]
+    field = None if options.labels_from is None else labelled_field(fields, as_fields(options.labels_from))
     if options.classes is not None:
         classes = read_classes(options.classes)
     else:
-        assert options.labels_from is not None
-        values = [label for f in fields if (label := label_of(f.get(options.labels_from))) is not None]
-        if not values:
-            known = sorted({name for f in fields for name in f})
-            raise DataError(
-                f"no sample has a field {options.labels_from!r} that can be a class",
-                remedy=f"fields of the data: {', '.join(known) or 'none'}",
-            )
-        classes = checked(classes_of_values(values), f"field {options.labels_from!r}")
-    truth, source = true_classes(classes, material.keys, fields, options.labels_from)
+        assert field is not None
+        values = [label for f in fields if (label := label_of(f.get(field))) is not None]
+        classes = checked(classes_of_values(values), f"field {field!r}")
+    truth, source = true_classes(classes, material.keys, fields, field)
     return classes, np.array(truth, dtype=np.int64), source
 
 

@@ -1,0 +1,46 @@
+"""Evaluation: tasks, metrics with intervals, and the catalogue of `[[evaluation.tasks]]`.
+
+A new task is one file with an options class, and one entry here. Importing this package imports no torch.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vlm.config.options import Options
+from vlm.evaluation.linear_probe import LinearProbeOptions
+from vlm.evaluation.perplexity import PerplexityOptions
+from vlm.evaluation.result import Result, save_results
+from vlm.evaluation.retrieval import RetrievalOptions
+from vlm.evaluation.session import evaluate, evaluate_in_memory, numbers_of
+from vlm.evaluation.zero_shot import ZeroShotOptions
+from vlm.schedules.duration import Duration
+
+TaskOptions = Annotated[
+    RetrievalOptions | ZeroShotOptions | LinearProbeOptions | PerplexityOptions, Field(discriminator="task")
+]
+
+
+class EvaluationOptions(Options):
+    """The `[evaluation]` table: what is measured on `data.val`, during a run and at its end."""
+
+    every: Duration = Field(0, description="steps, share or epochs between evaluations; 0: only at the end")
+    examples: int = Field(
+        12, ge=0, le=1000, description="examples that each task keeps at the end, for the report"
+    )
+    tasks: list[TaskOptions] = Field([], description="what is measured")
+
+
+__all__ = [
+    "EvaluationOptions",
+    "LinearProbeOptions",
+    "PerplexityOptions",
+    "Result",
+    "RetrievalOptions",
+    "TaskOptions",
+    "ZeroShotOptions",
+    "evaluate",
+    "evaluate_in_memory",
+    "numbers_of",
+    "save_results",
+]

@@ -1,0 +1,110 @@
+"""Samples for evaluation: any source, in its own order, each once, pictures decoded as everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from vlm.config.errors import DataError
+from vlm.data.samples import BadSample, field_at
+from vlm.data.sources.base import Source
+from vlm.data.sources.readers import open_reader
+from vlm.data.sources.uri import open_source
+from vlm.evaluation.material import Item
+from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, decode_picture
+
+if TYPE_CHECKING:
+    from vlm.data.options import Columns
+
+PICTURE_FIELDS = ("image", "picture", "file_name", "filepath", "image_path")
+TEXT_FIELDS = ("txt", "caption", "text")
+MAX_TEXT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read: the columns of picture and text (`auto`: the usual names) and the caps of a picture."""
+
+    image: str = "auto"
+    text: str = "auto"
+    limits: PictureLimits = DEFAULT_LIMITS
+
+    @classmethod
+    def of(cls, columns: Columns, limits: PictureLimits = DEFAULT_LIMITS) -> Reading:
+        return cls(columns.image, columns.text, limits)
+
+
+class EvaluationData:
+    """A source, opened once, whose samples are drawn for each task.
+
+    Raises DataError when the address names nothing that can be read.
+    """
+
+    def __init__(self, uri: str, reading: Reading | None = None) -> None:
+        self.uri = uri
+        self.reading = reading or Reading()
+        self.source: Source = open_source(uri, self.reading.limits)
+        self._reader: Any = open_reader(self.source.spec(), self.reading.limits)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def chosen(self, limit: int | None, seed: int) -> list[int]:
+        """All samples, or a seeded draw of `limit`, in the order of the source."""
+        count = len(self.source)
+        if limit is None or limit >= count:
+            return list(range(count))
+        return sorted(np.random.default_rng([seed, 5]).choice(count, size=limit, replace=False).tolist())
+
+    def items(self, limit: int | None = None, seed: int = 0) -> Iterator[Item]:
+        """Each chosen sample once; one that cannot be read says its problem."""
+        for index in self.chosen(limit, seed):
+            key = self.source.key(index)
+            try:
+                fields = self._reader.read(self.source.recipe(index))
+                texts = self._texts(fields)
+            except DataError as error:
+                yield Item(key, (), {}, index=index, problem=error.message)
+                continue
+            plain = {k: v for k, v in fields.items() if not isinstance(v, bytes | Image.Image)}
+            value = self._value(fields)
+            yield Item(key, texts, plain, None if value is None else partial(self._decode, value), index)
+
+    def picture(self, index: int) -> Image.Image:
+        """The decoded RGB picture of a sample. Raises DataError."""
+        return self._decode(self._value(self._reader.read(self.source.recipe(index))))
+
+    def _value(self, fields: dict[str, Any]) -> Any:
+        wanted = self.reading.image
+        for path in PICTURE_FIELDS if wanted == "auto" else (wanted,):
+            value = field_at(fields, path)
+            if value is not None:
+                return value
+        return None
+
+    def _decode(self, value: Any) -> Image.Image:
+        if isinstance(value, Image.Image):
+            return value
+        if isinstance(value, str | list) and hasattr(self._reader, "picture"):
+            value = self._reader.picture(value)
+        if not isinstance(value, bytes):
+            raise BadSample("missing_image", f"a {type(value).__name__}")
+        return decode_picture(value, self.reading.limits)
+
+    def _texts(self, fields: dict[str, Any]) -> tuple[str, ...]:
+        """Every text of the text column; a list gives all its entries. Raises BadSample for one that is too long."""
+        wanted = self.reading.text
+        for path in TEXT_FIELDS if wanted == "auto" else (wanted,):
+            value = field_at(fields, path)
+            texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+            found = tuple(t for t in texts if isinstance(t, str) and t.strip())
+            if any(len(t) > MAX_TEXT for t in found):
+                raise BadSample("text_too_long", f"more than {MAX_TEXT} characters")
+            if found:
+                return found
+        return ()

@@ -1,0 +1,151 @@
+"""One evaluation: a model, tasks and data in; results out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vlm.config.errors import DataError, RequestError
+from vlm.evaluation.encoder import AnyModel, of_memory
+from vlm.evaluation.linear_probe import LinearProbeOptions
+from vlm.evaluation.material import BadTally, Material, collect
+from vlm.evaluation.perplexity import PerplexityOptions, perplexity
+from vlm.evaluation.reading import EvaluationData, Reading
+from vlm.evaluation.result import Result
+
+if TYPE_CHECKING:
+    from vlm.data.tokenizer import Tokenizer
+    from vlm.evaluation import TaskOptions
+    from vlm.models import Model
+
+BAD_BUDGET = 0.01
+
+
+class Session:
+    """Evaluates tasks on one model; data that several tasks share is read and embedded once."""
+
+    def __init__(
+        self,
+        model: AnyModel,
+        data: str | EvaluationData | None,
+        *,
+        reading: Reading | None = None,
+        model_info: dict[str, Any] | None = None,
+        bad_budget: float = BAD_BUDGET,
+        batch: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.reading = reading or Reading()
+        self.default = data
+        self.model_info = model_info if model_info is not None else {"name": model.name}
+        self.bad_budget = bad_budget
+        self.batch = batch
+        self.progress = progress
+        self._open: dict[str, EvaluationData] = {}
+        self._materials: dict[tuple[str, int | None, int], Material] = {}
+
+    def data_of(self, uri: str | None) -> EvaluationData:
+        """The data of a task. Raises RequestError when there is none."""
+        chosen = uri if uri is not None else self.default
+        if chosen is None:
+            raise RequestError("no data to evaluate on", remedy="give --data URI, or data.val in the preset")
+        if isinstance(chosen, EvaluationData):
+            return chosen
+        if chosen not in self._open:
+            self._open[chosen] = EvaluationData(chosen, self.reading)
+        return self._open[chosen]
+
+    def material(self, data: EvaluationData, limit: int | None, seed: int) -> Material:
+        """The data's pictures, embedded; the same draw is embedded once."""
+        everything = limit is None or limit >= len(data)
+        key = (data.uri, None if everything else limit, 0 if everything else seed)
+        if key not in self._materials:
+            self._materials[key] = collect(
+                self.model,  # type: ignore[arg-type]
+                data.items(limit, seed),
+                batch=self.batch,
+                bad=BadTally(self.bad_budget),
+                reread=data.picture,
+                progress=self.progress,
+            )
+        return self._materials[key]
+
+    def run(self, task: TaskOptions) -> Result:
+        """One task. Raises RequestError when the model cannot do it, DataError when the data cannot."""
+        embeds, scores = hasattr(self.model, "encode_image"), hasattr(self.model, "nats")
+        if task.needs == "pictures" and not embeds:
+            raise RequestError(
+                f"{task.task} needs a model of pictures and texts", remedy="this one is a language model"
+            )
+        if task.needs == "tokens" and not scores:
+            raise RequestError(
+                f"{task.task} needs a language model",
+                remedy="this model embeds pictures and texts: try retrieval or zero-shot",
+            )
+        data = self.data_of(task.data)
+        if isinstance(task, PerplexityOptions):
+            items = data.items(task.limit, task.seed)
+            result = perplexity(self.model, items, task, BadTally(self.bad_budget))  # type: ignore[arg-type]
+        else:
+            material = self.material(data, task.limit, task.seed)
+            if isinstance(task, LinearProbeOptions):
+                train = (
+                    None if task.train is None else self.material(self.data_of(task.train), None, task.seed)
+                )
+                result = task.run(material, train)
+            else:
+                result = task.run(material)
+            result = replace(result, data={"sha256": material.fingerprint}, bad=material.bad.as_json())
+        about = {"uri": data.uri, "kind": data.source.kind, "samples": len(data), **result.data}
+        options = {name: value for name, value in task.model_dump(mode="json").items() if value is not None}
+        return replace(result, data=about, model=self.model_info, options=options)
+
+
+def evaluate(
+    model: AnyModel,
+    tasks: Sequence[TaskOptions],
+    data: str | EvaluationData | None,
+    *,
+    skip: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> list[Result]:
+    """Results of all tasks, in order. settings: those of Session.
+
+    skip: told of a task that the data cannot serve (no such field, too few texts), which is then left out; without
+    it the DataError goes up.
+    """
+    session = Session(model, data, **settings)
+    results = []
+    for task in tasks:
+        try:
+            results.append(session.run(task))
+        except DataError as error:
+            if skip is None:
+                raise
+            skip(f"evaluation {task.title!r} left out: {error}")
+    return results
+
+
+def evaluate_in_memory(
+    model: Model,
+    tokenizer: Tokenizer,
+    tasks: Sequence[TaskOptions],
+    data: str | EvaluationData | None,
+    *,
+    examples: int | None = None,
+    **settings: Any,
+) -> list[Result]:
+    """`evaluate` of a model in memory, as training calls it: evaluation mode and float32 inside, both restored.
+
+    examples: how many examples each task keeps, in place of its own number.
+    """
+    if examples is not None:
+        tasks = [task.model_copy(update={"examples": examples}) for task in tasks]
+    return evaluate(of_memory(model, tokenizer, model.preprocess()), tasks, data, **settings)
+
+
+def numbers_of(results: Sequence[Result]) -> dict[str, float]:
+    """`eval/NAME/...` -> number, one line of metrics.jsonl."""
+    return {f"eval/{name}": value for result in results for name, value in result.flat().items()}

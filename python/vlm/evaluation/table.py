@@ -1,0 +1,74 @@
+"""Results as a small table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm.evaluation.result import Result, flatten
+
+PERCENT = ("retrieval", "zero-shot", "linear-probe")
+
+
+def bounds_of(intervals: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """path -> (lower, upper)."""
+    flat = dict(flatten(intervals))
+    return {
+        path.removesuffix("/lower"): (value, flat[path.removesuffix("lower") + "upper"])
+        for path, value in flat.items()
+        if path.endswith("/lower")
+    }
+
+
+def number(value: float) -> str:
+    """Four figures at most: 0.0123, 1.234, 45.6, 1234."""
+    size = abs(value)
+    return (
+        f"{value:.1f}"
+        if 10 <= size < 1000
+        else f"{value:,.0f}"
+        if size >= 1000
+        else f"{value:.3g}"
+        if size < 1
+        else f"{value:.2f}"
+    )
+
+
+def rows_of(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(metric, value, interval, chance) of each figure."""
+    chance = dict(flatten(result.get("chance") or {}))
+    bounds = bounds_of(result.get("intervals") or {})
+    out = []
+    for path, value in flatten(result["metrics"]):
+        interval = f"{number(bounds[path][0])} .. {number(bounds[path][1])}" if path in bounds else ""
+        out.append(
+            (
+                path.replace("_", " ").replace("/", "  "),
+                number(value),
+                interval,
+                number(chance[path]) if path in chance else "",
+            )
+        )
+    return out
+
+
+def table_of(result: Result | Mapping[str, Any]) -> str:
+    """A heading and one line a figure, aligned."""
+    value: Mapping[str, Any] = result.as_json() if isinstance(result, Result) else result
+    unit = ", percent" if value["task"] in PERCENT else ""
+    title = (
+        value["task"]
+        if value.get("name", value["task"]) == value["task"]
+        else f"{value['name']} ({value['task']})"
+    )
+    head = f"{title}: {value['samples']:,} samples of {value.get('data', {}).get('uri', 'memory')}{unit}"
+    rows = [("", "value", "95% interval", "chance"), *rows_of(value)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [head]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    bad = value.get("bad") or {}
+    if bad.get("count"):
+        lines.append(f"  {bad['count']} bad samples left out, first: {bad['first'][0]}")
+    return "\n".join(lines)

@@ -30,6 +30,7 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.companions import Companions
 from vlm.training.directory import RunDirectory
 from vlm.training.engine import Engine, Weighted
+from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of
@@ -107,6 +108,7 @@ class Run:
     def train(self, *, strict: bool = False) -> RunResult:
         """Run every stage that is left, write the model, evaluate it."""
         started = time.monotonic()
+        keep_freed_memory()
         threads = self.stages[0].scale.threads
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.communicator.size))
         checkpoints = Checkpoints(self.directory.checkpoints, keep=self.stages[0].train.keep)

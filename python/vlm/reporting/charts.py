@@ -24,16 +24,20 @@ class Line:
     faint: bool = False
 
 
-def smooth(points: Points, weight: float | None = None) -> list[tuple[float, float]]:
-    """An exponential moving average without the bias of its start; not finite values are passed over."""
-    if weight is None:
-        weight = 1 - min(1.0, 10 / max(len(points), 1))
-    out, total, mass = [], 0.0, 0.0
-    for x, y in points:
-        if math.isfinite(y):
-            total = weight * total + (1 - weight) * y
-            mass = weight * mass + (1 - weight)
-            out.append((x, total / mass))
+def smooth(points: Points, reach: int | None = None) -> list[tuple[float, float]]:
+    """The mean of each point and its `reach` neighbours on either side (fewer at the ends), so that nothing lags.
+
+    Default reach: a thirtieth of the points. Values that are not finite are passed over.
+    """
+    kept = [(x, y) for x, y in points if math.isfinite(y)]
+    reach = max(1, len(kept) // 30) if reach is None else reach
+    sums = [0.0]
+    for _, y in kept:
+        sums.append(sums[-1] + y)
+    out = []
+    for i, (x, _) in enumerate(kept):
+        near = min(reach, i, len(kept) - 1 - i)
+        out.append((x, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
     return out
 
 
@@ -102,17 +106,17 @@ def line_chart(
         else:
             parts.append(f'<polyline class="{kind}" points="{" ".join(place(x, y) for x, y in points)}"/>')
     parts.append("</svg>")
-    named = [line.name for line, _ in drawn if not line.faint]
+    named = [(line.name, points[-1][1]) for line, points in drawn if not line.faint]
     legend = ""
     if len(named) > 1:
-        legend = (
-            '<ul class="legend">'
-            + "".join(f'<li class="c{i % 5}">{escape(n)}</li>' for i, n in enumerate(named))
-            + "</ul>"
-        )
-    end = drawn[-1][1][-1][1]
-    caption = f"<b>{escape(title)}</b> <span>{number(end)}{' ' + escape(unit) if unit else ''} at the end{escape(note)}</span>"
+        legend = '<ul class="legend">' + "".join(_entry(i, *entry) for i, entry in enumerate(named)) + "</ul>"
+    end = "" if legend else f"{number(drawn[-1][1][-1][1])} {escape(unit)} at the end"
+    caption = f"<b>{escape(title)}</b> <span>{end}</span>"
     return f"<figure><figcaption>{caption}</figcaption>{''.join(parts)}{legend}</figure>"
+
+
+def _entry(place: int, name: str, end: float) -> str:
+    return f'<li class="c{place % 5}">{escape(name)} <b>{number(end)}</b></li>'
 
 
 def _say(title: str, points: Points, unit: str) -> str:

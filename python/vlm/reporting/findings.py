@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm.evaluation.result import flatten
-from vlm.evaluation.table import PERCENT, bounds_of
+from vlm.evaluation.table import PERCENT, bounds_of, share
 from vlm.reporting.words import count, escape, label, number
 
 Stored = Mapping[str, Any]
@@ -63,26 +63,27 @@ def _row(
     def at(x: float) -> str:
         return f"{100 * min(max(x / top, 0), 1):.2f}%"
 
+    say = share if percent else number
     track = ""
-    said = f"{name}: {number(value)}"
+    said = f"{name}: {say(value)}"
     if bounds is not None:
         low, high = bounds
         track += f'<i class="interval" style="left:{at(low)};width:{100 * min(max((high - low) / top, 0), 1):.2f}%"></i>'
-        said += f", 95% interval {number(low)} to {number(high)}"
+        said += f", 95% interval {say(low)} to {say(high)}"
     if chance is not None:
         track += f'<i class="chance" style="left:{at(chance)}"></i>'
-        said += f", chance {number(chance)}"
+        said += f", chance {say(chance)}"
     track += f'<i class="value" style="left:{at(value)}"></i>'
     extra = ""
     if bounds is not None:
-        extra = f"<small>{number(bounds[0])} – {number(bounds[1])}</small>"
+        extra = f"<small>{say(bounds[0])} – {say(bounds[1])}</small>"
     if chance is not None:
         times = f" · {value / chance:.3g}×" if percent and chance > 0 and value / chance >= 1.5 else ""
-        extra += f"<small>chance {number(chance)}{times}</small>"
+        extra += f"<small>chance {say(chance)}{times}</small>"
     return (
         f'<div class="figure"><span class="name">{escape(name)}</span>'
         f'<span class="track" role="img" aria-label="{escape(said)}">{track}</span>'
-        f'<span class="numbers"><b>{number(value)}</b>{extra}</span></div>'
+        f'<span class="numbers"><b>{say(value)}</b>{extra}</span></div>'
     )
 
 
@@ -129,17 +130,17 @@ def _texts_to_pictures(example: Stored) -> str:
 def _pictures_to_texts(example: Stored) -> str:
     rows = []
     scores = [float(hit["score"]) for hit in example["found"]]
-    low, high = (min(scores), max(scores)) if scores else (0.0, 1.0)
+    high = max([*scores, 1e-9])
     for hit, score in zip(example["found"], scores):
         right = bool(hit.get("right"))
-        share = 100 * (0.25 + 0.75 * (score - low) / (high - low)) if high > low else 100
+        width = 100 * min(max(score / high, 0.0), 1.0)
         tick = (
             '<span class="tickmark" aria-hidden="true">✓</span><span class="hidden">right: </span>'
             if right
             else ""
         )
         rows.append(
-            f'<li class="{"right" if right else "wrong"}"><span class="bar" style="width:{share:.0f}%"></span>'
+            f'<li class="{"right" if right else "wrong"}"><span class="bar" style="width:{width:.0f}%"></span>'
             f"<span class=words>{tick}{escape(str(hit['text']))}</span><small>{score:.2f}</small></li>"
         )
     truth = " / ".join(str(t) for t in example.get("truth") or ()) or "none of the classes"

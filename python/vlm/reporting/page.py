@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm import __version__
 from vlm.evaluation.result import flatten, write_text
-from vlm.evaluation.table import PERCENT, bounds_of
+from vlm.evaluation.table import PERCENT, bounds_of, share
 from vlm.reporting.charts import Line, line_chart, smooth
 from vlm.reporting.findings import confusion, figures, gallery, surprise
 from vlm.reporting.record import RunRecord, read_run
@@ -97,11 +97,12 @@ def _headline(run: RunRecord) -> str:
                 else f"{result.get('name', result['task'])}, {label(name)}"
             )
             low, high = bounds.get(path, (flat[path], flat[path]))
-            than = f", chance {number(chance[path])}" if path in chance else ""
+            say = share if percent else number
+            than = f", chance {say(chance[path])}" if path in chance else ""
             unit = "<sup>%</sup>" if percent else ""
             cells.append(
-                f'<div><dt>{escape(title)}</dt><dd><span class="big">{number(flat[path])}{unit}</span><br>'
-                f"<small>{number(low)} to {number(high)}{than}</small></dd></div>"
+                f'<div><dt>{escape(title)}</dt><dd><span class="big">{say(flat[path])}{unit}</span><br>'
+                f"<small>{say(low)} to {say(high)}{than}</small></dd></div>"
             )
     return f'<dl class="headline">{"".join(cells[:4])}</dl>' if cells else ""
 
@@ -206,7 +207,10 @@ def _answers(run: RunRecord) -> str:
         return f'<div class="examples">{drawn}</div>' if drawn else ""
 
     return _each(
-        run, "zero-shot", draw, "Pictures classified by class names alone, again as the seed drew them."
+        run,
+        "zero-shot",
+        draw,
+        "Pictures and the five class names they lie nearest to, by cosine; again as the seed drew them.",
     )
 
 

@@ -74,8 +74,14 @@ def tick(value: float, step: float) -> str:
     """A tick's number with just enough digits."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6 or abs(step) < 1e-4:
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    if abs(value) >= 1e6 or abs(step) < 2e-3:
+        return (
+            f"{value:.3e}".replace("e-0", "e-")
+            .replace("e+0", "e")
+            .replace("000e", "e")
+            .replace("00e", "e")
+            .replace(".e", "e")
+        )
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     if abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
         digits += 1

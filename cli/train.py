@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from vlm.config.errors import ExitCode, RequestError
 
 _EPILOG = "KEY=VALUE changes any setting: train.steps=500 optimizer.lr=3e-4 objectives.contrastive.targets=groups"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from vlm.evaluation.bootstrap import bootstrap, cluster_ids
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from vlm.config.errors import DataError
 from vlm.evaluation.linear_probe import LinearProbeOptions, fit, linear_probe, predict, split_by_concept
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vlm.config.errors import DataError, RunFailed
 from vlm.evaluation.encoder import TorchLanguage
 from vlm.evaluation.material import Item

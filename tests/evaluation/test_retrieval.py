@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from vlm.config.errors import DataError, RunFailed
 from vlm.evaluation.material import unit
 from vlm.evaluation.retrieval import RetrievalOptions, distinct_texts, retrieval

@@ -13,6 +13,7 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
 )
+
 from vlm.config.errors import CheckpointError
 from vlm.models import load_model, save_model
 from vlm.types import Batch, Pictures, TokenIds

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+
 from vlm.config.errors import CheckpointError, RunFailed
 from vlm.training import checkpoint as module
 from vlm.training.checkpoint import MARKER, Checkpoints

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+
 from vlm.models import DualEncoderOptions, LanguageOptions
 from vlm.objectives import BuildContext, ContrastiveOptions, DistillOptions, TokenCrossEntropyOptions
 from vlm.training.companions import Companion, Companions

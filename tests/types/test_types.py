@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vlm.types import Batch, Layout, Pictures, Request, TokenIds, VocabularyLayout
 from vlm.types.layout import IGNORE
 from vlm.types.state import join_tree, split_tree

@@ -47,6 +47,11 @@ class DualEncoderOptions(Options):
     text: TextTowerOptions
     pictures: PictureOptions = PictureOptions()
 
+    @property
+    def text_length(self) -> int:
+        """Greatest number of tokens of a text."""
+        return self.text.length
+
     def filled(self, vocabulary: VocabularyLayout) -> DualEncoderOptions:
         """The options with what only the tokenizer knows."""
         text = self.text.model_copy(

@@ -39,6 +39,11 @@ class LanguageOptions(Options):
     vocab_size: int | None = Field(None, description="number of token ids; default: the tokenizer's")
     tie_embeddings: bool = Field(True, description="input embedding and output head share their weight")
 
+    @property
+    def text_length(self) -> int:
+        """Greatest number of tokens of a text."""
+        return self.length
+
     def filled(self, vocabulary: VocabularyLayout) -> LanguageOptions:
         return self.model_copy(update={"vocab_size": self.vocab_size or vocabulary.size})
 

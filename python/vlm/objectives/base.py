@@ -40,6 +40,10 @@ class ObjectiveOptions(Options):
     name: str = Field(description="how logs and overrides call it")
     weight: Scalar = Field(1.0, description="factor of the reduced loss; a number or a ramp over the stage")
 
+    def classes_field(self) -> str | None:
+        """The field of the data whose distinct values it needs when it is made; None: no field."""
+        return None
+
     def build(self, context: BuildContext) -> Objective:
         """The objective itself. Raises ValueError for an impossible combination."""
         raise TypeError(f"{type(self).__name__} defines no build")

@@ -13,14 +13,13 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.load import Resolved, merge_tables, resolve, validate
 from vlm.config.options import Options
-from vlm.data import DataOptions
+from vlm.data.options import BpeTokenizer, DataOptions, TokenizerOptions
 from vlm.evaluation import EvaluationOptions
 from vlm.models import ModelOptions
 from vlm.objectives import AnyObjective
 from vlm.schedules import Duration, LearningRateOptions
 from vlm.training.companions import CompanionOptions
 from vlm.training.optimizer import OptimizerOptions
-from vlm.training.tokenizing import TokenizerOptions
 from vlm.tuning import TuningOptions
 
 
@@ -93,7 +92,7 @@ class StageSettings(Options):
 
     model: ModelOptions | None = Field(None, description="architecture; left out where start.model brings it")
     start: StartOptions = StartOptions()
-    tokenizer: TokenizerOptions = TokenizerOptions()
+    tokenizer: TokenizerOptions = BpeTokenizer()
     data: DataOptions = DataOptions()
     objectives: list[AnyObjective] = []
     companions: dict[str, CompanionOptions] = {}

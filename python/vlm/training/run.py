@@ -16,8 +16,12 @@ from torch import nn
 from vlm.config.errors import CheckpointError, RequestError
 from vlm.config.load import Resolved
 from vlm.config.writing import to_toml
-from vlm.data import Loader, build_loader
+from vlm.data.loader import Loader, build_loader, open_split
+from vlm.data.samples import field_at, group_id
+from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
+from vlm.data.tokenizer_options import build_tokenizer
+from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
 from vlm.models import Model, load_model
 from vlm.models.directory import find_model_directory
 from vlm.objectives import BuildContext
@@ -26,14 +30,13 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.companions import Companions
 from vlm.training.directory import RunDirectory
 from vlm.training.engine import Engine, Weighted
-from vlm.training.evaluate import evaluate_model, numbers_of
+from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of
-from vlm.training.tokenizing import make_tokenizer, vocabulary_of
 from vlm.training.trainer import Cursor, Parts, Trainer
 from vlm.tuning import add_lora, lora_files, merged_state, trainable
-from vlm.types import Communicator, SingleProcess
+from vlm.types import Communicator, SingleProcess, VocabularyLayout
 from vlm.types.random import draw_key
 from vlm.types.state import Tree
 
@@ -105,9 +108,9 @@ class Run:
     def train(self, *, strict: bool = False) -> RunResult:
         """Run every stage that is left, write the model, evaluate it."""
         started = time.monotonic()
+        keep_freed_memory()
         threads = self.stages[0].scale.threads
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.communicator.size))
-        torch.use_deterministic_algorithms(True, warn_only=True)
         checkpoints = Checkpoints(self.directory.checkpoints, keep=self.stages[0].train.keep)
         found = checkpoints.newest(self.note, strict=strict)
         tree: Tree | None = None
@@ -174,8 +177,9 @@ class Run:
         model.set_recompute(stage.train.recompute)
         companions = Companions.build(stage.companions, model, self.directory.root / "cache")
         torch.manual_seed(draw_key(seed, "objectives", cursor.stage))
-        loader = self._loader(stage)
-        context = BuildContext(model, companions.models(), loader.classes())
+        source = open_split(stage.data, "train")
+        self.note(f"data: {stage.data.source} is {source.kind}, {len(source)} samples")
+        context = BuildContext(model, companions.models(), self._classes(stage, source))
         objectives = nn.ModuleDict({options.name: self._objective(options, context) for options in stage.objectives})
         weighted = [Weighted(o.name, objectives[o.name], o.weight) for o in stage.objectives]  # type: ignore[arg-type]
         engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
@@ -183,14 +187,14 @@ class Run:
         named |= {f"objectives.{name}": p for name, p in objectives.named_parameters() if p.requires_grad}
         if not named:
             raise RequestError("nothing is trainable in this stage", remedy="check tuning.train and tuning.freeze")
-        samples = loader.samples_per_epoch
+        samples = None if stage.data.packer is not None else len(source)
         return Parts(
             stage=stage,
             model=model,
             engine=engine,
             optimizer=NamedOptimizer(stage.optimizer, named, tuning.rates),
             companions=companions,
-            loader=loader,
+            loader=self._loader(stage, model, source),
             objectives=objectives,
             average=WeightAverage(model, stage.train.average) if stage.train.average else None,
             steps=self.steps_of(stage, samples),
@@ -234,24 +238,45 @@ class Run:
             else:
                 if stage.model is None:
                     raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")
-                tokenizer = make_tokenizer(stage.tokenizer, stage.data, self.note)
+                source = open_split(stage.data, "train")
+                tokenizer = build_tokenizer(stage.tokenizer, stage.data, source, max_length=stage.model.text_length)
+                self.note(f"tokenizer: {tokenizer.vocab_size} ids")
                 model = stage.model.build(vocabulary_of(tokenizer))
             self.directory.write_architecture(model, tokenizer, model.preprocess())
         self.communicator.barrier()
         self.tokenizer = Tokenizer.load(own)
 
-    def _loader(self, stage: Stage) -> Loader:
-        assert self.tokenizer is not None
-        model = load_model(self.directory.architecture, weights=False)
+    def _loader(self, stage: Stage, model: Model, source: Source) -> Loader:
+        """The training data as this model reads them; texts are cut at the model's own length."""
+        data, length = stage.data, model.options.text_length  # type: ignore[attr-defined]
+        if data.packer is None and "length" not in data.text.model_fields_set:
+            data = data.model_copy(update={"text": data.text.model_copy(update={"length": length})})
+        asked = data.packer.length if data.packer is not None else data.text.length
+        if asked > length:
+            raise RequestError(f"texts of {asked} tokens for a model of {length}", remedy="shorten data.text.length or data.packer.length")
         return build_loader(
-            stage.data,
+            data,
             tokenizer=self.tokenizer,
             preprocess=model.preprocess(),
             batch_size=stage.train.batch_size,
             seed=stage.train.seed,
             communicator=self.communicator,
+            source=source,
             quarantine=self.directory.root if self.communicator.rank == 0 else None,
         )
+
+    @staticmethod
+    def _classes(stage: Stage, source: Source) -> dict[str, list[str]]:
+        """Distinct values of the fields that objectives take classes from, sorted."""
+        wanted = {name for options in stage.objectives if (name := options.classes_field()) is not None}
+        found: dict[str, dict[int, str]] = {name: {} for name in wanted}
+        for index in range(len(source) if wanted else 0):
+            fields = source.read(index).fields
+            for name in wanted:
+                value = field_at(fields, name)
+                if value is not None:
+                    found[name].setdefault(group_id(value), str(value))
+        return {name: sorted(values.values()) for name, values in found.items()}
 
     def _objective(self, options: Any, context: BuildContext) -> nn.Module:
         try:
@@ -283,7 +308,8 @@ class Run:
         if self.communicator.rank == 0:
             assert self.tokenizer is not None
             parts.model.eval()
-            values = numbers_of(evaluate_model(parts.model, self.tokenizer, parts.stage, self.note))
+            tasks = parts.stage.evaluation.tasks
+            values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, skip=self.note))
             parts.model.train()
         self.communicator.barrier()
         return values
@@ -303,12 +329,24 @@ class Run:
                 lora_files(parts.model, parts.stage.tuning.lora, self.directory.root / "adapter")
             self.note(f"model written to {self.directory.model}")
             if parts.stage.evaluation.tasks:
-                result.evaluations = evaluate_model(clean, self.tokenizer, parts.stage, self.note)
-                metrics.write(cursor.total, numbers_of(result.evaluations))
+                settings = parts.stage.evaluation
+                self.note("evaluating")
+                results = evaluate_in_memory(
+                    clean, self.tokenizer, settings.tasks, parts.stage.data.val, examples=settings.examples, skip=self.note
+                )
+                save_results(results, self.directory.root)
+                metrics.write(cursor.total, numbers_of(results))
+                result.evaluations = [one.as_json(examples=False) for one in results]
         metrics.close()
         self.communicator.barrier()
         result.seconds = time.monotonic() - started
         return result
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> VocabularyLayout:
+    """One text span and the special ids that models ask for."""
+    special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    return VocabularyLayout.of_text(tokenizer.vocab_size, {name: i for name, i in special.items() if i is not None})
 
 
 def _silent(text: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from data_makers import sample, write_shards, write_tar, write_texts
 from PIL import Image
+
 from vlm.cli.data import group
 
 

@@ -10,6 +10,7 @@ import torch
 from data_makers import Ranks, write_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from vlm.config.errors import DataError
 from vlm.data import DataOptions, Tokenizer, build_loader, iterate_once, open_source, source_texts
 from vlm.runtime.preprocess import Preprocess

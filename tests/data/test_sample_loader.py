@@ -15,6 +15,7 @@ import torch
 from data_makers import Ranks, sample, write_pairs, write_shards, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from vlm.config.errors import DataError, RunFailed
 from vlm.data import DataOptions, Tokenizer, build_loader, open_source, source_texts
 from vlm.runtime.preprocess import Preprocess

@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """From the options of a tokenizer to the tokenizer: trained on the data, or read from a directory."""
 
 from __future__ import annotations
@@ -6,11 +7,47 @@ from itertools import chain
 
 from vlm.config.errors import DataError
 from vlm.data.options import BpeTokenizer, DataOptions, LocalTokenizer
+=======
+"""The `[tokenizer]` table: trained on the texts of the training data, or read from a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vlm.config.errors import DataError
+from vlm.config.options import Options
+from vlm.data.options import DataOptions
+>>>>>>> main
 from vlm.data.sources.base import Source
 from vlm.data.texts import source_texts
 from vlm.data.tokenizer import Tokenizer
 
 
+<<<<<<< HEAD
+=======
+class BpeTokenizer(Options):
+    """A byte-level BPE trained on the texts of the training data."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(4096, ge=259, le=1_000_000, description="entries, the 256 bytes and specials included")
+    special: tuple[str, ...] = Field((), description="further special tokens")
+    samples: int = Field(100_000, ge=1, description="at most so many texts are read, spread over the data")
+
+
+class LocalTokenizer(Options):
+    """The tokenizer of a local Hugging Face directory."""
+
+    kind: Literal["directory"] = "directory"
+    path: str = Field(description="directory with tokenizer.json and tokenizer_config.json")
+
+
+TokenizerOptions = Annotated[BpeTokenizer | LocalTokenizer, Field(discriminator="kind")]
+
+
+>>>>>>> main
 def build_tokenizer(
     options: BpeTokenizer | LocalTokenizer, data: DataOptions, source: Source, *, max_length: int | None = None
 ) -> Tokenizer:
@@ -21,4 +58,13 @@ def build_tokenizer(
     first = next(texts, None)
     if first is None:
         raise DataError("no usable text to train a tokenizer on", remedy="see data.columns.text and `vlm data check`")
+<<<<<<< HEAD
     return Tokenizer.train_bpe(chain([first], texts), options.vocab_size, options.special, max_length=max_length)
+=======
+
+    def everything() -> Iterator[str]:
+        yield first
+        yield from texts
+
+    return Tokenizer.train_bpe(everything(), options.vocab_size, options.special, max_length=max_length)
+>>>>>>> main

@@ -116,25 +116,6 @@ class BadSamples(Options):
         return 0 if self.policy == "stop" else int(self.budget * samples + 1e-9)
 
 
-class BpeTokenizer(Options):
-    """A byte-level BPE trained on the texts of the training data."""
-
-    kind: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(4096, ge=259, le=1_000_000, description="entries, the 256 bytes and specials included")
-    special: tuple[str, ...] = Field((), description="further special tokens")
-    samples: int = Field(100_000, ge=1, description="samples whose texts are read at most, spread over the data")
-
-
-class LocalTokenizer(Options):
-    """The tokenizer of a local Hugging Face directory."""
-
-    kind: Literal["directory"] = "directory"
-    path: str = Field(description="directory with tokenizer.json and tokenizer_config.json")
-
-
-TokenizerOptions = Annotated[BpeTokenizer | LocalTokenizer, Field(discriminator="kind")]
-
-
 class DataOptions(Options):
     """The `[data]` table."""
 

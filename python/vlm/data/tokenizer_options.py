@@ -1,13 +1,3 @@
-<<<<<<< HEAD
-"""From the options of a tokenizer to the tokenizer: trained on the data, or read from a directory."""
-
-from __future__ import annotations
-
-from itertools import chain
-
-from vlm.config.errors import DataError
-from vlm.data.options import BpeTokenizer, DataOptions, LocalTokenizer
-=======
 """The `[tokenizer]` table: trained on the texts of the training data, or read from a directory."""
 
 from __future__ import annotations
@@ -20,14 +10,11 @@ from pydantic import Field
 from vlm.config.errors import DataError
 from vlm.config.options import Options
 from vlm.data.options import DataOptions
->>>>>>> main
 from vlm.data.sources.base import Source
 from vlm.data.texts import source_texts
 from vlm.data.tokenizer import Tokenizer
 
 
-<<<<<<< HEAD
-=======
 class BpeTokenizer(Options):
     """A byte-level BPE trained on the texts of the training data."""
 
@@ -47,7 +34,6 @@ class LocalTokenizer(Options):
 TokenizerOptions = Annotated[BpeTokenizer | LocalTokenizer, Field(discriminator="kind")]
 
 
->>>>>>> main
 def build_tokenizer(
     options: BpeTokenizer | LocalTokenizer, data: DataOptions, source: Source, *, max_length: int | None = None
 ) -> Tokenizer:
@@ -58,13 +44,9 @@ def build_tokenizer(
     first = next(texts, None)
     if first is None:
         raise DataError("no usable text to train a tokenizer on", remedy="see data.columns.text and `vlm data check`")
-<<<<<<< HEAD
-    return Tokenizer.train_bpe(chain([first], texts), options.vocab_size, options.special, max_length=max_length)
-=======
 
     def everything() -> Iterator[str]:
         yield first
         yield from texts
 
     return Tokenizer.train_bpe(everything(), options.vocab_size, options.special, max_length=max_length)
->>>>>>> main

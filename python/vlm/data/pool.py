@@ -117,8 +117,8 @@ class WorkerPool:
     """`workers` processes; chunks go round them in turn, so results come back in a known order."""
 
     def __init__(self, spec: dict[str, Any], workers: int) -> None:
-        message = json.dumps(spec).encode()
         self._workers: list[_Worker] = []
+        message = json.dumps(spec).encode()
         try:
             for number in range(workers):
                 self._workers.append(_Worker(number, message))
@@ -166,6 +166,9 @@ class WorkerPool:
         for worker in self._workers:
             worker.close()
         self._workers = []
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def open_decoder(spec: dict[str, Any], workers: int) -> InlineDecoder | WorkerPool:

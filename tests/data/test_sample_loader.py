@@ -354,6 +354,13 @@ def test_workers_do_not_import_torch():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
+def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    with build_loader(DataOptions(source="scenes:?n=8", workers=1), preprocess=PRE, batch_size=4) as loader:
+        assert len(next(loader)) == 4
+
+
 def test_pictures_without_text_and_text_without_pictures(uris, tokenizer):
     options = DataOptions(source=uris["tar"])
     with build_loader(options, preprocess=PRE, batch_size=4) as loader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -48,7 +49,13 @@ class _Worker:
     def __init__(self, number: int, spec: bytes) -> None:
         self.number = number
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vlm.data.worker"],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "vlm.data.worker",
+            ],  # -P: nothing is imported from the current folder
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             process_group=0,  # an interrupt from the terminal is for the trainer alone

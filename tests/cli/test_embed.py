@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from vlm.cli.main import main
 from vlm.export.drawings import drawn_picture
 from vlm.runtime import open_bundle
@@ -55,7 +56,7 @@ def test_directory_picture_list_and_null_separated_input(monkeypatch, capsys, cl
 
 
 def test_texts_with_lines_that_are_not_utf8(monkeypatch, capsys, clip_bundle):
-    code, lines, _ = run(monkeypatch, capsys, ["embed", clip_bundle, "--texts", "-"], "ein Kreis\n".encode() + b"\xff\xfe\n\nx\n")
+    code, lines, _ = run(monkeypatch, capsys, ["embed", clip_bundle, "--texts", "-"], b"ein Kreis\n" + b"\xff\xfe\n\nx\n")
     assert code == 3
     assert [sorted(line) for line in lines] == [["embedding", "input"], ["error", "input"], ["error", "input"], ["embedding", "input"]]
     wanted = open_bundle(clip_bundle).encode_text(["ein Kreis", "x"])

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import socket
 
+from bundle_fixtures import model_directory
+
 from vlm.cli.main import main
-from vlm.runtime import open_bundle
+from vlm.runtime import open_any_bundle
 
 
-def test_export_writes_a_bundle_and_reports_it(capsys, clip_model, tmp_path):
+def test_export_writes_a_bundle_and_reports_it(capsys, tmp_path):
     output = tmp_path / "bundle"
-    assert main(["export", str(clip_model.parent), "--output", str(output), "--opset", "20", "--json"]) == 0
+    run = model_directory("language").parent
+    assert main(["export", str(run), "--output", str(output), "--opset", "20", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert err == ""
     assert report["opset"] == 20
-    assert report["name"] == "clip"
+    assert report["name"] == "language"
     assert report["least_cosine"] > 0.9999
-    assert open_bundle(output).self_test() > 0.9999
+    assert open_any_bundle(output).self_test() < 1e-4
 
 
 def test_export_refuses_wrong_requests_before_any_work(capsys, clip_model, clip_bundle, tmp_path):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from vlm.cli.main import main
 from vlm.export.drawings import drawn_picture
 from vlm.runtime import open_bundle

@@ -215,3 +215,16 @@ def test_key_guards_every_route_but_health(bundle):
         for key in ("secret-key", "other-key"):
             with openai.OpenAI(base_url=f"{address}/v1", api_key=key) as client:
                 assert len(client.embeddings.create(model="clip", input="x").data[0].embedding) == 24
+
+
+def test_a_torch_model_is_served_alike(bundle, clip_model, picture, uri):
+    from vlm.evaluation.encoder import open_model
+
+    with running(open_model(clip_model), name="mine") as address:
+        answer = httpx.post(f"{address}/v1/embeddings", json={"input": [image(uri), "x"], "model": "mine"})
+        assert answer.status_code == 200, answer.text
+        rows = np.asarray([d["embedding"] for d in answer.json()["data"]])
+        wanted = np.concatenate([bundle.encode_image([picture]), bundle.encode_text(["x"])])
+        assert (rows * wanted).sum(1).min() > 0.9999
+        bad = {"input": [image("data:image/png;base64,AAAA")]}
+        assert httpx.post(f"{address}/v1/embeddings", json=bad).status_code == 422

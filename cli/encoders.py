@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from vlm.config.errors import RequestError
 from vlm.runtime.embedder import Embedder, Picture, PreparingEmbedder
@@ -27,7 +27,7 @@ def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32
         import_module("torch").set_num_threads(threads)
     if not hasattr(model, "encode_image"):
         raise RequestError("a language model embeds no pictures", where=path, remedy="give a dual encoder")
-    return model  # type: ignore[no-any-return]
+    return cast(Embedder, model)
 
 
 def picture_steps(embedder: Embedder) -> tuple[Callable[[Picture], Any], Callable[[list[Any]], Any]]:
@@ -36,4 +36,4 @@ def picture_steps(embedder: Embedder) -> tuple[Callable[[Picture], Any], Callabl
         return embedder.prepare_image, embedder.encode_pixels
     from vlm.runtime.pictures import decode_picture
 
-    return decode_picture, embedder.encode_image  # type: ignore[return-value]
+    return decode_picture, embedder.encode_image

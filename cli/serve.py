@@ -45,13 +45,13 @@ def command(
         max_requests=max_requests,
         deadline_seconds=deadline,
     )
-    listener = bind(host, port)  # a taken port is said before the model is loaded
-    embedder = open_embedder(model, threads=threads, batch_size=max_batch)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    if not keys and not _loopback(host):
-        click.echo(f"warning: {host} is not a loopback address and no --api-key-file is given: anyone who reaches it may use it", err=True)
-    app = create_app(embedder, settings, api_keys=keys)
-    serve(app, listener, settings, started=lambda: click.echo(f"serving {name or embedder.name} on {address}", err=True))
+    with bind(host, port) as listener:  # a taken port is said before the model is loaded
+        embedder = open_embedder(model, threads=threads, batch_size=max_batch)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        if not keys and not _loopback(host):
+            click.echo(f"warning: {host} is not a loopback address and there is no --api-key-file: anyone who reaches it may use it", err=True)
+        app = create_app(embedder, settings, api_keys=keys)
+        serve(app, listener, settings, started=lambda: click.echo(f"serving {name or embedder.name} on {address}", err=True))
 
 
 def _loopback(host: str) -> bool:

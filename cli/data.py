@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from vlm.config.errors import DataError, ExitCode, VlmError
 
 
@@ -33,6 +34,7 @@ def _guarded(command: Callable[..., int]) -> Callable[..., None]:
 
 def _options(image: str, text: str, budget: float, max_pixels: int | None) -> Any:
     from pydantic import ValidationError
+
     from vlm.config.errors import RequestError
     from vlm.data.options import DataOptions
 

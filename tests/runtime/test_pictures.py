@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from picture_makers import BAD, GOOD, drawing, encode, half_transparent, noisy, palette_with_alpha, rotated
 from PIL import Image
+
 from vlm.config.errors import DataError, ExitCode
 from vlm.runtime.pictures import REASONS, BadPicture, PictureLimits, decode_picture
 

@@ -21,7 +21,7 @@ _BLOCK = 512
 _MAX_NAME = 4096
 _MAX_PAX = 1 << 20
 _WINDOW = 1 << 16
-_META = re.compile(r"^__.*__$")
+_META = re.compile(r"^(__.*__|__MACOSX)$")
 _PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 
 

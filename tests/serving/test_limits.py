@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server import running
+from loopback_server import running
 
 from vlm.runtime import open_bundle
 

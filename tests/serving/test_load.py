@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
-from fakes import SlowEmbedder, vector
-from server import running
+from slow_embedder import SlowEmbedder, vector
+from loopback_server import running
 
 
 def test_answers_are_never_lost_or_mixed():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
+
 from vlm.config.errors import DataError
 from vlm.data.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from vlm.config.errors import RequestError
-from vlm.runtime.embedder import Embedder, Picture, PreparingEmbedder
+from vlm.runtime.embedder import Embedder, PreparingEmbedder
 
 
 def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32) -> Embedder:
@@ -30,8 +30,8 @@ def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32
     return cast(Embedder, model)
 
 
-def picture_steps(embedder: Embedder) -> tuple[Callable[[Picture], Any], Callable[[list[Any]], Any]]:
-    """(what to do with each picture alone, what to do with a batch of those): both may raise BadPicture."""
+def picture_steps(embedder: Embedder) -> tuple[Callable[[str], Any], Callable[[list[Any]], Any]]:
+    """(what to do with each path alone, what to do with a batch of those): both may raise BadPicture."""
     if isinstance(embedder, PreparingEmbedder):
         return embedder.prepare_image, embedder.encode_pixels
     from vlm.runtime.pictures import decode_picture

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import socket
 
-from bundle_fixtures import model_directory
-
+from tests.bundle_fixtures import model_directory
 from vlm.cli.main import main
 from vlm.runtime import open_any_bundle
 

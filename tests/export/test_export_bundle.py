@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bundle_fixtures import exported
 
+from tests.bundle_fixtures import exported
 from vlm.config.errors import GateFailed, RequestError, RunFailed
 from vlm.export import export_bundle
 from vlm.export.drawings import drawn_picture

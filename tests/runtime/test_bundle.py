@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bundle_fixtures import TEXTS, model_directory, tokenizer
 
+from tests.bundle_fixtures import TEXTS, model_directory, tokenizer
 from vlm.config.errors import CheckpointError, DataError, GateFailed
 from vlm.export.drawings import drawn_picture
 from vlm.models import load_model

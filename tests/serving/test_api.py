@@ -10,8 +10,8 @@ import numpy as np
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server import running
 
+from tests.serving.loopback_server import running
 from vlm.export.drawings import drawn_picture
 from vlm.runtime import open_bundle
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server import running
 
+from tests.serving.loopback_server import running
 from vlm.runtime import open_bundle
 
 

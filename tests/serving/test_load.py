@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
-from fakes import SlowEmbedder, vector
-from server import running
+
+from tests.serving.loopback_server import running
+from tests.serving.slow_embedder import SlowEmbedder, vector
 
 
 def test_answers_are_never_lost_or_mixed():

@@ -55,7 +55,9 @@ def complete_override(ctx: click.Context, param: click.Parameter, incomplete: st
     if not name:
         return []
     try:
-        values = resolve(name, search=tuple(Path(folder) for folder in ctx.params.get("presets") or ())).values
+        values = resolve(
+            name, search=tuple(Path(folder) for folder in ctx.params.get("presets") or ())
+        ).values
     except VlmError:
         return []
     items = []

@@ -21,8 +21,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("vlm.cli.train:pretrain", "Train a model from scratch by a preset."),
     "finetune": ("vlm.cli.train:finetune", "Train a model further: fully, in parts, or through adapters."),
     "distill": ("vlm.cli.train:distill", "Train a student from a teacher."),
-    "evaluate": ("vlm.cli.evaluate:command", "Measure a model: retrieval, zero-shot, linear probe, perplexity."),
-    "reproduce": ("vlm.cli.reproduce:command", "Measure a preset's claim against its baseline, with intervals."),
+    "evaluate": (
+        "vlm.cli.evaluate:command",
+        "Measure a model: retrieval, zero-shot, linear probe, perplexity.",
+    ),
+    "reproduce": (
+        "vlm.cli.reproduce:command",
+        "Measure a preset's claim against its baseline, with intervals.",
+    ),
     "embed": ("vlm.cli.embed:command", "Embed pictures or texts, one JSON line each."),
     "search": ("vlm.cli.search:command", "Find pictures by text or picture in an index made by embed."),
     "predict": ("vlm.cli.predict:command", "Classify pictures among labels that you name."),
@@ -52,7 +58,18 @@ Results go to stdout (--json: machine-readable), logs to stderr, and - is stdin 
 """
 
 TRAIN_PACKAGES = frozenset(
-    {"torch", "transformers", "peft", "onnx", "onnxscript", "onnx_ir", "tqdm", "matplotlib", "accelerate", "huggingface_hub"}
+    {
+        "torch",
+        "transformers",
+        "peft",
+        "onnx",
+        "onnxscript",
+        "onnx_ir",
+        "tqdm",
+        "matplotlib",
+        "accelerate",
+        "huggingface_hub",
+    }
 )
 """Import names that come with `vlm-forge[train]`."""
 
@@ -83,7 +100,9 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(module, attribute)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = str(args[0])
         if name not in self.lazy and not name.startswith("-"):
             near = get_close_matches(name, self.lazy, n=1)
@@ -98,7 +117,11 @@ class LazyGroup(click.Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
 
-        found = [CompletionItem(name, help=short) for name, (_, short) in self.lazy.items() if name.startswith(incomplete)]
+        found = [
+            CompletionItem(name, help=short)
+            for name, (_, short) in self.lazy.items()
+            if name.startswith(incomplete)
+        ]
         return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
@@ -110,9 +133,18 @@ def _print_version(ctx: click.Context, parameter: click.Parameter, value: bool) 
         ctx.exit()
 
 
-@click.command(cls=LazyGroup, lazy=COMMANDS, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup, lazy=COMMANDS, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version.")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version.",
+)
 def cli(debug: bool) -> None:
     """Pretrain, finetune, distill, evaluate, export and serve vision-language models from TOML presets."""
 
@@ -125,6 +157,7 @@ def run() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line (default: `sys.argv[1:]`) and returns its exit code; messages go to stderr."""
     words = list(sys.argv[1:] if args is None else args)
+    debug = _wants_debug(words)  # before click takes words from the list
     try:
         if os.environ.get("_VLM_COMPLETE"):  # the shell asks for completions; click's own protocol
             cli.main(args=words, prog_name="vlm")
@@ -133,7 +166,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _after_broken_pipe()
     except BaseException as error:
-        return _failed(error, debug=_wants_debug(words))
+        return _failed(error, debug=debug)
     return code
 
 
@@ -159,7 +192,11 @@ def _wants_debug(words: Sequence[str]) -> bool:
 def _failed(error: BaseException, *, debug: bool) -> int:
     """Says what went wrong and returns the exit code. The cause is shown with a traceback under --debug only."""
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(ExitCode.DONE if error.code is None else ExitCode.RUN_FAILED)
+        return (
+            error.code
+            if isinstance(error.code, int)
+            else int(ExitCode.DONE if error.code is None else ExitCode.RUN_FAILED)
+        )
     if debug and not isinstance(error, click.ClickException | click.exceptions.Abort):
         import traceback
 
@@ -175,7 +212,10 @@ def _failed(error: BaseException, *, debug: bool) -> int:
         if known is not None:
             click.echo(f"error: {known}", err=True)
             return int(known.exit_code)
-        click.echo(f"error: {type(error).__name__}: {error}\n  a fault of vlm: `vlm --debug ...` shows where", err=True)
+        click.echo(
+            f"error: {type(error).__name__}: {error}\n  a fault of vlm: `vlm --debug ...` shows where",
+            err=True,
+        )
     return int(ExitCode.RUN_FAILED)
 
 
@@ -184,7 +224,9 @@ def as_vlm_error(error: BaseException) -> VlmError | None:
     if isinstance(error, VlmError):
         return error
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAIN_PACKAGES:
-        return RequestError(f"this needs {error.name}, which is not installed", remedy="pip install 'vlm-forge[train]'")
+        return RequestError(
+            f"this needs {error.name}, which is not installed", remedy="pip install 'vlm-forge[train]'"
+        )
     if _is_out_of_memory(error):
         return OutOfMemory(
             str(error).strip().partition("\n")[0] or "memory ran out",

@@ -74,4 +74,6 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """Rows in columns of equal width, for people; scripts use --json."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )

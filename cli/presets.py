@@ -35,7 +35,12 @@ def group() -> None:
 
 @group.command("list")
 @_directories
-@click.option("--command", "only", type=click.Choice(["pretrain", "finetune", "distill"]), help="Only those of a command.")
+@click.option(
+    "--command",
+    "only",
+    type=click.Choice(["pretrain", "finetune", "distill"]),
+    help="Only those of a command.",
+)
 @click.option("--tag", help="Only those with a tag.")
 @_json
 def list_(presets: Sequence[Path], only: str | None, tag: str | None, as_json: bool) -> None:
@@ -44,10 +49,15 @@ def list_(presets: Sequence[Path], only: str | None, tag: str | None, as_json: b
     for entry in entries:
         if entry.problem:
             log(f"warning: {entry.problem}", fg="yellow")
-    entries = [e for e in entries if (only in (None, e.command)) and (tag is None or tag in e.tags) and not e.problem]
+    entries = [
+        e for e in entries if (only in (None, e.command)) and (tag is None or tag in e.tags) and not e.problem
+    ]
     if as_json:
         echo_json(
-            [{"key": e.key, "title": e.title, "command": e.command, "tags": e.tags, "path": e.path} for e in entries]
+            [
+                {"key": e.key, "title": e.title, "command": e.command, "tags": e.tags, "path": e.path}
+                for e in entries
+            ]
         )
     elif entries:
         echo_result(table([(e.key, e.command, e.title) for e in entries], ("KEY", "COMMAND", "TITLE")))
@@ -165,7 +175,9 @@ def explain_schema(key: str, name: str | None, presets: Sequence[Path], as_json:
     if not chosen:
         near = get_close_matches(str(name), docs, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"{key} has no key {name!r}{hint}", remedy=f"vlm presets explain {key} shows all of them")
+        raise RequestError(
+            f"{key} has no key {name!r}{hint}", remedy=f"vlm presets explain {key} shows all of them"
+        )
     rows = [_explained(address, doc, found) for address, doc in chosen.items()]
     if as_json:
         echo_json(rows)
@@ -192,7 +204,11 @@ def _lines(row: Mapping[str, Any]) -> str:
     simple = not isinstance(row["value"], dict) and not _has_tables(row["value"])
     head = f"{row['key']} = {_written(row['value'])}" if simple and row["value"] is not None else row["key"]
     source = f"from {row['from']}" if row["set"] else "required, not set" if row["required"] else "default"
-    default = f", default {_written(row['default'])}" if row["set"] and simple and row["default"] is not None else ""
+    default = (
+        f", default {_written(row['default'])}"
+        if row["set"] and simple and row["default"] is not None
+        else ""
+    )
     text = f"{head}\n    {row['type']}{default}; {source}"
     return f"{text}\n    {row['description']}" if row["description"] else text
 

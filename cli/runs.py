@@ -72,7 +72,13 @@ def list_(folders: Sequence[Path], as_json: bool) -> None:
 
 @group.command()
 @click.argument("folders", nargs=-1, required=True, type=_folder, metavar="DIR...")
-@click.option("--metric", "names", multiple=True, metavar="NAME", help="Only metrics whose name begins so; may be repeated.")
+@click.option(
+    "--metric",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Only metrics whose name begins so; may be repeated.",
+)
 @_json
 def compare(folders: Sequence[Path], names: Sequence[str], as_json: bool) -> None:
     """Compare runs: the settings in which they differ, and the last value of each metric."""
@@ -81,7 +87,9 @@ def compare(folders: Sequence[Path], names: Sequence[str], as_json: bool) -> Non
         if run.problem:
             log(f"warning: {run.problem}", fg="yellow")
     if len(runs) < 2:
-        raise DataError("a comparison needs at least two runs", where=", ".join(str(folder) for folder in folders))
+        raise DataError(
+            "a comparison needs at least two runs", where=", ".join(str(folder) for folder in folders)
+        )
     settings = differing_settings(runs)
     metrics = sorted({n for run in runs for n in run.metrics if not n.startswith(_MACHINE)})
     metrics = [name for name in metrics if not names or name.startswith(tuple(names))]
@@ -116,7 +124,9 @@ def _below(folder: Path, depth: int) -> list[Path]:
         return [folder]
     if depth == 0:
         return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    children = sorted(
+        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
     return [path for child in children for path in _below(child, depth - 1)]
 
 
@@ -130,7 +140,10 @@ def read_run(path: Path) -> RunSummary:
         problems.append(str(error))
     last, extremes, step, seconds, bad = _read_metrics(path / "metrics.jsonl")
     if bad:
-        problems.append(f"{path / 'metrics.jsonl'}:{bad[0]}: not a JSON object" + (f" ({len(bad)} lines)" if bad[1:] else ""))
+        problems.append(
+            f"{path / 'metrics.jsonl'}:{bad[0]}: not a JSON object"
+            + (f" ({len(bad)} lines)" if bad[1:] else "")
+        )
     started = None
     try:
         environment = json.loads((path / "environment.json").read_text("utf-8"))
@@ -140,7 +153,9 @@ def read_run(path: Path) -> RunSummary:
     except (OSError, ValueError) as error:
         problems.append(f"{path / 'environment.json'}: {error}")
     finished = (path / "model").is_dir()
-    return RunSummary(path, preset, last, extremes, step, seconds, started, finished, "; ".join(problems) or None)
+    return RunSummary(
+        path, preset, last, extremes, step, seconds, started, finished, "; ".join(problems) or None
+    )
 
 
 def _read_metrics(
@@ -152,7 +167,8 @@ def _read_metrics(
     """
     last: dict[str, tuple[float, int]] = {}
     extremes: dict[str, tuple[float, float]] = {}
-    step, seconds, bad = 0, None, []
+    step, seconds = 0, None
+    bad: list[int] = []
     if not path.is_file():
         return last, extremes, step, seconds, bad
     with path.open("rb") as lines:
@@ -211,13 +227,17 @@ def _state(run: RunSummary) -> str:
     if run.finished:
         return "finished"
     checkpoints = run.path / "checkpoints"
-    resumable = checkpoints.is_dir() and any(not child.name.startswith(".") for child in checkpoints.iterdir())
+    resumable = checkpoints.is_dir() and any(
+        not child.name.startswith(".") for child in checkpoints.iterdir()
+    )
     return "resumable" if resumable else "no checkpoint"
 
 
 def _headline(run: RunSummary) -> str:
     """Up to three metrics of the model, evaluations first."""
-    names = sorted((n for n in run.metrics if not n.startswith(_MACHINE)), key=lambda n: (not n.startswith("eval/"), n))
+    names = sorted(
+        (n for n in run.metrics if not n.startswith(_MACHINE)), key=lambda n: (not n.startswith("eval/"), n)
+    )
     return "  ".join(f"{name} {_number(run.metrics[name][0])}" for name in names[:3])
 
 

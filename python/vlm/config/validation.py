@@ -57,13 +57,13 @@ def preset_error(problems: Sequence[Problem]) -> PresetError:
 
 
 def problems_of(error: ValidationError, resolved: Resolved, schema: type[BaseModel]) -> list[Problem]:
-    """Every problem, in the order of the files where they stand."""
+    """Every problem; unknown keys first, since a misspelt key is often what makes another one missing."""
     located: dict[tuple[str | int, ...], list[tuple[ErrorDetails, Any]]] = {}
     for details in error.errors(include_url=False, include_context=True):
         path, annotation = _locate(details, resolved.values, schema)
         located.setdefault(path, []).append((details, annotation))
     problems = []
-    for path, group in located.items():
+    for path, group in sorted(located.items(), key=lambda item: item[1][0][0]["type"] != "extra_forbidden"):
         # Members of a union that fail deeper down say more than "not a number" about the table as a whole.
         if not any(
             other[: len(path)] == path and len(other) > len(path) and _is_wrong_type(group)

@@ -1,6 +1,54 @@
 """Data: sources, captions, packing, tokenizer, drawn scenes, the loader.
 
-Entry points: `options.DataOptions` (the `[data]` table), `loader.build_loader`, `evaluation.iterate_once`,
-`sources.open_source`, `tokenizer.Tokenizer`. Nothing is imported here: worker processes import only what
+The names below are imported when they are asked for: worker processes import this package and need only what
 decoding needs, which does not include torch.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm.data.evaluation import iterate_once
+    from vlm.data.loader import Loader, build_loader
+    from vlm.data.options import DataOptions
+    from vlm.data.samples import BadSample, Sample
+    from vlm.data.sources.base import Source
+    from vlm.data.sources.uri import open_source
+    from vlm.data.texts import source_texts, texts_of
+    from vlm.data.tokenizer import Tokenizer
+
+_PLACES = {
+    "BadSample": "vlm.data.samples",
+    "DataOptions": "vlm.data.options",
+    "Loader": "vlm.data.loader",
+    "Sample": "vlm.data.samples",
+    "Source": "vlm.data.sources.base",
+    "Tokenizer": "vlm.data.tokenizer",
+    "build_loader": "vlm.data.loader",
+    "iterate_once": "vlm.data.evaluation",
+    "open_source": "vlm.data.sources.uri",
+    "source_texts": "vlm.data.texts",
+    "texts_of": "vlm.data.texts",
+}
+
+__all__ = [
+    "BadSample",
+    "DataOptions",
+    "Loader",
+    "Sample",
+    "Source",
+    "Tokenizer",
+    "build_loader",
+    "iterate_once",
+    "open_source",
+    "source_texts",
+    "texts_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

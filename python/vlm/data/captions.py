@@ -1,4 +1,4 @@
-"""Caption policies: which texts of a sample become which streams."""
+"""Caption policies: which texts of a sample become rows of the stream `text`."""
 
 from __future__ import annotations
 
@@ -10,49 +10,75 @@ import numpy as np
 from vlm.data.samples import BadSample, clean_text, field_at
 
 AUTO_TEXT = ("txt", "caption", "text")
-_SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
 
 def text_values(fields: dict[str, Any], column: str) -> list[Any]:
     """The texts of a column (a list gives all its entries). Raises BadSample when there is none."""
     for path in AUTO_TEXT if column == "auto" else (column,):
-        value = field_at(fields, path)
-        if value is not None:
-            values = list(value) if isinstance(value, list) else [value]
-            if values:
-                return values
+        values = _optional(fields, path)
+        if values:
+            return values
     raise BadSample(
         "missing_text", "none of " + ", ".join(AUTO_TEXT) if column == "auto" else f"field {column}"
     )
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, in order."""
-    return [part.strip() for part in _SENTENCE.split(text) if part.strip()]
+def _optional(fields: dict[str, Any], path: str) -> list[Any]:
+    value = field_at(fields, path)
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def sentences(text: str, marks: list[str]) -> list[str]:
+    """The parts of a text that end with one of `marks` and a blank or the end, in order, with their marks."""
+    ends = "|".join(re.escape(mark) + (r"(?=\s|$)" if mark.strip() else "") for mark in marks)
+    parts = re.split(f"((?:{ends})+)", text)
+    joined = [a + b for a, b in zip(parts[::2], [*parts[1::2], ""])]
+    return [part.strip() for part in joined if part.strip(" \n\t" + "".join(marks))]
 
 
 def choose(
     fields: dict[str, Any], column: str, policy: dict[str, Any], max_text: int, key: int
-) -> dict[str, str]:
-    """stream name -> text under a caption policy (as JSON), drawn from `key`. Raises BadSample."""
+) -> list[str | None]:
+    """The texts of a sample by slot under a caption policy (as JSON), drawn from `key`; None where a slot is empty.
+
+    Raises BadSample when there is no usable text.
+    """
     kind = policy["kind"]
     if kind == "one":
-        return {"text": clean_text(text_values(fields, column)[0], max_text)}
+        return [clean_text(text_values(fields, column)[0], max_text)]
     generator = np.random.Generator(np.random.Philox(key=key))
+    columns = policy["columns"]
+    values = (
+        [v for name in columns for v in _optional(fields, name)] if columns else text_values(fields, column)
+    )
     if kind == "random":
-        if policy["fields"]:
-            values = [v for name in policy["fields"] for v in _optional(fields, name)]
-            if not values:
-                raise BadSample("missing_text", "none of " + ", ".join(policy["fields"]))
-        else:
-            values = text_values(fields, column)
-        return {"text": clean_text(values[int(generator.integers(len(values)))], max_text)}
-    long = clean_text(text_values(fields, policy["field"] or column)[0], max_text)
-    parts = sentences(long)
-    chosen = sorted(generator.permutation(len(parts))[: policy["k"]].tolist())
-    return {"text": long, **{f"caption.{i}": parts[c] for i, c in enumerate(chosen, start=1)}}
+        if not values:
+            raise BadSample("missing_text", "none of " + ", ".join(columns))
+        return [clean_text(values[int(generator.integers(len(values)))], max_text)]
+    return _sentences(fields, values, policy, max_text, generator)
 
 
-def _optional(fields: dict[str, Any], name: str) -> list[Any]:
-    value = field_at(fields, name)
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+def _sentences(
+    fields: dict[str, Any],
+    values: list[Any],
+    policy: dict[str, Any],
+    max_text: int,
+    generator: np.random.Generator,
+) -> list[str | None]:
+    first: list[str | None] = []
+    if policy["raw"]:
+        raw = _optional(fields, policy["raw"])
+        if not raw:
+            raise BadSample("missing_text", f"field {policy['raw']}")
+        first = [clean_text(raw[0], max_text)]
+    parts = [part for value in values for part in sentences(clean_text(value, max_text), policy["split"])]
+    merge, k = policy["merge"], policy["k"]
+    joined = [" ".join(parts[i : i + merge]) for i in range(max(1, len(parts) - merge + 1))] if parts else []
+    if not joined:
+        raise BadSample("missing_text", "no sentence")
+    if policy["replacement"] == "always" or (policy["replacement"] == "when-short" and len(joined) < k):
+        chosen = generator.integers(len(joined), size=k).tolist()
+    else:
+        chosen = generator.permutation(len(joined))[:k].tolist()
+    drawn: list[str | None] = [joined[i] for i in chosen]
+    return first + drawn + [None] * (k - len(drawn))

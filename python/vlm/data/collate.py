@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from vlm.data.decode import Decoded
@@ -24,11 +23,17 @@ class Row:
 
 
 def collate(
-    rows: Sequence[Row], tokenizer: Tokenizer | None, length: int, size: int | None, *, grouped: bool
+    rows: Sequence[Row],
+    tokenizer: Tokenizer | None,
+    length: int,
+    size: int | None,
+    *,
+    grouped: bool,
+    labelled: bool,
 ) -> Batch:
-    """Streams `image` (uint8 [n, 3, size, size]) where size is given, the text streams where a tokenizer is, and `group`.
+    """Streams `image` (uint8 [n, 3, size, size]) where size is given, `text` where a tokenizer is, `group`, `label`.
 
-    A text stream that some sample lacks (`caption.3`) has no row for it.
+    A label that is none of the classes is masked.
     """
     streams: dict[str, Stream] = {}
     everyone = torch.arange(len(rows))
@@ -39,15 +44,15 @@ def collate(
             target[i] = row.decoded.pixels
         streams["image"] = Pictures(pixels, torch.ones(len(rows), dtype=torch.bool), everyone)
     if tokenizer is not None:
-        names = sorted({name for row in rows for name in row.decoded.texts}, key=_stream_order) or ["text"]
-        for name in names:
-            having = [i for i, row in enumerate(rows) if name in row.decoded.texts]
-            streams[name] = token_stream(
-                tokenizer, [rows[i].decoded.texts[name] for i in having], length, having
-            )
+        streams["text"] = text_stream(tokenizer, [row.decoded.texts for row in rows], length)
     if grouped:
         values = torch.tensor([row.decoded.group or 0 for row in rows], dtype=torch.int64)
         streams["group"] = Labels(values, torch.ones(len(rows), dtype=torch.bool), everyone)
+    if labelled:
+        classes = torch.tensor(
+            [-1 if (c := row.decoded.label) is None else c for row in rows], dtype=torch.int64
+        )
+        streams["label"] = Labels(classes, classes >= 0, everyone)
     extra: Mapping[str, Sequence[object]] = {}
     if rows and rows[0].decoded.extra is not None:
         fields = [row.decoded.extra or {} for row in rows]
@@ -62,13 +67,16 @@ def collate(
     )
 
 
-def token_stream(tokenizer: Tokenizer, texts: Sequence[str], length: int, samples: Sequence[int]) -> TokenIds:
-    """Texts as rows of ids; samples: which sample each belongs to."""
-    ids, mask = tokenizer.encode(texts, length)
-    index = torch.from_numpy(np.asarray(samples, np.int64))
-    return TokenIds(torch.from_numpy(ids), torch.from_numpy(mask), index)
-
-
-def _stream_order(name: str) -> tuple[str, int]:
-    head, _, number = name.rpartition(".")
-    return (head, int(number)) if head and number.isdigit() else (name, 0)
+def text_stream(tokenizer: Tokenizer, texts: Sequence[Sequence[str | None]], length: int) -> TokenIds:
+    """Texts of each sample by slot, as rows of ids [n, length]; an empty slot has no row. One slot: `slot` is None."""
+    rows = [
+        (i, slot, text) for i, own in enumerate(texts) for slot, text in enumerate(own) if text is not None
+    ]
+    ids, mask = tokenizer.encode([text for _, _, text in rows], length)
+    several = any(len(own) > 1 for own in texts)
+    return TokenIds(
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        torch.tensor([i for i, _, _ in rows], dtype=torch.int64),
+        slot=torch.tensor([slot for _, slot, _ in rows], dtype=torch.int64) if several else None,
+    )

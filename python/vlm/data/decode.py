@@ -32,14 +32,15 @@ class Job:
 class Decoded:
     """A good sample (reason is empty) or the reason why it is bad.
 
-    pixels: uint8 [3, S, S] or None. texts: stream -> text. extra: fields that JSON can say, where they are asked for.
+    pixels: uint8 [3, S, S] or None. texts: by slot, None where a slot is empty. label: class. extra: fields that JSON can say, where they are asked for.
     """
 
     reason: str = ""
     detail: str = ""
     pixels: np.ndarray | None = None
-    texts: dict[str, str] = field(default_factory=dict)
+    texts: list[str | None] = field(default_factory=list)
     group: int | None = None
+    label: int | None = None
     extra: dict[str, Any] | None = None
 
 
@@ -47,7 +48,7 @@ class Decoder:
     """Built from one JSON value, so that a worker can build the same.
 
     spec: `source` (of the reader), `limits`, `preprocess` (fields of Preprocess or None), `image` (ImageOptions),
-    `captions`, `columns`, `max_text`, `group_by`, `texts` (whether texts are asked for), `train`, `extra`.
+    `captions`, `columns`, `max_text`, `group_by`, `label`, `classes`, `texts` (whether texts are asked for), `train`, `extra`.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -58,6 +59,7 @@ class Decoder:
         self.preprocess = (
             Preprocess(**{**made, "mean": tuple(made["mean"]), "std": tuple(made["std"])}) if made else None
         )
+        self._classes = {name: number for number, name in enumerate(spec["classes"])}
         image = spec["image"]
         self._varies = spec["train"] and (image["augment"] != "none" or image["flip"])
 
@@ -73,17 +75,23 @@ class Decoder:
     def _decode(self, job: Job) -> Decoded:
         spec = self.spec
         fields = self.reader.read(job.recipe)
-        texts: dict[str, str] = {}
+        texts: list[str | None] = []
         if spec["texts"]:
             texts = choose(
                 fields, spec["columns"]["text"], spec["captions"], spec["max_text"], job.caption_key
             )
         group = None
         if spec["group_by"]:
-            value = texts.get("text") if spec["group_by"] == "text" else field_at(fields, spec["group_by"])
+            value = texts[0] if spec["group_by"] == "text" else field_at(fields, spec["group_by"])
             if value is None:
                 raise BadSample("missing_field", spec["group_by"])
             group = group_id(value)
+        label = None
+        if spec["label"]:
+            value = field_at(fields, spec["label"])
+            if value is None:
+                raise BadSample("missing_field", spec["label"])
+            label = self._classes.get(str(value), -1)
         pixels = None
         if self.preprocess is not None:
             picture = self._picture(fields)
@@ -92,7 +100,7 @@ class Decoder:
             else:
                 pixels = self.preprocess.to_array(picture)
         extra = plain_fields(fields) if spec["extra"] else None
-        return Decoded(pixels=pixels, texts=texts, group=group, extra=extra)
+        return Decoded(pixels=pixels, texts=texts, group=group, label=label, extra=extra)
 
     def _picture(self, fields: dict[str, Any]) -> Image.Image:
         column = self.spec["columns"]["image"]
@@ -126,18 +134,18 @@ def pack(results: list[Decoded]) -> tuple[bytes, bytes]:
         if r.pixels is not None:
             shape = r.pixels.shape
             pixels.append(r.pixels.tobytes())
-        head.append([r.reason, r.detail, shape, r.texts, r.group, r.extra])
+        head.append([r.reason, r.detail, shape, r.texts, r.group, r.label, r.extra])
     return json.dumps(head).encode(), b"".join(pixels)
 
 
 def unpack(head: bytes, pixels: bytes) -> list[Decoded]:
     """The inverse of `pack`."""
     out, at = [], 0
-    for reason, detail, shape, texts, group, extra in json.loads(head):
+    for reason, detail, shape, texts, group, label, extra in json.loads(head):
         values = None
         if shape is not None:
             count = shape[0] * shape[1] * shape[2]
             values = np.frombuffer(pixels, np.uint8, count, at).reshape(shape)
             at += count
-        out.append(Decoded(reason, detail, values, texts, group, extra))
+        out.append(Decoded(reason, detail, values, texts, group, label, extra))
     return out

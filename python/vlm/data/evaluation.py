@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +32,12 @@ class EvaluationPass:
         preprocess: Preprocess | None,
         batch_size: int,
         limit: int | None,
+        classes: Sequence[str],
     ) -> None:
         # Evaluation never draws: one caption a sample, no augmentation.
         self.options = options.model_copy(update={"captions": OneCaption()})
         self.source, self.tokenizer, self.preprocess = source, tokenizer, preprocess
-        self.batch_size = batch_size
+        self.batch_size, self.classes = batch_size, classes
         self.samples = len(source) if limit is None else min(limit, len(source))
         self._ledger = Ledger(len(source), options.bad_samples)
 
@@ -57,11 +58,18 @@ class EvaluationPass:
     def _samples(self) -> Iterator[Batch]:
         texts = self.tokenizer is not None
         spec = decoder_spec(
-            self.source, self.options, preprocess=self.preprocess, texts=texts, train=False, extra=True
+            self.source,
+            self.options,
+            preprocess=self.preprocess,
+            texts=texts,
+            train=False,
+            extra=True,
+            classes=self.classes,
         )
         size = self.preprocess.size if self.preprocess is not None else None
         decoder = open_decoder(spec, self.options.workers)
         length, grouped = self.options.text.length, self.options.group_by is not None
+        labelled = self.options.label is not None
         ahead = self.options.prefetch * self.batch_size
         rows: list[Row] = []
         submitted = 0
@@ -76,17 +84,17 @@ class EvaluationPass:
                 if result.reason:
                     continue
                 fields = {**(result.extra or {})}
-                if "text" in result.texts:
-                    fields.setdefault("caption", result.texts["text"])
-                    fields["text"] = result.texts["text"]
+                if result.texts:
+                    fields.setdefault("caption", result.texts[0])
+                    fields["text"] = result.texts[0]
                 rows.append(
                     Row(self.source.key(index), int(self.source.ids[index]), 0, replace(result, extra=fields))
                 )
                 if len(rows) == self.batch_size:
-                    yield collate(rows, self.tokenizer, length, size, grouped=grouped)
+                    yield collate(rows, self.tokenizer, length, size, grouped=grouped, labelled=labelled)
                     rows = []
             if rows:
-                yield collate(rows, self.tokenizer, length, size, grouped=grouped)
+                yield collate(rows, self.tokenizer, length, size, grouped=grouped, labelled=labelled)
         finally:
             decoder.close()
         if not self._ledger.epoch_good:
@@ -127,6 +135,7 @@ def iterate_once(
     split: str = "val",
     source: Source | None = None,
     limit: int | None = None,
+    classes: Sequence[str] = (),
 ) -> EvaluationPass:
     """A finite pass in source order; the last batch may be smaller, bad samples are skipped within the budget.
 
@@ -134,9 +143,15 @@ def iterate_once(
     was encoded, `caption` the field of that name or else the same, and `category`, `concept`, ... as stored.
     Text alone (options.packer set): a document a row, longer ones over several rows; extra `text`, `characters` and
     `bytes` are those of the whole document at its first row, and empty or 0 at the rows that continue it.
-    limit: at most so many samples (not for text alone).
+    limit: at most so many samples (not for text alone). classes: those of the training data, for the stream `label`.
     """
     source = source if source is not None else open_split(options, split)
     return EvaluationPass(
-        source, options, tokenizer=tokenizer, preprocess=preprocess, batch_size=batch_size, limit=limit
+        source,
+        options,
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+        batch_size=batch_size,
+        limit=limit,
+        classes=classes,
     )

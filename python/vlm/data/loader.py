@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from vlm.data.pool import open_decoder
 from vlm.data.samples import REASON_CODES, REASON_OF_CODE
 from vlm.data.sources.base import Source
 from vlm.data.sources.uri import open_source
+from vlm.data.texts import field_values
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.preprocess import Preprocess
 from vlm.types.batch import Batch
@@ -33,7 +34,16 @@ from vlm.types.state import Tree
 
 
 class Loader(Protocol):
-    """Endless batches of this rank's share, with a cursor that a checkpoint holds."""
+    """Endless batches of this rank's share, with a cursor that a checkpoint holds.
+
+    samples_per_epoch: samples (documents for text alone) of the source, or None where rows are what is counted.
+    """
+
+    samples_per_epoch: int | None
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """field -> its distinct values in the training data, sorted, for the field that `data.label` names."""
+        ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -69,12 +79,14 @@ def build_loader(
     split: str = "train",
     source: Source | None = None,
     quarantine: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Loader:
     """The loader of a `[data]` table: next(loader) is this rank's share of the next global batch.
 
     batch_size: samples (rows of a packer) of a global batch. preprocess: None for text alone; tokenizer: None for
     pictures alone. split: `train`, or `val` (no augmentation). source: already open, instead of the table's address.
-    quarantine: directory for `quarantine.jsonl`.
+    quarantine: directory for `quarantine.jsonl`, which rank 0 writes. classes: of `data.label`, where they are known
+    (those of the training data for `val`); else they are collected from the source.
     Raises DataError (exit code 3) when data are missing, and from next() when the budget of bad samples is spent.
     """
     if batch_size < 1:
@@ -107,6 +119,7 @@ def build_loader(
         communicator=communicator,
         train=split == "train",
         quarantine=quarantine,
+        classes=classes,
     )
 
 
@@ -128,6 +141,7 @@ def decoder_spec(
     texts: bool,
     train: bool,
     extra: bool,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a Decoder needs, as JSON."""
     return {
@@ -139,6 +153,8 @@ def decoder_spec(
         "columns": options.columns.model_dump(mode="json"),
         "max_text": options.max_text,
         "group_by": options.group_by,
+        "label": options.label,
+        "classes": list(classes),
         "texts": texts or options.group_by == "text",
         "train": train,
         "extra": extra,
@@ -160,14 +176,27 @@ class SampleLoader:
         communicator: Communicator,
         train: bool,
         quarantine: str | os.PathLike[str] | None,
+        classes: Sequence[str] | None,
     ) -> None:
         self.source, self.options, self.tokenizer, self.preprocess = source, options, tokenizer, preprocess
         self.batch_size, self.seed, self.communicator = batch_size, seed, communicator
         self._order = EpochOrder(source.ids, seed)
         self._ledger = Ledger(len(source), options.bad_samples)
-        self._quarantine = Quarantine(quarantine)
+        self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
+        self.samples_per_epoch: int | None = len(source)
+        if classes is None:
+            classes = field_values(source, options, options.label) if options.label else []
+        self._classes = list(classes)
+        if options.label and not self._classes:
+            raise DataError(f"no sample has the field {options.label!r}", where="data.label")
         spec = decoder_spec(
-            source, options, preprocess=preprocess, texts=tokenizer is not None, train=train, extra=False
+            source,
+            options,
+            preprocess=preprocess,
+            texts=tokenizer is not None,
+            train=train,
+            extra=False,
+            classes=self._classes,
         )
         image = options.image
         self._varies = train and preprocess is not None and (image.augment != "none" or image.flip)
@@ -186,6 +215,9 @@ class SampleLoader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        return {self.options.label: self._classes} if self.options.label else {}
 
     def close(self) -> None:
         """End the workers. The loader cannot be used afterwards; its state can still be read."""
@@ -217,6 +249,7 @@ class SampleLoader:
             self.options.text.length,
             size_of_picture,
             grouped=self.options.group_by is not None,
+            labelled=self.options.label is not None,
         )
         self._waited += time.perf_counter() - started
         return batch
@@ -238,12 +271,16 @@ class SampleLoader:
 
     def _reasons(self, window: range, mine: dict[int, Decoded]) -> list[str]:
         """Why each candidate of the window is bad, as all ranks know it; empty for a good one."""
-        for p, result in mine.items():
-            if result.reason:
-                self._quarantine.add(self.source.key(self._order.at(p)[1]), result.reason, result.detail)
         size = self.communicator.size
-        if size == 1:
-            return [mine[p].reason for p in window]
+        reasons = [mine[p].reason for p in window] if size == 1 else self._told(window, mine)
+        for p, reason in zip(window, reasons):
+            if reason:
+                detail = mine[p].detail if p in mine else ""
+                self._quarantine.add(self.source.key(self._order.at(p)[1]), reason, detail)
+        return reasons
+
+    def _told(self, window: range, mine: dict[int, Decoded]) -> list[str]:
+        size = self.communicator.size
         share = -(-len(window) // size)
         codes = [REASON_CODES[r.reason] if r.reason else 0 for r in mine.values()]
         told = self.communicator.gather_numbers(codes + [0] * (share - len(codes)))

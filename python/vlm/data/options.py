@@ -53,29 +53,34 @@ class TextOptions(Options):
 
 
 class OneCaption(Options):
-    """One text a sample (the first of a list): stream `text`."""
+    """One text a sample, the first of a list."""
 
     kind: Literal["one"] = "one"
 
 
 class RandomCaption(Options):
-    """One of several texts, drawn for each sample and epoch: stream `text`."""
+    """One of several texts, drawn for each sample and epoch."""
 
     kind: Literal["random"] = "random"
-    fields: tuple[str, ...] = Field(
+    columns: tuple[str, ...] = Field(
         (), description="fields to choose among; none: the entries of the text column"
     )
 
 
 class SentenceCaptions(Options):
-    """k sentences of the text, drawn for each sample and epoch: streams `caption.1` ... `caption.k`, and `text` whole.
-
-    A sample with fewer sentences has fewer rows. Source: dreamlip.
-    """
+    """k sentences of long texts, drawn for each sample and epoch: rows of `text`, numbered by `slot`. Source: dreamlip."""
 
     kind: Literal["sentences"] = "sentences"
-    k: int = Field(2, ge=1, le=64, description="sentences to draw without repetition")
-    field: str | None = Field(None, description="field with the long text; none: the text column")
+    k: int = Field(2, ge=1, le=64, description="sentences to draw")
+    raw: str | None = Field(
+        None, description="field with the caption the picture came with: slot 0 before the sentences"
+    )
+    columns: tuple[str, ...] = Field((), description="fields with long texts; none: the text column")
+    split: tuple[str, ...] = Field((".", "!", "?", "\n"), min_length=1, description="what ends a sentence")
+    merge: int = Field(1, ge=1, description="consecutive sentences joined into one")
+    replacement: Literal["never", "when-short", "always"] = Field(
+        "never", description="whether a sentence may be drawn twice; never: a short text gives fewer rows"
+    )
 
 
 Captions = Annotated[OneCaption | RandomCaption | SentenceCaptions, Field(discriminator="kind")]
@@ -111,38 +116,20 @@ class BadSamples(Options):
         return 0 if self.policy == "stop" else int(self.budget * samples + 1e-9)
 
 
-class BpeTokenizer(Options):
-    """A byte-level BPE trained on the texts of the training data."""
-
-    kind: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(
-        4096, ge=259, le=1_000_000, description="entries, the 256 bytes and specials included"
-    )
-    special: tuple[str, ...] = Field((), description="further special tokens")
-    samples: int = Field(100_000, ge=1, description="at most so many texts are read, spread over the data")
-
-
-class LocalTokenizer(Options):
-    """The tokenizer of a local Hugging Face directory."""
-
-    kind: Literal["directory"] = "directory"
-    path: str = Field(description="directory with tokenizer.json and tokenizer_config.json")
-
-
-TokenizerOptions = Annotated[BpeTokenizer | LocalTokenizer, Field(discriminator="kind")]
-
-
 class DataOptions(Options):
     """The `[data]` table."""
 
     source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines or scenes:")
     val: str | None = Field(None, description="evaluation data, an address like source")
-    columns: Columns = Field(default_factory=Columns)
+    columns: Columns = Columns()
     group_by: str | None = Field(
         None, description="field (or text) whose equal values are positives of each other: stream group"
     )
-    image: ImageOptions = Field(default_factory=ImageOptions)
-    text: TextOptions = Field(default_factory=TextOptions)
+    label: str | None = Field(
+        None, description="field whose distinct values over the training data are the classes: stream label"
+    )
+    image: ImageOptions = ImageOptions()
+    text: TextOptions = TextOptions()
     captions: Captions = OneCaption()
     packer: Packer | None = Field(
         None, description="how documents become rows of a language model; text-only data"
@@ -151,7 +138,7 @@ class DataOptions(Options):
         0, ge=0, le=256, description="processes that decode samples; 0: the training process itself"
     )
     prefetch: int = Field(2, ge=1, le=64, description="global batches that workers decode ahead")
-    bad_samples: BadSamples = Field(default_factory=BadSamples)
+    bad_samples: BadSamples = BadSamples()
     max_pixels: int = Field(64 * 2**20, ge=1, le=2**31, description="pixels of a picture, from its header")
     max_bytes: int = Field(32 * 2**20, ge=1, le=2**31, description="bytes of an encoded picture")
     max_text: int = Field(1_000_000, ge=1, le=16 * 2**20, description="characters of a text")

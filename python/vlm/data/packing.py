@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from vlm.data.options import ConcatPacker, DataOptions, DocumentPacker
 from vlm.data.order import EpochOrder
 from vlm.data.samples import BadSample, clean_text, stable_id
 from vlm.data.sources.base import Source
+from vlm.data.sources.readers import open_reader
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.pictures import BadPicture
 from vlm.types.batch import Batch, TokenIds
@@ -47,6 +48,7 @@ class Documents:
 
     def __init__(self, source: Source, order: EpochOrder, options: DataOptions, tokenizer: Tokenizer) -> None:
         self.source, self.order, self.options, self.tokenizer = source, order, options, tokenizer
+        self.reader = open_reader(source.spec(), options.limits)
         self._ready: dict[int, tuple[list[int] | None, str, str, str]] = {}
 
     def at(self, position: int, until: int | None = None) -> tuple[list[int] | None, str, str, str]:
@@ -57,7 +59,7 @@ class Documents:
             good: list[tuple[int, str]] = []
             for p in range(position, stop):
                 try:
-                    fields = self.source.read(self.order.at(p)[1]).fields
+                    fields = self.reader.fields(self.source.recipe(self.order.at(p)[1]))
                     value = text_values(fields, self.options.columns.text)[0]
                     good.append((p, clean_text(value, self.options.max_text)))
                 except (BadSample, BadPicture) as error:
@@ -120,6 +122,9 @@ class PackedLoader:
         self._documents = Documents(source, self._order, options, tokenizer)
         self._ledger = Ledger(len(source), options.bad_samples)
         self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
+        self.samples_per_epoch: int | None = (
+            None  # rows are counted, and how many there are is not known beforehand
+        )
         self._document = 0  # position of the document that the next row begins in
         self._offset = 0  # token of that document that the next row begins with
         self._row = 0
@@ -133,6 +138,9 @@ class PackedLoader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        return {}
 
     def close(self) -> None:
         """Nothing runs beside the trainer here."""

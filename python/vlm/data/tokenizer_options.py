@@ -1,39 +1,41 @@
-"""From the options of a tokenizer to the tokenizer: trained on the data, or read from a directory."""
+"""The `[tokenizer]` table: trained on the texts of the training data, or read from a directory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from vlm.config.errors import DataError
-from vlm.data.captions import text_values
-from vlm.data.options import BpeTokenizer, DataOptions, LocalTokenizer
-from vlm.data.samples import BadSample, clean_text
+from vlm.config.options import Options
+from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
+from vlm.data.texts import source_texts
 from vlm.data.tokenizer import Tokenizer
-from vlm.runtime.pictures import BadPicture
 
 
-def source_texts(source: Source, options: DataOptions, limit: int) -> Iterator[str]:
-    """At most `limit` usable texts, evenly spread over the source in its own order; all entries of a list of captions."""
-    step = max(1, -(-len(source) // limit))
-    for index in range(0, len(source), step):
-        try:
-            values = text_values(source.read(index).fields, options.columns.text)
-        except (BadSample, BadPicture):
-            continue  # the loader counts and names it
-        for value in values:
-            try:
-                yield clean_text(value, options.max_text)
-            except BadSample:
-                continue
+class BpeTokenizer(Options):
+    """A byte-level BPE trained on the texts of the training data."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(4096, ge=259, le=1_000_000, description="entries, the 256 bytes and specials included")
+    special: tuple[str, ...] = Field((), description="further special tokens")
+    samples: int = Field(100_000, ge=1, description="at most so many texts are read, spread over the data")
+
+
+class LocalTokenizer(Options):
+    """The tokenizer of a local Hugging Face directory."""
+
+    kind: Literal["directory"] = "directory"
+    path: str = Field(description="directory with tokenizer.json and tokenizer_config.json")
+
+
+TokenizerOptions = Annotated[BpeTokenizer | LocalTokenizer, Field(discriminator="kind")]
 
 
 def build_tokenizer(
-    options: BpeTokenizer | LocalTokenizer,
-    data: DataOptions,
-    source: Source,
-    *,
-    max_length: int | None = None,
+    options: BpeTokenizer | LocalTokenizer, data: DataOptions, source: Source, *, max_length: int | None = None
 ) -> Tokenizer:
     """Train on the texts of `source`, or load the directory. Raises DataError when no text can be used."""
     if isinstance(options, LocalTokenizer):
@@ -41,9 +43,7 @@ def build_tokenizer(
     texts = source_texts(source, data, options.samples)
     first = next(texts, None)
     if first is None:
-        raise DataError(
-            "no usable text to train a tokenizer on", remedy="see data.columns.text and `vlm data check`"
-        )
+        raise DataError("no usable text to train a tokenizer on", remedy="see data.columns.text and `vlm data check`")
 
     def everything() -> Iterator[str]:
         yield first

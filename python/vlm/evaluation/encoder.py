@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from vlm.data.tokenizer import Tokenizer
     from vlm.models import Model
+    from vlm.runtime.pictures import PictureLimits
     from vlm.runtime.preprocess import Preprocess
 
 _LOGITS = 2**25  # vocabulary logits held at a time
@@ -82,21 +83,29 @@ class TorchEmbedder:
             return embedding.float().cpu().numpy()
 
     def encode_image(self, pictures: Sequence[Any]) -> Floats:
-        """[n, E] float32 unit rows of RGB pictures, encoded files or paths."""
+        """[n, E] float32 unit rows of RGB pictures, encoded files or paths. Raises BadPicture."""
+        return self.encode_pixels([self.prepare_image(picture) for picture in pictures])
+
+    def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> NDArray[np.uint8]:
+        """uint8 [3, S, S], what `encode_pixels` takes: a queue need not hold whole pictures. Raises BadPicture."""
+        from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
+
+        rgb = (
+            picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
+        )
+        return self.preprocess.to_array(rgb if rgb.mode == "RGB" else rgb.convert("RGB"))
+
+    def encode_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
+        """[n, E] float32 unit rows of prepared pictures."""
         import torch
 
-        from vlm.runtime.pictures import decode_picture
         from vlm.types import Pictures
 
         parts = []
-        for start in range(0, len(pictures), self.batch):
-            rgb = [
-                p if isinstance(p, Image.Image) else decode_picture(p)
-                for p in pictures[start : start + self.batch]
-            ]
-            pixels = torch.from_numpy(np.stack([self.preprocess.to_array(p.convert("RGB")) for p in rgb]))
-            mask = torch.ones(len(rgb), dtype=torch.bool)
-            parts.append(self._embed(Pictures(pixels, mask, torch.arange(len(rgb)))))
+        for start in range(0, len(pixels), self.batch):
+            values = torch.from_numpy(np.stack(pixels[start : start + self.batch]))
+            mask = torch.ones(len(values), dtype=torch.bool)
+            parts.append(self._embed(Pictures(values, mask, torch.arange(len(values)))))
         return _unit_rows(parts)
 
     def encode_text(self, texts: Sequence[str]) -> Floats:
@@ -173,7 +182,7 @@ AnyModel = Embedder | LanguageScorer
 
 
 def of_memory(
-    model: Model, tokenizer: Tokenizer, preprocess: Preprocess | None, *, name: str = "model"
+    model: Model, tokenizer: Tokenizer, preprocess: Preprocess | None, *, name: str = "model", batch: int = 64
 ) -> AnyModel:
     """The evaluation's view of a model in memory, chosen by what it offers, not by its family.
 
@@ -183,7 +192,7 @@ def of_memory(
     if "embedding" in offers.get("pictures", ()) and "embedding" in offers.get("tokens", ()):
         if preprocess is None:
             raise RequestError("a model of pictures needs their preprocessing")
-        return TorchEmbedder(model, tokenizer, preprocess, name=name)
+        return TorchEmbedder(model, tokenizer, preprocess, name=name, batch=batch)
     if "vocabulary" in offers.get("tokens", ()):
         return TorchLanguage(model, tokenizer, name=name)
     raise RequestError(f"no evaluation task can use a model of kind {model.kind!r}")
@@ -204,18 +213,18 @@ def is_bundle(path: str | Path) -> bool:
     return (Path(path) / "bundle.json").is_file()
 
 
-def open_model(path: str | Path) -> AnyModel:
+def open_model(path: str | Path, *, threads: int | None = None, batch: int = 64) -> AnyModel:
     """The model of a run, a Hugging Face directory or a bundle, ready for evaluation on the CPU in float32.
 
-    A bundle is opened by the runtime, without torch. Raises CheckpointError naming the file that is wrong.
+    threads: of the CPU, all cores by default; batch: pictures or texts of one forward pass. A bundle is opened by the runtime, without torch. Raises CheckpointError naming the file that is wrong.
     """
     path = Path(path)
     if is_bundle(path):
-        from vlm.runtime import open_bundle
+        from vlm.runtime import open_any_bundle
 
-        return open_bundle(path)
+        return open_any_bundle(path, threads=threads, batch_size=batch)
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError as error:
         raise RequestError(
             "this is not a bundle, and torch is not installed", where=str(path), remedy='pip install "vlm-forge[train]", or export it'
@@ -223,6 +232,8 @@ def open_model(path: str | Path) -> AnyModel:
     from vlm.data.tokenizer import Tokenizer
     from vlm.models.directory import find_model_directory, load_model
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     directory = find_model_directory(path)
     model = load_model(directory)
     tokenizer = Tokenizer.load(directory)
@@ -231,7 +242,7 @@ def open_model(path: str | Path) -> AnyModel:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocabulary.size}",
             where=str(directory),
         )
-    return of_memory(model, tokenizer, preprocess_of(model, directory), name=str(path))
+    return of_memory(model, tokenizer, preprocess_of(model, directory), name=str(path), batch=batch)
 
 
 def describe_model(path: str | Path) -> dict[str, Any]:

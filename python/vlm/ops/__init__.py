@@ -5,10 +5,12 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.self_check import OperatorCheck, self_test
 
 __all__ = [
     "Alignment",
     "Backend",
+    "OperatorCheck",
     "attention",
     "attention_reference",
     "backend",
@@ -17,4 +19,5 @@ __all__ = [
     "contrastive_softmax",
     "contrastive_softmax_reference",
     "current_backend",
+    "self_test",
 ]

@@ -94,16 +94,18 @@ def read_file(path: str, max_bytes: int) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise BadPicture("unreadable", getattr(error, "strerror", None) or str(error), where=path) from error
-    with open(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise BadPicture("unreadable", "not a regular file", where=path)
         if status.st_size > max_bytes:
             raise BadPicture("too_many_bytes", f"{status.st_size} > {max_bytes}", where=path)
-        try:
+        with open(handle, "rb", closefd=False) as file:
             return file.read(max_bytes + 1)
-        except OSError as error:
-            raise BadPicture("unreadable", error.strerror or "", where=path) from error
+    except OSError as error:
+        raise BadPicture("unreadable", error.strerror or "", where=path) from error
+    finally:
+        os.close(handle)
 
 
 def _decode(data: bytes, limits: PictureLimits) -> Image.Image:

@@ -13,7 +13,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.load import Resolved, merge_tables, resolve, validate
 from vlm.config.options import Options
-from vlm.data.options import BpeTokenizer, DataOptions, TokenizerOptions
+from vlm.data.options import DataOptions
+from vlm.data.tokenizer_options import BpeTokenizer, TokenizerOptions
 from vlm.evaluation import EvaluationOptions
 from vlm.models import ModelOptions
 from vlm.objectives import AnyObjective

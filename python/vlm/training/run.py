@@ -17,7 +17,6 @@ from vlm.config.errors import CheckpointError, RequestError
 from vlm.config.load import Resolved
 from vlm.config.writing import to_toml
 from vlm.data.loader import Loader, build_loader, open_split
-from vlm.data.samples import field_at, group_id
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
 from vlm.data.tokenizer_options import build_tokenizer
@@ -179,7 +178,9 @@ class Run:
         torch.manual_seed(draw_key(seed, "objectives", cursor.stage))
         source = open_split(stage.data, "train")
         self.note(f"data: {stage.data.source} is {source.kind}, {len(source)} samples")
-        context = BuildContext(model, companions.models(), self._classes(stage, source))
+        loader = self._loader(stage, model, source)
+        classes = loader.classes().get(stage.data.label or "", ())
+        context = BuildContext(model, companions.models(), classes)
         objectives = nn.ModuleDict({options.name: self._objective(options, context) for options in stage.objectives})
         weighted = [Weighted(o.name, objectives[o.name], o.weight) for o in stage.objectives]  # type: ignore[arg-type]
         engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
@@ -194,7 +195,7 @@ class Run:
             engine=engine,
             optimizer=NamedOptimizer(stage.optimizer, named, tuning.rates),
             companions=companions,
-            loader=self._loader(stage, model, source),
+            loader=loader,
             objectives=objectives,
             average=WeightAverage(model, stage.train.average) if stage.train.average else None,
             steps=self.steps_of(stage, samples),
@@ -264,19 +265,6 @@ class Run:
             source=source,
             quarantine=self.directory.root if self.communicator.rank == 0 else None,
         )
-
-    @staticmethod
-    def _classes(stage: Stage, source: Source) -> dict[str, list[str]]:
-        """Distinct values of the fields that objectives take classes from, sorted."""
-        wanted = {name for options in stage.objectives if (name := options.classes_field()) is not None}
-        found: dict[str, dict[int, str]] = {name: {} for name in wanted}
-        for index in range(len(source) if wanted else 0):
-            fields = source.read(index).fields
-            for name in wanted:
-                value = field_at(fields, name)
-                if value is not None:
-                    found[name].setdefault(group_id(value), str(value))
-        return {name: sorted(values.values()) for name, values in found.items()}
 
     def _objective(self, options: Any, context: BuildContext) -> nn.Module:
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.data.scenes.draw import draw
 from vlm.data.scenes.language import captions, description, questions
-from vlm.data.scenes.layout import compose, scene_generator
+from vlm.data.scenes.layout import Scene, compose, scene_generator
 
 
 class SceneReader:
@@ -20,13 +20,20 @@ class SceneReader:
     def read(self, recipe: Any) -> dict[str, Any]:
         """Fields `image` (drawn), `caption`, `captions`, `description`, `name` ("red circle"), `shape`, `color`,
         `category` (the shape), `concept` (the name), `count`, `objects`, `boxes`, `relations`, `questions`."""
+        scene, fields = self._scene(recipe)
+        return {"image": draw(scene, self.size), **fields}
+
+    def fields(self, recipe: Any) -> dict[str, Any]:
+        """The same without the picture."""
+        return self._scene(recipe)[1]
+
+    def _scene(self, recipe: Any) -> tuple[Scene, dict[str, Any]]:
         generator = scene_generator(self.key, int(recipe))
         scene = compose(generator, self.split)
         draws = generator.random(8).tolist()
         texts = captions(scene)
         main = scene.things[0]
-        return {
-            "image": draw(scene, self.size),
+        return scene, {
             "caption": texts[int(draws[7] * len(texts))],
             "captions": texts,
             "description": description(scene),

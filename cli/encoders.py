@@ -1,0 +1,39 @@
+"""Open the model that a command names: a bundle without torch, anything else with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from vlm.config.errors import RequestError
+from vlm.runtime.embedder import Embedder, Picture, PreparingEmbedder
+
+
+def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32) -> Embedder:
+    """A run, a Hugging Face directory or a bundle, as what embeds pictures and texts.
+
+    Raises CheckpointError for a missing or damaged model, RequestError for one that embeds nothing.
+    """
+    from vlm.runtime.manifest import is_bundle
+
+    if is_bundle(path):
+        from vlm.runtime.bundle import open_bundle
+
+        return open_bundle(path, threads=threads, batch_size=batch_size)
+    # By name, when it is needed: this module is imported where torch may be missing.
+    model = import_module("vlm.evaluation.encoder").open_model(path)
+    if threads is not None:
+        import_module("torch").set_num_threads(threads)
+    if not hasattr(model, "encode_image"):
+        raise RequestError("a language model embeds no pictures", where=path, remedy="give a dual encoder")
+    return model  # type: ignore[no-any-return]
+
+
+def picture_steps(embedder: Embedder) -> tuple[Callable[[Picture], Any], Callable[[list[Any]], Any]]:
+    """(what to do with each picture alone, what to do with a batch of those): both may raise BadPicture."""
+    if isinstance(embedder, PreparingEmbedder):
+        return embedder.prepare_image, embedder.encode_pixels
+    from vlm.runtime.pictures import decode_picture
+
+    return decode_picture, embedder.encode_image  # type: ignore[return-value]

@@ -1,0 +1,201 @@
+"""`vlm evaluate`: one task on one model, as a table or as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vlm.cli.output import echo_json, echo_result, log, wants_bar
+from vlm.config.errors import DataError, RequestError
+
+if TYPE_CHECKING:
+    from vlm.evaluation.reading import Reading
+    from vlm.evaluation.task import Task
+
+TASKS = ("retrieval", "zero-shot", "linear-probe", "perplexity")
+
+_EPILOG = """\b
+MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.
+Examples:
+  vlm evaluate runs/emoji --task retrieval --data 'data/emoji/val-*.tar'
+  vlm evaluate runs/emoji --task zero-shot --labels-from category --template 'a drawing of a {}'
+  vlm evaluate bundle --task zero-shot --data photos/ --classes names.txt --none-below 0.4 --json
+  vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' --gate 'bits_per_character<=2.5'
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--task", required=True, type=click.Choice(TASKS), help="what to measure")
+@click.option(
+    "--data", metavar="URI", help="tar shards, a folder, JSON lines or scenes: [default: the run's data.val]"
+)
+@click.option(
+    "--text-from", metavar="FIELD", help="field with the text, dotted for nested ones (captions.de)"
+)
+@click.option(
+    "--labels-from",
+    metavar="FIELD",
+    multiple=True,
+    help="field with a sample's class; the first that the data has",
+)
+@click.option("--classes", metavar="FILE", help="classes: a name a line, or JSON; FILE#LIST picks a list")
+@click.option(
+    "--template",
+    metavar="TEXT",
+    multiple=True,
+    help="prompt with {} for the class name; several are averaged",
+)
+@click.option(
+    "--none-below",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help='below this probability the answer is "none of these"',
+)
+@click.option("--train", metavar="URI", help="linear probe: data to fit on [default: folds by concept]")
+@click.option("--limit", type=click.IntRange(min=1), help="evaluate a random draw of so many samples")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="of intervals, folds and draws [default: 0]"
+)
+@click.option(
+    "--bad-budget",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    help="share of samples that may be bad [default: 0.01]",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all cores]")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=64, help="pictures of one forward pass [default: 64]"
+)
+@click.option(
+    "--examples",
+    type=click.IntRange(0, 1000),
+    help="keep so many random examples [default: 12 with --save, else 0]",
+)
+@click.option("--name", help="name of the result in reports [default: the task]")
+@click.option(
+    "--gate",
+    metavar="CONDITION",
+    multiple=True,
+    help="leave with exit code 5 unless it holds: 'image_to_text/r@1>=20'",
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="write the result to FILE")
+@click.option("--save", is_flag=True, help="store the result in the run MODEL, for vlm report")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+def command(model: Path, as_json: bool, **given: Any) -> None:
+    """Measure a model: retrieval, zero-shot, linear probe, perplexity."""
+    from vlm.evaluation.encoder import describe_model, open_model
+    from vlm.evaluation.result import Gate, save_results, write_json
+    from vlm.evaluation.session import Session
+    from vlm.evaluation.table import table_of
+
+    gates = [Gate.parse(text) for text in given["gate"]]
+    run = _run_of(model)
+    if given["save"] and run is None:
+        raise RequestError(
+            "--save needs a run: a directory with preset.toml",
+            where=str(model),
+            remedy="or use --output FILE",
+        )
+    task = _task(given)
+    data, reading = _data(given, run)
+    opened = open_model(model, threads=given["threads"], batch=given["batch"])
+    session = Session(
+        opened,
+        data,
+        reading=reading,
+        model_info=describe_model(model),
+        bad_budget=given["bad_budget"],
+        batch=given["batch"],
+        progress=_bar() if wants_bar() else None,
+    )
+    result = session.run(task)  # type: ignore[arg-type]
+    for line in result.bad.get("first", []):
+        log(f"bad sample left out: {line}")
+    if given["output"] is not None:
+        write_json(given["output"], result.as_json())
+    if given["save"] and run is not None:
+        log(f"stored in {save_results([result], run)[0]}; vlm report {run} shows it")
+    if as_json:
+        echo_json(result.as_json(examples=False))
+    else:
+        echo_result(table_of(result))
+    for gate in gates:
+        gate.check(result)
+
+
+def _run_of(model: Path) -> Path | None:
+    return model if (model / "preset.toml").is_file() else None
+
+
+def _task(given: dict[str, Any]) -> Task:
+    """The task's options. Raises RequestError for an option that the task has not."""
+    import pydantic
+
+    from vlm.evaluation import TaskOptions
+
+    values = {
+        "task": given["task"],
+        "name": given["name"],
+        "limit": given["limit"],
+        "seed": given["seed"],
+        "examples": given["examples"] if given["examples"] is not None else 12 * given["save"],
+        "labels_from": given["labels_from"] or None,
+        "classes": given["classes"],
+        "templates": given["template"] or None,
+        "none_below": given["none_below"],
+        "train": given["train"],
+    }
+    options = {"templates": "--template", "labels_from": "--labels-from", "none_below": "--none-below"}
+    try:
+        adapter: pydantic.TypeAdapter[Task] = pydantic.TypeAdapter(TaskOptions)
+        return adapter.validate_python({name: value for name, value in values.items() if value is not None})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        option = options.get(name, f"--{name}")
+        if first["type"] == "extra_forbidden":
+            raise RequestError(f"{option} does not go with --task {given['task']}") from error
+        message = str(first["msg"]).removeprefix("Value error, ")
+        remedy = "give --labels-from FIELD or --classes FILE" if "needs classes" in message else None
+        raise RequestError(
+            message if len(first["loc"]) < 2 else f"{option}: {message}", remedy=remedy
+        ) from error
+
+
+def _data(given: dict[str, Any], run: Path | None) -> tuple[str, Reading]:
+    """The address of the data and how it is read: as given, else as the run validates. Raises RequestError."""
+    from vlm.evaluation.reading import Reading
+
+    preset = _preset_of(run).get("data", {}) if run is not None else {}
+    columns = preset.get("columns", {})
+    uri = given["data"]
+    if uri is None:
+        uri = preset.get("val")
+        if not isinstance(uri, str):
+            raise RequestError(
+                "no data to evaluate on",
+                remedy="give --data URI" if run is None else "the run has no data.val: give --data URI",
+            )
+        log(f"data: {uri} (the run's data.val)")
+    text = given["text_from"] or columns.get("text", "auto")
+    return uri, Reading(image=columns.get("image", "auto"), text=text)
+
+
+def _preset_of(run: Path) -> dict[str, Any]:
+    import tomllib
+
+    path = run / "preset.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path)) from error
+
+
+def _bar() -> Any:
+    def progress(count: int) -> None:
+        click.echo(f"\r{count:,} pictures embedded", err=True, nl=False)
+
+    return progress

@@ -1,0 +1,61 @@
+"""`vlm serve`: a model behind an HTTP interface."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from pathlib import Path
+
+import click
+
+
+@click.command(name="serve")
+@click.argument("model", metavar="MODEL")
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="port to listen on; 0 takes a free one")
+@click.option("--name", help="model name in requests and answers [default: the model's]")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="file with an API key a line; guards every route but /health")
+@click.option("--threads", type=click.IntRange(min=1), help="threads of one operator [default: the framework's choice]")
+@click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="items of one model call")
+@click.option("--max-body-mb", type=click.FloatRange(min=0, min_open=True), default=32, show_default=True, help="size of one request body")
+@click.option("--max-megapixels", type=click.FloatRange(min=0, min_open=True), default=40, show_default=True, help="size of one picture")
+@click.option("--max-requests", type=click.IntRange(min=1), default=64, show_default=True, help="requests at a time; more get 429")
+@click.option("--deadline", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True, help="seconds a request may take")
+def command(
+    model: str, host: str, port: int, name: str | None, api_key_file: Path | None, threads: int | None, max_batch: int,
+    max_body_mb: float, max_megapixels: float, max_requests: int, deadline: float,
+) -> None:  # fmt: skip
+    """Serve embeddings and classification of MODEL: a bundle (without torch), a run or a Hugging Face directory.
+
+    POST /v1/embeddings (OpenAI's form; pictures as data URIs), POST /v1/classify, GET /v1/models, /health/live,
+    /health/ready, /metrics. Nothing is fetched from anywhere. SIGTERM finishes running requests first.
+    """
+    from vlm.cli.encoders import open_embedder
+    from vlm.serving import ServerSettings, create_app
+    from vlm.serving.auth import read_keys
+    from vlm.serving.server import bind, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    keys = read_keys(api_key_file) if api_key_file is not None else ()
+    settings = ServerSettings(
+        name=name,
+        max_body_bytes=round(max_body_mb * 2**20),
+        max_pixels=round(max_megapixels * 1e6),
+        max_batch=max_batch,
+        max_requests=max_requests,
+        deadline_seconds=deadline,
+    )
+    listener = bind(host, port)  # a taken port is said before the model is loaded
+    embedder = open_embedder(model, threads=threads, batch_size=max_batch)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    if not keys and not _loopback(host):
+        click.echo(f"warning: {host} is not a loopback address and no --api-key-file is given: anyone who reaches it may use it", err=True)
+    app = create_app(embedder, settings, api_keys=keys)
+    serve(app, listener, settings, started=lambda: click.echo(f"serving {name or embedder.name} on {address}", err=True))
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,142 @@
+// Thread pool (coverage of the range, nesting, several callers, fork), level switch, tile programs.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <thread>
+
+#include "check.hpp"
+#include "core/tile_program.hpp"
+#include "vlm/parallel.hpp"
+
+using namespace vlm;
+using namespace vlm::test;
+
+namespace {
+
+struct Visits {
+  std::vector<std::atomic<int>> seen;
+  std::atomic<int> highest_worker{0};
+  explicit Visits(int64_t n) : seen(n) {}
+  static void body(void* context, int64_t begin, int64_t end, int worker) {
+    Visits& v = *static_cast<Visits*>(context);
+    for (int64_t i = begin; i < end; ++i) ++v.seen[i];
+    int before = v.highest_worker.load();
+    while (before < worker && !v.highest_worker.compare_exchange_weak(before, worker)) {
+    }
+  }
+  bool each_once() const {
+    return std::all_of(seen.begin(), seen.end(), [](const std::atomic<int>& n) { return n == 1; });
+  }
+};
+
+void every_index_runs_once() {
+  for (int threads : {1, 2, 3, 8})
+    for (int64_t count : {0, 1, 2, 7, 1000})
+      for (int64_t grain : {1, 3, 64}) {
+        Visits visits(count);
+        parallel_ranges(count, grain, threads, Visits::body, &visits);
+        check(visits.each_once() && visits.highest_worker < threads, "every index runs once");
+      }
+}
+
+void nested_calls_run_in_the_caller() {
+  Visits inner(4 * 50);
+  parallel_ranges(4, 1, 4, [](void* context, int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      struct Shifted {
+        Visits* visits;
+        int64_t base;
+      } shifted{static_cast<Visits*>(context), i * 50};
+      parallel_ranges(50, 1, 4, [](void* c, int64_t b, int64_t e, int worker) {
+        auto* s = static_cast<Shifted*>(c);
+        Visits::body(s->visits, s->base + b, s->base + e, worker);
+      }, &shifted);
+    }
+  }, &inner);
+  check(inner.each_once() && inner.highest_worker == 0, "nested calls run in the caller");
+}
+
+void several_callers_at_once() {
+  std::vector<std::thread> callers;
+  std::atomic<int> good{0};
+  for (int t = 0; t < 4; ++t)
+    callers.emplace_back([&good] {
+      for (int round = 0; round < 50; ++round) {
+        Visits visits(200);
+        parallel_ranges(200, 1, 3, Visits::body, &visits);
+        good += visits.each_once();
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+  check(good == 200, "several callers at once");
+}
+
+[[maybe_unused]] void child_of_a_fork_starts_afresh() {
+  Visits before(100);
+  parallel_ranges(100, 1, 3, Visits::body, &before);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // a hang is a failure, not a stuck test
+    const bool empty = pool_size() == 0;
+    Visits visits(100);
+    parallel_ranges(100, 1, 3, Visits::body, &visits);
+    _exit(empty && visits.each_once() ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child of a fork starts afresh");
+  Visits after(100);
+  parallel_ranges(100, 1, 3, Visits::body, &after);
+  check(after.each_once(), "the parent of a fork goes on");
+}
+
+void unknown_levels_are_refused() {
+  try {
+    level_from_name("sse9");
+    check(false, "unknown level is refused");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+// "Full" tiles hold no removed pair, "skipped" ones no allowed pair, and `seen` is the exact bound.
+void tile_programs_judge_every_tile_rightly() {
+  using namespace vlm::VLM_LEVEL;
+  for (int64_t offset : {-7, -1, 0, 1, 5, 40}) {
+    const CausalAtom causal{true, offset};
+    for (int64_t i0 = 0; i0 < 12; ++i0)
+      for (int64_t i1 = i0 + 1; i1 < 14; ++i1)
+        for (int64_t j0 = 0; j0 < 12; ++j0)
+          for (int64_t j1 = j0 + 1; j1 < 14; ++j1) {
+            int64_t allowed = 0, last = 0;
+            for (int64_t i = i0; i < i1; ++i)
+              for (int64_t j = j0; j < j1; ++j)
+                if (j <= i + offset) {
+                  ++allowed;
+                  last = std::max(last, j - j0 + 1);
+                }
+            const Cover truth = allowed == 0                       ? Cover::skip
+                                : allowed == (i1 - i0) * (j1 - j0) ? Cover::full
+                                                                   : Cover::partial;
+            check(causal.cover(i0, i1, j0, j1) == truth, "causal tile cover");
+            check(causal.seen(i1 - 1, j0, j1 - j0) == last, "causal bound");
+          }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run(argc, argv, [] {
+    every_index_runs_once();
+    nested_calls_run_in_the_caller();
+    several_callers_at_once();
+#ifndef __SANITIZE_THREAD__  // that sanitizer refuses threads in the child of a fork
+    child_of_a_fork_starts_afresh();
+#endif
+    unknown_levels_are_refused();
+    tile_programs_judge_every_tile_rightly();
+  });
+}

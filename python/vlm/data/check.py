@@ -1,0 +1,194 @@
+"""Look at data before training: decode every sample and count, or show the first ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from vlm.data.captions import AUTO_TEXT, text_values
+from vlm.data.decode import _AUTO_IMAGE, plain_fields
+from vlm.data.options import DataOptions
+from vlm.data.samples import BadSample, clean_text, field_at
+from vlm.data.sources.base import Source
+from vlm.data.sources.readers import JsonLinesReader, open_reader
+from vlm.runtime.pictures import BadPicture, decode_picture
+
+_NAMED = 20
+_MAX_DISTINCT = 1_000_000
+
+
+class Checker:
+    """Reads samples as training would, one by one, without resizing."""
+
+    def __init__(self, source: Source, options: DataOptions) -> None:
+        self.source, self.options = source, options
+        self.reader = open_reader(source.spec(), options.limits)
+
+    def read(self, index: int) -> tuple[dict[str, Any], Image.Image | None, str | None]:
+        """(fields, picture or None, text or None). Raises BadSample or BadPicture."""
+        fields = self.reader.read(self.source.recipe(index))
+        return fields, self._picture(fields), self._text(fields)
+
+    def _picture(self, fields: dict[str, Any]) -> Image.Image | None:
+        column = self.options.columns.image
+        paths = _AUTO_IMAGE if column == "auto" else (column,)
+        value = next((v for path in paths if (v := field_at(fields, path)) is not None), None)
+        if value is None:
+            return None
+        if isinstance(value, Image.Image):
+            return value
+        if isinstance(self.reader, JsonLinesReader):
+            value = self.reader.picture(value)
+        if not isinstance(value, bytes):
+            raise BadSample("missing_image", f"holds a {type(value).__name__}")
+        return decode_picture(value, self.options.limits)
+
+    def _text(self, fields: dict[str, Any]) -> str | None:
+        column = self.options.columns.text
+        if column == "auto" and all(field_at(fields, path) is None for path in AUTO_TEXT):
+            return None
+        return clean_text(text_values(fields, column)[0], self.options.max_text)
+
+
+def check(
+    source: Source, options: DataOptions, progress: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Decode every sample. Counts by reason with the first bad keys, sizes, text lengths, duplicates, fields.
+
+    If most samples have a picture (or a text), one without is bad: half of a pair is missing.
+    `within_budget` says whether training under these options would get through an epoch.
+    """
+    checker = Checker(source, options)
+    reasons: Counter[str] = Counter()
+    bad: list[dict[str, str]] = []
+    fields_seen: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    sides: list[int] = []
+    lengths: list[int] = []
+    captions: Counter[str] = Counter()
+    lacking: dict[str, list[int]] = {"missing_image": [], "missing_text": []}
+    good = 0
+
+    def note(index: int, reason: str, detail: str) -> None:
+        reasons[reason] += 1
+        if len(bad) < _NAMED:
+            bad.append({"key": source.key(index), "reason": reason, "detail": detail})
+
+    for index in range(len(source)):
+        if progress is not None:
+            progress(index)
+        try:
+            fields, picture, text = checker.read(index)
+        except (BadSample, BadPicture) as error:
+            note(index, error.reason, error.detail)
+            continue
+        good += 1
+        fields_seen.update(plain_fields(fields).keys())
+        if picture is None:
+            lacking["missing_image"].append(index)
+        else:
+            sizes[f"{picture.width}x{picture.height}"] += 1
+            sides += [min(picture.size), max(picture.size)]
+        if text is None:
+            lacking["missing_text"].append(index)
+        else:
+            lengths.append(len(text))
+            if len(captions) < _MAX_DISTINCT or text in captions:
+                captions[text] += 1
+    for reason, indexes in lacking.items():
+        if 2 * len(indexes) < good:
+            for index in indexes:
+                note(index, reason, "others have one")
+    total = sum(reasons.values())
+    allowed = options.bad_samples.allowed(len(source))
+    repeated = {text: count for text, count in captions.items() if count > 1}
+    return {
+        "source": dict(source.describe()),
+        "samples": len(source),
+        "good": len(source) - total,
+        "bad": total,
+        "budget": allowed,
+        "within_budget": total <= allowed,
+        "reasons": dict(sorted(reasons.items())),
+        "first_bad": bad,
+        "fields": dict(fields_seen.most_common()),
+        "pictures": {
+            "count": sum(sizes.values()),
+            "sizes": dict(sizes.most_common(10)),
+            "smallest_side": min(sides, default=None),
+            "largest_side": max(sides, default=None),
+        },
+        "texts": {
+            "count": len(lengths),
+            "distinct": len(captions),
+            "repeated": sum(repeated.values()),
+            "most_repeated": dict(Counter(repeated).most_common(5)),
+            "characters": _spread(lengths),
+        },
+    }
+
+
+def _spread(values: list[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    n = len(ordered)
+    return {
+        "min": ordered[0],
+        "mean": round(sum(ordered) / n, 2),
+        "median": ordered[n // 2],
+        "p95": ordered[min(n - 1, int(0.95 * n))],
+        "max": ordered[-1],
+    }
+
+
+def first_samples(source: Source, options: DataOptions, count: int) -> list[dict[str, Any]]:
+    """The first samples: key, text, picture (RGB or None), fields, or the reason why one is bad."""
+    checker = Checker(source, options)
+    out: list[dict[str, Any]] = []
+    for index in range(min(count, len(source))):
+        entry: dict[str, Any] = {"key": source.key(index)}
+        try:
+            fields, picture, text = checker.read(index)
+        except (BadSample, BadPicture) as error:
+            entry |= {"bad": error.reason, "detail": error.detail}
+        else:
+            entry |= {"text": text, "picture": picture, "fields": plain_fields(fields)}
+        out.append(entry)
+    return out
+
+
+def contact_sheet(samples: list[dict[str, Any]], cell: int = 160, columns: int = 6) -> Image.Image:
+    """A picture of samples in a grid, each with its text below, bad ones in red with their reason."""
+    rows = -(-len(samples) // columns) or 1
+    label = 28
+    sheet = Image.new("RGB", (columns * cell, rows * (cell + label)), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    for i, sample in enumerate(samples):
+        x, y = i % columns * cell, i // columns * (cell + label)
+        picture = sample.get("picture")
+        if picture is not None:
+            shown = picture.copy()
+            shown.thumbnail((cell - 8, cell - 8))
+            sheet.paste(shown, (x + (cell - shown.width) // 2, y + (cell - shown.height) // 2))
+        text = sample.get("bad") or sample.get("text") or sample["key"]
+        color = (190, 20, 20) if "bad" in sample else (20, 20, 20)
+        pen.text((x + 4, y + cell), _fit(pen, str(text), cell - 8), fill=color)
+    return sheet
+
+
+def _fit(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The text in at most two lines of `width` pixels."""
+    lines, current = [], ""
+    for word in text[:200].split():
+        longer = f"{current} {word}".strip()
+        if current and pen.textlength(longer) > width:
+            lines.append(current)
+            current = word
+        else:
+            current = longer
+    lines.append(current)
+    return "\n".join(lines[:2])

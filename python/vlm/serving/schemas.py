@@ -1,0 +1,121 @@
+"""Requests and answers of the HTTP interface, as pydantic models. Unknown fields are refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class ImageUrl(_Strict):
+    url: str = Field(description="data:image/png;base64,... (nothing is fetched)")
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl | str
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+Part = Annotated[ImagePart | TextPart, Field(discriminator="type")]
+
+MOST = 4096
+"""Length of any list: a longer one is refused before its entries are looked at, so that it cannot cost memory."""
+TokenIds = Annotated[list[int], Field(max_length=MOST)]
+
+
+class ChatMessage(_Strict):
+    role: str
+    content: str | Annotated[list[Part], Field(max_length=MOST)]
+    name: str | None = None
+
+
+class EmbeddingRequest(_Strict):
+    """OpenAI's request, whose input may also hold pictures; or `messages`, as vLLM takes them."""
+
+    model: str | None = None
+    input: str | Part | Annotated[list[str | Part | int | TokenIds], Field(max_length=MOST)] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MOST)] | None = None
+    modality: Literal["text", "image"] = Field("text", description="what plain strings of the input are")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, gt=0)
+    user: str | None = None
+
+
+class ClassifyRequest(_Strict):
+    """A picture and the labels to score it with."""
+
+    model: str | None = None
+    image: ImagePart | ImageUrl | str = Field(description="a data URI, or an image_url part")
+    labels: list[str] = Field(min_length=1, max_length=MOST)
+    template: str = Field("{}", max_length=1000, description="text of a label, {} stands for it")
+    user: str | None = None
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class Score(BaseModel):
+    index: int
+    label: str
+    score: float = Field(description="scale * cosine + bias")
+    probability: float
+
+
+class ClassifyResponse(BaseModel):
+    object: Literal["classification"] = "classification"
+    model: str
+    form: Literal["softmax", "sigmoid"]
+    data: list[Score]
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "vlm"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"description": text}
+    for code, text in {
+        400: "the request is wrong",
+        401: "a key is needed",
+        408: "the body came too slowly",
+        413: "body or picture too large",
+        415: "media type not accepted",
+        422: "the picture cannot be read",
+        429: "too many requests",
+        503: "starting or stopping",
+        504: "the deadline passed",
+    }.items()
+}

@@ -56,6 +56,7 @@ class Measurement:
     factors: dict[str, float]
     dev: dict[str, dict[str, float]]
     units: list[dict[str, Any]]
+    tuning_seconds: float = 0.0
     gates: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -68,7 +69,7 @@ class Measurement:
         claim, difference = self.claim, self.difference
         found = difference.verdict(claim.options.margin)
         missed = [gate for gate in self.gates if not gate["held"]]
-        seconds = sum(unit["seconds"] for unit in self.units)
+        seconds = self.tuning_seconds + sum(unit["seconds"] for unit in self.units)
         return {
             "key": claim.key,
             "title": claim.title,
@@ -132,8 +133,10 @@ class Measure:
         self.claim.check_data()
         factors: dict[str, float] = {}
         dev: dict[str, dict[str, float]] = {}
+        tuning_seconds = 0.0
         for arm in self.claim.arms:
-            factors[arm.name], dev[arm.name] = self._tuned(arm)
+            factors[arm.name], dev[arm.name], seconds = self._tuned(arm)
+            tuning_seconds += seconds
         records: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in self.claim.arms}
         for seed in range(self.seeds):
             for arm in self.claim.arms:
@@ -145,6 +148,7 @@ class Measure:
             factors,
             dev,
             [one for own in records.values() for one in own],
+            tuning_seconds,
             [self._gate(number, gate, records) for number, gate in enumerate(self.claim.options.gates)],
         )
 
@@ -204,12 +208,15 @@ class Measure:
         """Presets that the values name as models; a directory of that name comes first."""
         return sorted({name for name in base_names(values).values() if name in self._presets and not Path(name).exists()})
 
-    def _tuned(self, arm: Arm) -> tuple[float, dict[str, float]]:
+    def _tuned(self, arm: Arm) -> tuple[float, dict[str, float], float]:
+        """The chosen factor, the dev figure of each, and the seconds that choosing took."""
         units = self.tuning_units(arm)
         if not units:
-            return self.claim.options.tune.factors[0], {}
-        dev = {unit.factor: self._figure(self._do(unit), self.claim.options.metric) for unit in units}
-        return best_factor(dev, self.claim.options.direction), {f"{factor:g}": value for factor, value in dev.items()}  # type: ignore[arg-type]
+            return self.claim.options.tune.factors[0], {}, 0.0
+        records = [(unit.factor or 1.0, self._do(unit)) for unit in units]
+        dev = {factor: self._figure(record, self.claim.options.metric) for factor, record in records}
+        chosen = best_factor(dev, self.claim.options.direction)
+        return chosen, {f"{factor:g}": value for factor, value in dev.items()}, sum(record["seconds"] for _, record in records)
 
     def _known_factor(self, arm: Arm) -> float:
         """The tuned factor if all of tuning is stored, else the one nearest to 1."""

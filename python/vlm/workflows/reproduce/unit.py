@@ -19,6 +19,7 @@ from vlm.data.sources.base import Source
 from vlm.data.sources.uri import open_source
 from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation import evaluate_in_memory
+from vlm.evaluation.result import flatten
 from vlm.models import Model, load_model
 from vlm.training.directory import RunDirectory
 from vlm.training.preset import Stage, stages_of
@@ -107,11 +108,12 @@ def train_unit(unit: Unit, folder: Path, models: dict[str, Path], *, keep: bool 
     run.part = unit.part
     _share_cache(folder)
     finished = run.train()
-    figures = score(unit, directory.model)
+    figures, intervals = score(unit, directory.model)
     if not keep:
         shutil.rmtree(folder)
     return {
         "figures": figures,
+        "intervals": intervals,
         "updates": finished.steps,
         "parameters": finished.parameters,
         "seconds": time.monotonic() - started,
@@ -119,8 +121,12 @@ def train_unit(unit: Unit, folder: Path, models: dict[str, Path], *, keep: bool 
     }
 
 
-def score(unit: Unit, directory: Path) -> dict[str, float]:
-    """`NAME.path` -> number for every figure of the unit's tasks, on its test data."""
+def score(unit: Unit, directory: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """`NAME.path` -> number for every figure of the unit's tasks on its test data; and each one's bootstrap interval.
+
+    The interval is over the test samples, by concept where several share one: what one model's figure is worth. The
+    verdict rests on the spread over seeds instead.
+    """
     stage = unit.stages[-1]
     data = evaluation_data(unit.test, stage.data, unit.test_part)
     results = evaluate_in_memory(load_model(directory), Tokenizer.load(directory), unit.tasks, data)
@@ -128,7 +134,13 @@ def score(unit: Unit, directory: Path) -> dict[str, float]:
     wrong = [name for name, value in figures.items() if not math.isfinite(value)]
     if wrong:
         raise RunFailed(f"{wrong[0]} of {unit.describe()} is not a number", remedy="the run has diverged: lower optimizer.lr")
-    return figures
+    bounds = {
+        f"{result.name}.{name}".replace("/", "."): value for result in results for name, value in flatten(result.intervals)
+    }
+    intervals = {
+        name: [bounds[f"{name}.lower"], bounds[f"{name}.upper"]] for name in figures if f"{name}.lower" in bounds
+    }
+    return figures, intervals
 
 
 def with_models(values: Values, models: dict[str, Path]) -> Values:

@@ -42,7 +42,7 @@ def store(data: str, val: str, output: Path, steps: int, batch: int, seeds: int,
         with build_loader(options, tokenizer=tokenizer, preprocess=preprocess, batch_size=batch, seed=seed, source=source) as loader:
             rows = [[numbers[draw] for draw in next(loader).draws.tolist()] for _ in range(steps)]
         np.save(output / f"order-{seed}.npy", np.array(rows))
-    pictures = [preprocess.to_array(item.picture) for item in EvaluationData(val).items()]
+    pictures = [preprocess.to_array(item.picture()) for item in EvaluationData(val).items()]
     np.save(output / "val_pixels.npy", np.stack(pictures))
     texts = list(dict.fromkeys(text for item in EvaluationData(val).items() for text in item.texts))
     encoded = tokenizer.encode(texts, 32)

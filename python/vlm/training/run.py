@@ -23,6 +23,7 @@ from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
 from vlm.data.tokenizer_options import build_tokenizer
 from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
+from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.models.directory import find_model_directory
 from vlm.objectives import BuildContext
@@ -292,6 +293,15 @@ class Run:
         with parts.average.applied(parts.model):
             return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
 
+    def _evaluation_settings(self, stage: Stage) -> dict[str, Any]:
+        """Evaluation reads with the columns, caps and budget of the run's own data; tasks the data cannot serve are said."""
+        data = stage.data
+        return {
+            "reading": Reading.of(data.columns, data.limits),
+            "bad_budget": data.bad_samples.budget,
+            "skip": self.note,
+        }
+
     def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
         """Evaluation during training, on rank 0; the others wait."""
         values: dict[str, float] = {}
@@ -299,7 +309,8 @@ class Run:
             assert self.tokenizer is not None
             parts.model.eval()
             tasks = parts.stage.evaluation.tasks
-            values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, skip=self.note))
+            settings = self._evaluation_settings(parts.stage)
+            values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
             parts.model.train()
         self.communicator.barrier()
         return values
@@ -323,7 +334,12 @@ class Run:
                 settings = parts.stage.evaluation
                 self.note("evaluating")
                 results = evaluate_in_memory(
-                    clean, self.tokenizer, settings.tasks, parts.stage.data.val, examples=settings.examples, skip=self.note
+                    clean,
+                    self.tokenizer,
+                    settings.tasks,
+                    parts.stage.data.val,
+                    examples=settings.examples,
+                    **self._evaluation_settings(parts.stage),
                 )
                 save_results(results, self.directory.root)
                 metrics.write(cursor.total, numbers_of(results))

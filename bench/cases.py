@@ -75,12 +75,12 @@ def _attention(mask: str, length: int, backward: bool) -> Callable[[], dict[Arm,
     return build
 
 
-def _contrastive(form: str, batch: int) -> Callable[[], dict[Arm, Work]]:
-    """x, y [B, 512] unit rows; loss and gradients of x, y and the scale."""
+def contrastive(form: str, batch: int, width: int = 512) -> Callable[[], dict[Arm, Work]]:
+    """x, y [B, E] unit rows; loss and gradients of x, y, the scale, and the bias of form "sigmoid"."""
 
     def build() -> dict[Arm, Work]:
         generator = torch.Generator().manual_seed(batch)
-        x, y = (F.normalize(torch.randn(batch, 512, generator=generator), dim=1).requires_grad_() for _ in range(2))
+        x, y = (F.normalize(torch.randn(batch, width, generator=generator), dim=1).requires_grad_() for _ in range(2))
         softmax = form == "softmax"
         log_scale = torch.tensor(2.659 if softmax else 2.303, requires_grad=True)
         bias = torch.tensor(-10.0, requires_grad=not softmax)
@@ -132,7 +132,7 @@ CASES: tuple[Case, ...] = (
         Case(
             f"contrastive/{form}/{batch}/forward+backward",
             DENSE,
-            _contrastive(form, batch),
+            contrastive(form, batch),
             _CONTRASTIVE_TARGETS.get(batch),
             peer_bytes=4 * 4 * batch * batch,  # about four matrices of logits live at once
         )

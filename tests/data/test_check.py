@@ -6,9 +6,9 @@ import json
 from typing import NamedTuple
 
 import pytest
-from data_makers import sample, write_shards, write_tar, write_texts
 from PIL import Image
 
+from tests.data.data_makers import sample, write_shards, write_tar, write_texts
 from vlm.cli.main import main
 
 

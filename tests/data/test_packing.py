@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_makers import Ranks, write_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.data_makers import Ranks, write_texts
 from vlm.config.errors import DataError
 from vlm.data import DataOptions, Tokenizer, build_loader, iterate_once, open_source, source_texts
 from vlm.runtime.preprocess import Preprocess

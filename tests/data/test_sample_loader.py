@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from data_makers import Ranks, sample, write_pairs, write_shards, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.data_makers import Ranks, sample, write_pairs, write_shards, write_tar
 from vlm.config.errors import DataError, RunFailed
 from vlm.data import DataOptions, Tokenizer, build_loader, open_source, source_texts
 from vlm.runtime.preprocess import Preprocess

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vlm.config.errors import CheckpointError, RequestError
@@ -315,6 +317,7 @@ class Run:
             self.directory.write_model(clean, dict(clean.state_dict()), self.tokenizer, clean.preprocess())
             if parts.stage.tuning.lora is not None:
                 lora_files(parts.model, parts.stage.tuning.lora, self.directory.root / "adapter")
+            self._write_heads(parts)
             self.note(f"model written to {self.directory.model}")
             if parts.stage.evaluation.tasks:
                 settings = parts.stage.evaluation
@@ -329,6 +332,15 @@ class Run:
         self.communicator.barrier()
         result.seconds = time.monotonic() - started
         return result
+
+
+    def _write_heads(self, parts: Parts) -> None:
+        """Parameters that objectives own (classification heads, bridges), beside the model."""
+        tensors = {name: t.detach().contiguous() for name, t in parts.objectives.state_dict().items()}
+        if tensors:
+            classes = {name: getattr(o, "classes", None) for name, o in parts.objectives.items()}
+            metadata = {name: json.dumps(list(values)) for name, values in classes.items() if values}
+            save_file(tensors, self.directory.root / "objectives.safetensors", metadata=metadata)
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> VocabularyLayout:

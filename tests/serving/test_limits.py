@@ -73,18 +73,19 @@ def test_no_url_is_ever_fetched(address, listener):
         "http://169.254.169.254/latest/meta-data", "file:///etc/hostname", "/etc/hostname", f"gopher://127.0.0.1:{port}/_x",
         f"ftp://127.0.0.1:{port}/x", f"https://127.0.0.1:{port}/x", "data:text/html;base64,PGh0bWw+", f"data://127.0.0.1:{port}/x.png",
     ]  # fmt: skip
-    for url in urls:
-        part = {"type": "image_url", "image_url": {"url": url}}
-        for path, body in (
-            ("embeddings", {"input": [part]}),
-            ("embeddings", {"input": url, "modality": "image"}),
-            ("embeddings", {"messages": [{"role": "user", "content": [part]}]}),
-            ("classify", {"image": url, "labels": ["a"]}),
-        ):
-            answer = httpx.post(f"{address}/v1/{path}", json=body)
-            assert answer.status_code in (400, 415), (url, answer.text)
-            message = answer.json()["error"]["message"]
-            assert url[:5].lower() == "data:" or "fetches nothing" in message
+    with httpx.Client(base_url=f"{address}/v1") as client:
+        for url in urls:
+            part = {"type": "image_url", "image_url": {"url": url}}
+            for path, body in (
+                ("embeddings", {"input": [part]}),
+                ("embeddings", {"input": url, "modality": "image"}),
+                ("embeddings", {"messages": [{"role": "user", "content": [part]}]}),
+                ("classify", {"image": url, "labels": ["a"]}),
+            ):
+                answer = client.post(f"/{path}", json=body)
+                assert answer.status_code in (400, 415), (url, answer.text)
+                message = answer.json()["error"]["message"]
+                assert url[:5].lower() == "data:" or "fetches nothing" in message
     time.sleep(0.1)
     assert hits == []
     # The listener does notice a visit.
@@ -147,6 +148,20 @@ def test_endless_body_is_cut_at_the_limit(address):
     assert healthy(address)
 
 
+def test_all_bodies_together_are_bounded(bundle):
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 30000\r\n\r\n"
+    with running(bundle, max_held_bytes=50_000) as address:
+        with raw(address) as (send, receive), raw(address) as (send_too, receive_too):
+            send(head + b" " * 29_999)
+            time.sleep(0.3)
+            send_too(head + b" " * 29_999)
+            assert receive_too().startswith(b"HTTP/1.1 429 ")
+            send(b" ")
+            assert receive(2000).startswith(b"HTTP/1.1 400 ")
+        assert all(healthy(address) for _ in range(3))  # what was held is given back
+        assert httpx.post(f"{address}/v1/embeddings", content=b" " * 49_000).status_code == 400
+
+
 def test_slow_body_times_out(address):
     with raw(address) as (send, receive):
         send(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
@@ -202,11 +217,14 @@ class raw:
     def __exit__(self, *_) -> None:
         self.socket.close()
 
-    def _receive(self) -> bytes:
+    def _receive(self, most: int = 1 << 20) -> bytes:
+        """Until the server closes; or its first bytes, when less is asked for."""
         out = b""
         try:
-            while block := self.socket.recv(65536):
+            while block := self.socket.recv(min(most, 65536)):
                 out += block
+                if most < 65536:
+                    break
         except ConnectionResetError:
             pass
         return out

@@ -13,6 +13,7 @@ class ServerSettings(Options):
 
     name: str | None = Field(default=None, description="model name in requests and answers; default: the model's own")
     max_body_bytes: int = Field(default=32 * 2**20, gt=0, description="bytes of one request body")
+    max_held_bytes: int = Field(default=256 * 2**20, gt=0, description="bytes of all request bodies held at a time; more are refused")
     body_seconds: float = Field(default=30.0, gt=0, description="time a client has to send its body")
     max_picture_bytes: int = Field(default=20 * 2**20, gt=0, description="bytes of one encoded picture")
     max_pixels: int = Field(default=40_000_000, gt=0, description="width times height of one picture, read from its header")

@@ -120,7 +120,8 @@ def _measure(
 
     if dry_run:
         for claim in claims:
-            parts = list(rig.rig_claims(claim).values()) if check_rig else [claim]
+            factor = Measure(claim, workspace).known_factor(claim.baseline)
+            parts = list(rig.rig_claims(claim, factor).values()) if check_rig else [claim]
             plan = [entry for part in parts for entry in Measure(part, workspace, seeds).plan()]
             rows = [{"claim": claim.key, "unit": unit.describe(), "state": state, "key": unit.key[:12]} for unit, state in plan]
             show({"key": claim.key, "units": rows}, table([tuple(row.values()) for row in rows], ("CLAIM", "UNIT", "STATE", "KEY")))

@@ -94,10 +94,10 @@ def claim_of(key: str, data: str = REAL) -> Claim:
         train, test = BUILTIN_TRAIN, BUILTIN_TEST
     if test is None:
         raise RequestError(f"the claim of {key} names no test data", where=resolved.name, remedy="set claim.test")
-    own = resolved.values
+    own, other = resolved.values, resolve(options.baseline).values
     arms = [
         _arm(preset.method.key, own, train, options.overrides),
-        _arm(f"{options.baseline}", resolve(options.baseline).values, train, options.overrides, options.baseline_overrides),
+        _arm(str(other.get("method", {}).get("key")), other, train, options.overrides, options.baseline_overrides),
     ]
     if arms[0].name == arms[1].name:  # an ablation
         arms[1] = Arm(f"{arms[1].name} (ablated)", arms[1].values)

@@ -103,13 +103,15 @@ class Measurement:
         }
 
     def _side(self, arm: Arm) -> dict[str, Any]:
-        values = self.figures[arm.name]
+        """at_edge: the grid's first or last factor was the best, so that a rate beyond it might be better still."""
+        values, tried = self.figures[arm.name], self.claim.options.tune.factors
         return {
             "name": arm.name,
             "mean": fmean(values),
             "values": values,
             "lr": arm.rate * self.factors[arm.name],
             "tuning": self.dev.get(arm.name, {}),
+            "at_edge": len(tried) > 1 and self.factors[arm.name] in (min(tried), max(tried)),
         }
 
 
@@ -158,7 +160,7 @@ class Measure:
         units = [unit for arm in self.claim.arms for unit in self.tuning_units(arm)]
         for seed in range(self.seeds):
             for arm in self.claim.arms:
-                units.append(self.seed_unit(arm, seed, self._known_factor(arm)))
+                units.append(self.seed_unit(arm, seed, self.known_factor(arm)))
         bases = {base.key: base for unit in units for base in _all_bases(unit)}
         return [(unit, self._state(unit)) for unit in [*bases.values(), *units]]
 
@@ -218,7 +220,7 @@ class Measure:
         chosen = best_factor(dev, self.claim.options.direction)
         return chosen, {f"{factor:g}": value for factor, value in dev.items()}, sum(record["seconds"] for _, record in records)
 
-    def _known_factor(self, arm: Arm) -> float:
+    def known_factor(self, arm: Arm) -> float:
         """The tuned factor if all of tuning is stored, else the one nearest to 1."""
         dev = {}
         for unit in self.tuning_units(arm):

@@ -127,7 +127,8 @@ def block(answer: Mapping[str, Any]) -> str:
         f"  claim       {answer['metric']} {word} than {answer['baseline']['name']} by {answer['margin']:g} or more",
     ]
     for label, side in (("method", answer["method"]), ("baseline", answer["baseline"]), *(("control", c) for c in answer["controls"])):
-        lines.append(f"  {label:<11} {_side(side)}  {side['name']}, learning rate {side['lr']:.2g}")
+        edge = " (at the edge of the grid)" if side["at_edge"] else ""
+        lines.append(f"  {label:<11} {_side(side)}  {side['name']}, learning rate {side['lr']:.2g}{edge}")
     lines.append(f"  difference  {interval(answer['difference'])}, 95 % t-interval over {len(answer['seeds'])} seeds")
     lines += [f"  gate        {g['metric']} {g['mean']:.4g}: {'held' if g['held'] else 'missed'}" for g in answer["gates"]]
     where = f"{answer['train']} -> {answer['test']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vlm.config.errors import CheckpointError, RequestError
+from vlm.config.errors import CheckpointError, RequestError, VlmError
 from vlm.config.load import Resolved
 from vlm.config.writing import to_toml
 from vlm.data.loader import Loader, build_loader, open_split
@@ -86,6 +87,7 @@ class Run:
         self.note = note if self.communicator.rank == 0 else _silent
         self.progress = progress and self.communicator.rank == 0
         self.tokenizer: Tokenizer | None = None
+        self.fresh = False
         if preset.loop is not None:
             raise RequestError("[loop] is not run yet: rounds come with the methods that need them")
 
@@ -95,6 +97,7 @@ class Run:
         run = cls(RunDirectory(output), preset, resolved, **settings)
         if run.communicator.rank == 0:
             run.directory.create(to_toml(resolved.values, resolved.origins))
+        run.fresh = True
         run.communicator.barrier()
         return run
 
@@ -130,7 +133,13 @@ class Run:
         parts: Parts | None = None
         while not cursor.done:
             stage = self.stages[cursor.stage]
-            parts = self.assemble(stage, cursor, initial=tree is None, weights=previous)
+            try:
+                parts = self.assemble(stage, cursor, initial=tree is None, weights=previous)
+            except VlmError:
+                metrics.close()
+                if self.fresh and cursor.total == 0 and self.communicator.rank == 0:
+                    shutil.rmtree(self.directory.root)  # nothing was trained: the same command may be given again, mended
+                raise
             trainer = Trainer(
                 parts,
                 cursor,

@@ -42,14 +42,15 @@ def build(vocabulary: int, length: int, seed: int):  # type: ignore[no-untyped-d
     return model, ClipLoss(), optimizer
 
 
-def step(model, loss, optimizer, pixels, ids) -> float:  # type: ignore[no-untyped-def]
-    """One update as open_clip's trainer does it; pixels uint8 [n, 3, 64, 64], ids [n, T]."""
+def step(model, loss, optimizer, pixels, ids, amp: bool = False) -> float:  # type: ignore[no-untyped-def]
+    """One update as open_clip's trainer does it (amp: its `amp_bf16`); pixels uint8 [n, 3, 64, 64], ids [n, T]."""
     import torch
 
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
     optimizer.zero_grad()
-    image, text, scale = model((pixels.float() / 255 - mean) / std, ids)
-    value = loss(image, text, scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        image, text, scale = model((pixels.float() / 255 - mean) / std, ids)
+        value = loss(image, text, scale)
     value.backward()
     optimizer.step()
     with torch.no_grad():
@@ -72,7 +73,7 @@ def serve_steps(threads: int, batch: int, length: int) -> None:
         print(time.perf_counter() - started, flush=True)
 
 
-def train(batches: Path, output: Path, steps: int, warmup: int, seed: int, threads: int) -> None:
+def train(batches: Path, output: Path, steps: int, warmup: int, seed: int, threads: int, amp: bool) -> None:
     """Train over `batches/pixels.npy`, `ids.npy`, `order.npy` and write embeddings of `val_pixels.npy`, `val_ids.npy`."""
     import numpy as np
     import torch
@@ -87,7 +88,7 @@ def train(batches: Path, output: Path, steps: int, warmup: int, seed: int, threa
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * rate
         rows = order[number]
-        value = step(model, loss, optimizer, torch.from_numpy(pixels[np.sort(rows)][np.argsort(np.argsort(rows))]), torch.from_numpy(ids[rows]))
+        value = step(model, loss, optimizer, torch.from_numpy(pixels[rows]), torch.from_numpy(ids[rows]), amp)
         if number % 20 == 0 or number == steps - 1:
             print(f"step {number + 1}/{steps} loss {value:.4f}", file=sys.stderr, flush=True)
     model.eval()
@@ -115,11 +116,12 @@ def main() -> None:
     whole.add_argument("--warmup", type=int, default=30)
     whole.add_argument("--seed", type=int, default=0)
     whole.add_argument("--threads", type=int, default=2)
+    whole.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     given = parser.parse_args()
     if given.command == "steps":
         serve_steps(given.threads, given.batch, given.length)
     else:
-        train(given.batches, given.output, given.steps, given.warmup, given.seed, given.threads)
+        train(given.batches, given.output, given.steps, given.warmup, given.seed, given.threads, given.amp)
 
 
 if __name__ == "__main__":

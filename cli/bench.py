@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import click
+
+from vlm.cli.output import echo_json, echo_result, log
 
 
 @click.command()
@@ -30,10 +29,13 @@ def command(name: str | None, threads: int | None, no_memory: bool, list_only: b
     if not cases:
         raise RequestError(f"no benchmark case contains {name!r}", remedy="`vlm bench --list` prints their names.")
     if list_only:
-        click.echo("\n".join(case.name for case in cases))
+        echo_result("\n".join(case.name for case in cases))
         return
     rows = []
     for number, case in enumerate(cases, 1):
-        print(f"[{number}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
+        log(f"[{number}/{len(cases)}] {case.name}")
         rows.append(measure(case, threads or torch.get_num_threads(), with_memory=not no_memory))
-    click.echo(json.dumps(rows, indent=2) if as_json else markdown(rows))
+    if as_json:
+        echo_json(rows)
+    else:
+        echo_result(markdown(rows))

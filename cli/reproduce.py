@@ -53,7 +53,7 @@ def command(
     Both arms are tuned alike on held-out concepts of the training data, then trained with paired seeds and scored on the
     claim's test data. Finished units are kept: the same command goes on where it was stopped.
     """
-    if (key is None) == (not (every or check_rig or write_docs)) or (key is not None and every):
+    if (key is not None and (every or write_docs)) or (key is None and not (every or check_rig or write_docs)):
         raise RequestError("name one preset, or give --all", remedy="vlm presets list shows them")
     from vlm.training.trainer import Interrupted
     from vlm.workflows.reproduce.store import Results

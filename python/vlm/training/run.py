@@ -246,8 +246,8 @@ class Run:
         own = self.directory.architecture
         if self.communicator.rank == 0:
             if stage.start.model is not None:
-                source = find_model_directory(stage.start.model)
-                tokenizer, model = Tokenizer.load(source), load_model(source, weights=False)
+                folder = find_model_directory(stage.start.model)
+                tokenizer, model = Tokenizer.load(folder), load_model(folder, weights=False)
             else:
                 if stage.model is None:
                     raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from vlm.cli.output import echo_json, echo_result, log, wants_bar
 from vlm.config.errors import DataError, RequestError
 
@@ -132,6 +133,7 @@ def _run_of(model: Path) -> Path | None:
 def _task(given: dict[str, Any]) -> Task:
     """The task's options. Raises RequestError for an option that the task has not."""
     import pydantic
+
     from vlm.evaluation import TaskOptions
 
     values = {

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("vlm.cli.export:command", "Write an ONNX bundle and prove that it equals the model."),
     "serve": ("vlm.cli.serve:command", "Serve a model or bundle over HTTP."),
     "data": ("vlm.cli.data:group", "Check and inspect data."),
-    "presets": ("vlm.cli.presets:group", "List, show, check and explain presets."),
+    "presets": ("vlm.cli.presets:group", "List, show, compare, check and explain presets."),
     "runs": ("vlm.cli.runs:group", "List and compare runs."),
     "report": ("vlm.cli.report:command", "Write the HTML report of a run."),
     "bench": ("vlm.cli.bench:command", "Measure the operators against their peers."),
@@ -157,6 +157,7 @@ def run() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line (default: `sys.argv[1:]`) and returns its exit code; messages go to stderr."""
     words = list(sys.argv[1:] if args is None else args)
+    debug = _wants_debug(words)  # before click takes words from the list
     try:
         if os.environ.get("_VLM_COMPLETE"):  # the shell asks for completions; click's own protocol
             cli.main(args=words, prog_name="vlm")
@@ -165,7 +166,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _after_broken_pipe()
     except BaseException as error:
-        return _failed(error, debug=_wants_debug(words))
+        return _failed(error, debug=debug)
     return code
 
 

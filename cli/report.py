@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from vlm.cli.output import echo_json, echo_result
 
 

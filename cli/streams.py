@@ -25,7 +25,7 @@ def read_lines(source: str, *, separator: bytes = b"\n") -> Iterator[bytes]:
         yield from _split(sys.stdin.buffer, separator, "stdin")
         return
     try:
-        file = open(source, "rb")
+        file = open(source, "rb")  # noqa: SIM115 - the errors of opening and of reading differ
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=source, remedy="give a file, or - for stdin") from error
     with file:

@@ -8,6 +8,7 @@ import resource
 import numpy as np
 import pytest
 from PIL import Image
+
 from vlm.config.errors import DataError
 from vlm.runtime.preprocess import CLIP_MEAN, CLIP_STD, HALF, Preprocess
 

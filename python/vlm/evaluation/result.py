@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlm import __version__
-from vlm.config.errors import DataError, GateFailed, RequestError
+from vlm.config.errors import DataError, GateFailed, RequestError, RunFailed
 from vlm.evaluation.bootstrap import Estimate
 
 SCHEMA = 1
@@ -90,15 +91,23 @@ class Result:
         return out
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Complete or absent: written beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_text(path: Path, text: str) -> None:
+    """Complete or absent: written beside its place, then renamed. Raises RunFailed naming the path."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
+    except OSError as error:
+        raise RunFailed(f"cannot be written: {error.strerror}", where=str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON value as one line. Raises RunFailed naming the path."""
+    write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def save_results(results: Sequence[Result], run: str | Path) -> list[Path]:

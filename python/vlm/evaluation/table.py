@@ -34,19 +34,25 @@ def number(value: float) -> str:
     )
 
 
+def share(value: float) -> str:
+    """A percentage: 45.6, 1.0, 0.35, 0."""
+    return "0" if value == 0 else f"{value:.2f}" if abs(value) < 1 else f"{value:.1f}"
+
+
 def rows_of(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(metric, value, interval, chance) of each figure."""
     chance = dict(flatten(result.get("chance") or {}))
     bounds = bounds_of(result.get("intervals") or {})
+    say = share if result["task"] in PERCENT else number
     out = []
     for path, value in flatten(result["metrics"]):
-        interval = f"{number(bounds[path][0])} .. {number(bounds[path][1])}" if path in bounds else ""
+        interval = f"{say(bounds[path][0])} .. {say(bounds[path][1])}" if path in bounds else ""
         out.append(
             (
                 path.replace("_", " ").replace("/", "  "),
-                number(value),
+                say(value),
                 interval,
-                number(chance[path]) if path in chance else "",
+                say(chance[path]) if path in chance else "",
             )
         )
     return out

@@ -24,15 +24,17 @@ from vlm.evaluation.classes import (
     read_classes,
     true_classes,
 )
-from vlm.evaluation.material import Embedder, Floats, Material, unit
-from vlm.evaluation.ranking import TIE, Integers
+from vlm.evaluation.material import Floats, Material, unit
+from vlm.evaluation.ranking import TIE, Integers, first_places
 from vlm.evaluation.result import Result, figures
 from vlm.evaluation.task import Fields, Task, as_fields
 from vlm.evaluation.thumbnail import thumbnails
+from vlm.runtime.embedder import Embedder
 
 PLAIN = "{}"
 Reduce = Literal["embedding-mean", "score-mean", "score-max"]
 _SCORES = 2**24  # scores held at a time
+_SHOWN = 5  # classes of one example
 _MATRIX = 24  # classes of the confusion matrix that a report draws
 
 
@@ -201,7 +203,9 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
         intervals=intervals,
         chance=chance,
         details=details,
-        examples=_examples(material, classes, truth, found, options) if options.examples else [],
+        examples=_examples(material, classes, truth, found, (rows, owner), options)
+        if options.examples
+        else [],
     )
 
 
@@ -284,25 +288,30 @@ def _examples(
     classes: Sequence[ClassEntry],
     truth: Integers,
     found: Classified,
+    prompts: tuple[Floats, Integers],
     options: ZeroShotOptions,
 ) -> list[dict[str, Any]]:
-    """The first samples of a seeded shuffle, whatever their outcome."""
+    """The first samples of a seeded shuffle, whatever their outcome, with the classes they lie nearest to."""
+    assert material.images is not None
     chosen = np.random.default_rng([options.seed, 2]).permutation(len(material))[: options.examples].tolist()
     small = thumbnails(material.pictures(chosen))
-    return [
-        {
-            "direction": "zero-shot",
-            "key": material.keys[i],
-            "picture": small.get(i),
-            "truth": [classes[truth[i]].names[0]] if truth[i] >= 0 else [],
-            "rank": int(found.rank[i]),
-            "found": [
-                {
-                    "text": classes[found.answer[i]].names[0],
-                    "score": float(found.confidence[i]),
-                    "right": bool(truth[i] == found.answer[i]),
-                }
-            ],
-        }
-        for i in chosen
-    ]
+    scores = class_scores(material.images[chosen], *prompts, options.reduce)
+    best = first_places(scores, _SHOWN)
+    out = []
+    for row, i in enumerate(chosen):
+        answers = [
+            {"text": classes[c].names[0], "score": float(scores[row, c]), "right": bool(truth[i] == c)}
+            for c in best[row].tolist()
+        ]
+        out.append(
+            {
+                "direction": "zero-shot",
+                "key": material.keys[i],
+                "picture": small.get(i),
+                "truth": [classes[truth[i]].names[0]] if truth[i] >= 0 else [],
+                "rank": int(found.rank[i]),
+                "confidence": float(found.confidence[i]),
+                "found": answers,
+            }
+        )
+    return out

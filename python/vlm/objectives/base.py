@@ -26,12 +26,12 @@ from vlm.types.terms import Scope
 class BuildContext:
     """What an objective may look at when it is made.
 
-    classes: field name -> its distinct values in the training data, sorted, for objectives that have asked for it.
+    classes: distinct values, sorted, of the field that `data.label` names; empty without one.
     """
 
     model: Model
     companions: Mapping[str, Model] = field(default_factory=dict)
-    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    classes: Sequence[str] = ()
 
 
 class ObjectiveOptions(Options):
@@ -39,10 +39,6 @@ class ObjectiveOptions(Options):
 
     name: str = Field(description="how logs and overrides call it")
     weight: Scalar = Field(1.0, description="factor of the reduced loss; a number or a ramp over the stage")
-
-    def classes_field(self) -> str | None:
-        """The field of the data whose distinct values it needs when it is made; None: no field."""
-        return None
 
     def build(self, context: BuildContext) -> Objective:
         """The objective itself. Raises ValueError for an impossible combination."""

@@ -60,9 +60,10 @@ def attention(
     """
     q, k, v = _under_autocast(q, k, v)
     key_mask = _check(q, k, v, alignment, key_mask, bias)
-    if causal and alignment == "bottom-right" and q.shape[2] == 1:
+    exporting = torch.compiler.is_exporting()  # then no length may be asked for: the answer would be fixed in the graph
+    if causal and alignment == "bottom-right" and not exporting and q.shape[2] == 1:
         causal = False  # the last query sees every key
-    plain = key_mask is None and bias is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
+    plain = not exporting and key_mask is None and bias is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
     if not use_native(q, k, v, bias, prefer_torch=plain and _torch_is_faster(q, k, v)):
         with torch.autocast(q.device.type, enabled=False):
             return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,

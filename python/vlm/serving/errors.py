@@ -10,6 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from vlm.serving import schemas as s
+
 log = logging.getLogger("vlm.serving")
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "timeout_error"}
@@ -64,13 +66,25 @@ def install(app: FastAPI) -> None:
         return error_response(500, "the server failed on this request; its log says why", code="internal_error")
 
 
+_FIELDS = frozenset(
+    name for model in (s.ChatMessage, s.ClassifyRequest, s.EmbeddingRequest, s.ImagePart, s.ImageUrl, s.TextPart) for name in model.model_fields
+)
+
+
 def _first(errors: Any) -> tuple[str, str | None]:
-    """One sentence and the path of the first problem; the client's own input is not echoed."""
-    problem = errors[0] if errors else {}
+    """One sentence and the path of the problem; the client's own input is not echoed.
+
+    Of a union every branch complains: the branch that came furthest is the one that was meant, and of several the one
+    that found more than a wrong type.
+    """
+    problem: dict[str, Any] = max(errors, key=lambda e: (len(e.get("loc", ())), not str(e.get("type")).endswith("_type")), default={})
     if problem.get("type") == "json_invalid":
         return "the body is not valid JSON", None
-    # Of a union every branch reports; the part of the path that names the branch says nothing to a client.
-    place = [str(p) for p in problem.get("loc", ()) if p != "body" and not str(p).startswith(("function-", "list["))]
+    place: list[str] = []
+    for part in problem.get("loc", ()):
+        # Names of union branches stand between the names of fields, and say nothing to a client.
+        if (isinstance(part, int) or part in _FIELDS or len(problem["loc"]) == 2) and part != "body" and place[-1:] != [str(part)]:
+            place.append(str(part))
     param = ".".join(place) or None
     message = str(problem.get("msg", "the request does not fit the schema"))
     return (f"{param}: {message}" if param else message), param

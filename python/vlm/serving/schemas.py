@@ -28,10 +28,14 @@ class TextPart(_Strict):
 
 Part = Annotated[ImagePart | TextPart, Field(discriminator="type")]
 
+MOST = 4096
+"""Length of any list: a longer one is refused before its entries are looked at, so that it cannot cost memory."""
+TokenIds = Annotated[list[int], Field(max_length=MOST)]
+
 
 class ChatMessage(_Strict):
     role: str
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MOST)]
     name: str | None = None
 
 
@@ -39,11 +43,11 @@ class EmbeddingRequest(_Strict):
     """OpenAI's request, whose input may also hold pictures; or `messages`, as vLLM takes them."""
 
     model: str | None = None
-    input: str | list[int] | list[str | Part | list[int]] | Part | None = None
-    messages: list[ChatMessage] | None = None
-    modality: Literal["text", "image"] = Field("text", description="what plain strings of the input are")
+    input: str | Part | Annotated[list[str | Part | int | TokenIds], Field(max_length=MOST)] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MOST)] | None = None
+    modality: Literal["text", "image"] = Field(default="text", description="what plain strings of the input are")
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, gt=0)
+    dimensions: int | None = Field(default=None, gt=0)
     user: str | None = None
 
 
@@ -52,8 +56,8 @@ class ClassifyRequest(_Strict):
 
     model: str | None = None
     image: ImagePart | ImageUrl | str = Field(description="a data URI, or an image_url part")
-    labels: list[str] = Field(min_length=1)
-    template: str = Field("{}", max_length=1000, description="text of a label, {} stands for it")
+    labels: list[str] = Field(min_length=1, max_length=MOST)
+    template: str = Field(default="{}", max_length=1000, description="text of a label, {} stands for it")
     user: str | None = None
 
 

@@ -7,13 +7,15 @@ trainable patterns, rates, schedule, model settings. A preset without stages has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.load import Resolved, merge_tables, resolve, validate
 from vlm.config.options import Options
-from vlm.data.options import BpeTokenizer, DataOptions, TokenizerOptions
+from vlm.data.options import DataOptions
+from vlm.data.tokenizer_options import BpeTokenizer, TokenizerOptions
 from vlm.evaluation import EvaluationOptions
 from vlm.models import ModelOptions
 from vlm.objectives import AnyObjective
@@ -30,6 +32,7 @@ class MethodOptions(Options):
     title: str
     command: Literal["pretrain", "finetune", "distill"] = "pretrain"
     paper: str | None = Field(None, description="title of the source")
+    tags: tuple[str, ...] = Field((), description="words to find the preset by")
     departs: tuple[str, ...] = Field((), description="where it differs from the source, and why")
 
 
@@ -74,17 +77,70 @@ class LoopOptions(Options):
     until: str | None = Field(None, description='stop early, as "eval/name >= number"')
 
 
-class ClaimOptions(Options):
-    """What `vlm reproduce` measures, written before its first result."""
+class TuneOptions(Options):
+    """How both arms are tuned before they are compared: the same grid, on concepts held out of the training data."""
 
-    baseline: str = Field(description="key of the preset it is compared with")
+    factors: tuple[float, ...] = Field((0.33, 1.0, 3.0), description="optimizer.lr times each of these is tried; one: no tuning")
+    share: float = Field(0.34, gt=0, le=1, description="share of the updates that a tuning run takes")
+    dev: float = Field(0.1, gt=0, lt=1, description="share of the concepts that are held out for tuning")
+    by: tuple[str, ...] = Field(
+        ("concept", "caption", "txt", "text"), description="field whose equal values stay together: the first that a sample has"
+    )
+
+    @model_validator(mode="after")
+    def _some_factor(self) -> TuneOptions:
+        if not self.factors or min(self.factors) <= 0 or len(set(self.factors)) < len(self.factors):
+            raise ValueError("factors must be distinct numbers above 0, at least one")
+        return self
+
+
+class ControlOptions(Options):
+    """A further arm, reported beside the two and judged by no margin."""
+
+    name: str
+    preset: str | None = Field(None, description="key of its preset; default: the method's own")
+    overrides: dict[str, Any] = Field({}, description="partial preset, laid over it after the claim's overrides")
+
+
+class AgainstOptions(Options):
+    """An arm made for one gate: the method with these settings."""
+
+    overrides: dict[str, Any] = Field(description="partial preset, laid over the method's arm")
+
+
+class GateOptions(Options):
+    """A figure that must hold beside the margin: the mean over seeds, or its paired difference from another arm."""
+
     metric: str
+    above: float | None = None
+    below: float | None = None
+    against: str | AgainstOptions | None = Field(None, description="an arm to compare with; default: the baseline")
+    rises_by: float | None = Field(None, description="above the other arm by at least this")
+    falls_by: float | None = Field(None, description="below the other arm by at least this")
+    rises_less_than: float | None = Field(None, description="above the other arm by less than this")
+    falls_less_than: float | None = Field(None, description="below the other arm by less than this")
+
+
+class ClaimOptions(Options):
+    """What `vlm reproduce` measures, written before its first result.
+
+    Both arms are the named presets with `overrides` laid over them; the baseline gets `baseline_overrides` after that.
+    """
+
+    baseline: str = Field(description="key of the preset it is compared with; the own key for an ablation")
+    metric: str = Field(description="NAME.path of a figure of the preset's evaluation tasks: retrieval.text_to_image.r@10")
     direction: Literal["higher", "lower"] = "higher"
     margin: float = Field(ge=0, description="difference that counts")
-    tier: Literal["S", "M", "L"] = "S"
+    tier: Literal["S", "M", "L"] = Field("S", description="minutes in all, bases aside: S 4, M 12, L 45")
+    seeds: int = Field(5, ge=2, description="paired seeds, unless --seeds says another number")
     data: str | None = Field(None, description="training data of both arms; default: the preset's")
-    test: str | None = Field(None, description="data that is scored and never trained on or tuned to")
-    overrides: tuple[str, ...] = Field((), description="settings of both arms")
+    test: str | None = Field(None, description="data that is scored and never trained on or tuned to; default: data.val")
+    overrides: dict[str, Any] = Field({}, description="partial preset laid over both arms, merged like a stage")
+    baseline_overrides: dict[str, Any] = Field({}, description="partial preset laid over the baseline alone")
+    bases: dict[str, dict[str, Any]] = Field({}, description="settings of presets that a companion or start.model names by key")
+    tune: TuneOptions = TuneOptions()
+    controls: list[ControlOptions] = []
+    gates: list[GateOptions] = []
 
 
 class StageSettings(Options):
@@ -138,9 +194,14 @@ class Stage(StageSettings):
         return self
 
 
-def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Preset, Resolved]:
-    """A preset by key or path with overrides. Raises PresetError with file, line and column."""
-    resolved = resolve(name_or_path, overrides)
+def load_preset(
+    name_or_path: str, overrides: Sequence[str] = (), search: Sequence[Path] = ()
+) -> tuple[Preset, Resolved]:
+    """A preset by key or path with overrides; `search` holds directories of the user's own presets.
+
+    Raises PresetError with file, line and column.
+    """
+    resolved = resolve(name_or_path, overrides, search)
     preset = validate(resolved, Preset)
     stages_of(resolved)
     return preset, resolved

@@ -7,7 +7,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,16 +28,18 @@ class JsonLinesSource:
     kind = "JSON lines"
 
     def __init__(self, paths: Sequence[str], limits: PictureLimits = DEFAULT_LIMITS) -> None:
+        self._files: list[int] = []
         self.paths = list(paths)
         self.names = short_names(self.paths)
         self.root = os.path.dirname(os.path.abspath(self.paths[0]))
         self._reader = JsonLinesReader(self.root, limits)
-        self._files = [_open(path) for path in self.paths]
+        for path in self.paths:
+            self._files.append(_open(path))
         self._starts: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
         ids: list[int] = []
-        for file in self._files:
-            starts, rows, hashes = _scan(file)
+        for handle in self._files:
+            starts, rows, hashes = _scan(handle)
             self._starts.append(starts)
             self._rows.append(rows)
             ids += hashes
@@ -61,7 +63,7 @@ class JsonLinesSource:
         if end - start > MAX_RECORD:
             return [None, "text_too_long"]
         try:
-            return [decode_text(os.pread(self._files[file].fileno(), end - start, start)), None]
+            return [decode_text(os.pread(self._files[file], end - start, start)), None]
         except BadSample as error:
             return [None, error.reason]
 
@@ -80,56 +82,48 @@ class JsonLinesSource:
         }
 
 
-def _open(path: str) -> IO[bytes]:
-    """The file, or its unpacked content in an unnamed temporary file."""
+def _open(path: str) -> int:
+    """A descriptor of the file, or of its unpacked content in an unnamed temporary file."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - kept open by the source
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"cannot be opened: {error.strerror}", where=path) from error
-    if file.read(2) != b"\x1f\x8b":
-        file.seek(0)
-        return file
-    file.seek(0)
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        packed = os.pread(handle, 2, 0) == b"\x1f\x8b"
+    except OSError as error:  # a folder, for one
+        os.close(handle)
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from error
+    if not packed:
+        return handle
     total = 0
     try:
-        with file, gzip.GzipFile(fileobj=file) as packed:
-            while chunk := packed.read(_CHUNK):
+        with open(handle, "rb") as file, gzip.GzipFile(fileobj=file) as stream, tempfile.TemporaryFile() as unpacked:
+            while chunk := stream.read(_CHUNK):
                 total += len(chunk)
                 if total > MAX_UNPACKED:
                     raise DataError(f"more than {MAX_UNPACKED} bytes after unpacking", where=path)
                 unpacked.write(chunk)
+            unpacked.flush()
+            return os.dup(unpacked.fileno())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        unpacked.close()
         raise DataError(f"damaged gzip file: {error}", where=path) from error
-    except BaseException:
-        unpacked.close()
-        raise
-    unpacked.flush()
-    return unpacked
 
 
-def _scan(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def _scan(handle: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """([n, 2] start and end in bytes, [n] row numbers from 1, n content hashes) of the lines that are not blank."""
     ends: list[np.ndarray] = []
-    file.seek(0)
     position = 0
-    while chunk := file.read(_CHUNK):
+    while chunk := os.pread(handle, _CHUNK, position):
         ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position)
         position += len(chunk)
-    stops = (
-        np.concatenate([*ends, [position]])
-        if not ends or not len(ends[-1]) or ends[-1][-1] != position - 1
-        else np.concatenate(ends)
-    )
+    stops = np.concatenate([*ends, [position]]).astype(np.int64)
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
-    file.seek(0)
-    bom = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
-    starts[0] += bom
+    if os.pread(handle, 3, 0) == b"\xef\xbb\xbf":  # a byte order mark
+        starts[0] = 3
     kept, hashes = [], []
     for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist())):
         # A line beyond the limit is known by its beginning and its length.
-        line = os.pread(file.fileno(), min(stop - start, MAX_RECORD), start).strip()
+        line = os.pread(handle, min(stop - start, MAX_RECORD), start).strip()
         if line:
             kept.append(row)
             hashes.append(stable_id(line, b"" if stop - start <= MAX_RECORD else str(stop - start)))

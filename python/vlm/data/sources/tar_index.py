@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from array import array
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ _BLOCK = 512
 _MAX_NAME = 4096
 _MAX_PAX = 1 << 20
 _WINDOW = 1 << 16
-_META = re.compile(r"^__.*__$")
+_META = re.compile(r"^(__.*__|__MACOSX)$")
 _PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 
 
@@ -113,11 +114,14 @@ def _scan(handle: int, path: str) -> TarIndex:
     window, window_at = b"", 0
     position, members = 0, 0
     long_name: str | None = None
+    pax_sparse = False
     while position < end:
         if position < window_at or position + _BLOCK > window_at + len(window):
             window, window_at = os.pread(handle, _WINDOW, position), position
         header = window[position - window_at : position - window_at + _BLOCK]
         if len(header) < _BLOCK:
+            if position == 0:
+                _refuse_first(path, header)
             builder.problem(f"<end at byte {position}>", "truncated_archive")
             break
         if header[0] == 0 and not any(header):
@@ -157,15 +161,17 @@ def _scan(handle: int, path: str) -> TarIndex:
                 found = _PAX_PATH.search(record)
                 if found:
                     long_name = _text(found.group(1))
-                if b" GNU.sparse." in record:
-                    long_name = (long_name or _name(header)) + "\0sparse"
+                pax_sparse = b" GNU.sparse." in record
             continue
         name = long_name if long_name is not None else _name(header)
         long_name = None
-        sparse = kind == b"S" or name.endswith("\0sparse")
-        _take(builder, name.removesuffix("\0sparse"), kind, sparse, data, size, cut)
+        _take(builder, name, kind, pax_sparse or kind == b"S", data, size, cut)
+        pax_sparse = False
         if cut:
             break
+    else:
+        if position > end:  # the padding of the last member is cut: what followed it is lost
+            builder.problem(f"<end at byte {end}>", "truncated_archive")
     return builder.finish(path)
 
 
@@ -228,11 +234,12 @@ def _number(field: bytes) -> int | None:
 
 
 def _checksum_fits(header: bytes) -> bool:
+    """Whether the stated sum of bytes is right. Adler-32's lower half is that sum plus one, modulo 65521."""
     try:
         stated = int(header[148:156].strip(b"\0 ") or b"x", 8)
     except ValueError:
         return False
-    return stated == sum(header) - sum(header[148:156]) + 8 * 32
+    return zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF == (stated + 1) % 65521
 
 
 def _refuse_first(path: str, header: bytes) -> None:

@@ -31,20 +31,22 @@ def router(engine: Engine) -> APIRouter:
     async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
         check_model(engine, body.model)
         items = items_of(body, engine.settings)
+        _check_dimensions(body.dimensions, getattr(engine.embedder, "width", None))
         rows = await engine.embed(items, request)
-        if body.dimensions is not None and body.dimensions != rows.shape[1]:
-            raise ApiError(
-                400,
-                f"dimensions: this model gives {rows.shape[1]} numbers and was not trained to be cut to {body.dimensions}",
-                code="dimensions",
-                param="dimensions",
-            )
+        _check_dimensions(body.dimensions, rows.shape[1])
         with engine.metrics.timed("encode"):
             data = [Embedding(index=i, embedding=encoded(row, body.encoding_format)) for i, row in enumerate(rows)]
             tokens = engine.count_tokens(items)
             return EmbeddingResponse(model=engine.name, data=data, usage=Usage(prompt_tokens=tokens, total_tokens=tokens))
 
     return routes
+
+
+def _check_dimensions(asked: int | None, width: int | None) -> None:
+    """Raises ApiError 400: a prefix of a vector means nothing unless the model was trained so."""
+    if asked is not None and width is not None and asked != width:
+        message = f"dimensions: this model gives {width} numbers and was not trained to be cut to {asked}"
+        raise ApiError(400, message, code="dimensions", param="dimensions")
 
 
 def encoded(row: np.ndarray, form: str) -> list[float] | str:

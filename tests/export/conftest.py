@@ -1,0 +1,1 @@
+from tests.bundle_fixtures import clip_bundle, clip_model, language_bundle, siglip_bundle  # noqa: F401

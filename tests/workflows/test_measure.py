@@ -251,7 +251,7 @@ direction = "lower"
 margin = 0.01
 data = "scenes:?n=120"
 test = "scenes:?n=20&split=test"
-tune = { factors = [0.5, 1.0], dev = 0.2 }
+tune = { factors = [1.0] }
 
 [claim.overrides]
 model = { width = 32, depth = 1, heads = 2, kv_heads = 1, ffn_width = 64, length = 32 }

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from vlm.data.tokenizer import Tokenizer
 from vlm.export import export_bundle
 from vlm.models import DualEncoderOptions, LanguageOptions, load_model

@@ -9,8 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bundle_fixtures import exported
-
+from bundle_fixtures import exported, model_directory
 from vlm.config.errors import GateFailed, RequestError, RunFailed
 from vlm.export import export_bundle
 from vlm.export.drawings import drawn_picture

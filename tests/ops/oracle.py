@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
 from vlm import ops
 from vlm.ops import Backend
 

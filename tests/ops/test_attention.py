@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from vlm import ops
 
 from tests.ops.oracle import error, errors, run
-from vlm import ops
 
 
 def tensors(b: int, h: int, g: int, n: int, m: int, d: int, v: int) -> list[Tensor]:

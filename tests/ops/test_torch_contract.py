@@ -9,7 +9,6 @@ from multiprocessing.queues import SimpleQueue
 import pytest
 import torch
 from torch import Tensor
-
 from vlm import ops
 from vlm.ops.attention_native import native_attention
 from vlm.ops.backend import core

@@ -224,10 +224,15 @@ def check_operators() -> list[Check]:
     if not hasattr(ops, "self_test"):
         return [Check("operators", "broken", "this build has no self-test", "install vlm-forge again")]
     found = []
-    for operator, level, ok, max_error in ops.self_test():
-        state: State = "ok" if ok else "broken"
-        found.append(Check(f"{operator} at {level}", state, f"largest error {max_error:.1e}"))
-    return found or [Check("operators", "note", "no native operator to test")]
+    for result in ops.self_test():
+        state: State = "ok" if result.ok else "broken"
+        remedy = None if result.ok else "report it with the output of `vlm doctor --json`"
+        found.append(
+            Check(
+                f"{result.operator} at {result.level}", state, f"largest error {result.max_error:.1e}", remedy
+            )
+        )
+    return found or [Check("operators", "note", "no native operator to test: everything runs in plain torch")]
 
 
 def memory() -> tuple[int | None, int | None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from vlm.config.errors import RequestError
-from vlm.runtime.embedder import Embedder, Picture, PreparingEmbedder
+from vlm.runtime.embedder import Embedder, PreparingEmbedder
 
 
 def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32) -> Embedder:
@@ -27,13 +27,13 @@ def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32
         import_module("torch").set_num_threads(threads)
     if not hasattr(model, "encode_image"):
         raise RequestError("a language model embeds no pictures", where=path, remedy="give a dual encoder")
-    return model  # type: ignore[no-any-return]
+    return cast(Embedder, model)
 
 
-def picture_steps(embedder: Embedder) -> tuple[Callable[[Picture], Any], Callable[[list[Any]], Any]]:
-    """(what to do with each picture alone, what to do with a batch of those): both may raise BadPicture."""
+def picture_steps(embedder: Embedder) -> tuple[Callable[[str], Any], Callable[[list[Any]], Any]]:
+    """(what to do with each path alone, what to do with a batch of those): both may raise BadPicture."""
     if isinstance(embedder, PreparingEmbedder):
         return embedder.prepare_image, embedder.encode_pixels
     from vlm.runtime.pictures import decode_picture
 
-    return decode_picture, embedder.encode_image  # type: ignore[return-value]
+    return decode_picture, embedder.encode_image

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("vlm.cli.export:command", "Write an ONNX bundle and prove that it equals the model."),
     "serve": ("vlm.cli.serve:command", "Serve a model or bundle over HTTP."),
     "data": ("vlm.cli.data:group", "Check and inspect data."),
-    "presets": ("vlm.cli.presets:group", "List, show, check and explain presets."),
+    "presets": ("vlm.cli.presets:group", "List, show, compare, check and explain presets."),
     "runs": ("vlm.cli.runs:group", "List and compare runs."),
     "report": ("vlm.cli.report:command", "Write the HTML report of a run."),
     "bench": ("vlm.cli.bench:command", "Measure the operators against their peers."),

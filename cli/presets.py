@@ -1,4 +1,4 @@
-"""`vlm presets`: list, show, check, explain."""
+"""`vlm presets`: list, show, diff, check, explain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from vlm.cli.completion import complete_key, complete_override, complete_preset, entry_name
+from vlm.cli.completion import addresses, complete_key, complete_override, complete_preset, entry_name
 from vlm.cli.output import echo_json, echo_result, log, table
 from vlm.config.catalogue import BASES, list_presets
 from vlm.config.errors import ExitCode, PresetError, RequestError
@@ -30,7 +30,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdo
 
 @click.group()
 def group() -> None:
-    """List, show, check and explain presets."""
+    """List, show, compare, check and explain presets."""
 
 
 @group.command("list")
@@ -97,6 +97,40 @@ def show(key: str, overrides: Sequence[str], presets: Sequence[Path], resolved: 
 
 
 @group.command()
+@click.argument("first", shell_complete=complete_preset)
+@click.argument("second", shell_complete=complete_preset)
+@_directories
+@_json
+def diff(first: str, second: str, presets: Sequence[Path], as_json: bool) -> None:
+    """Show the settings in which two presets differ, and what set each.
+
+    FIRST and SECOND are keys, paths that end in .toml, or run directories.
+    """
+    sides = [resolve(name, (), presets) for name in (first, second)]
+    settings = [dict(addresses(side.values)) for side in sides]
+    keys = [key for key in dict.fromkeys((*settings[0], *settings[1])) if _differ(settings, key)]
+    if as_json:
+        echo_json(
+            [{"key": key, "first": settings[0].get(key), "second": settings[1].get(key)} for key in keys]
+        )
+        return
+    for key in keys:
+        echo_result(key)
+        for mark, side, values in zip("-+", sides, settings):
+            if key in values:
+                sources = {_address(path, side.values): origin for path, origin in side.origins.items()}
+                echo_result(f"  {mark} {_written(values[key])}  # from {sources.get(key, 'a default')}")
+    log(f"{len(keys)} settings differ")
+
+
+def _differ(settings: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(
+        (key in values) != (key in settings[0]) or values.get(key) != settings[0].get(key)
+        for values in settings
+    )
+
+
+@group.command()
 @click.argument("keys", nargs=-1, metavar="[KEY|PATH]...", shell_complete=complete_preset)
 @click.option("--all", "every", is_flag=True, help="Check every preset that comes with vlm.")
 @_json
@@ -106,13 +140,13 @@ def check(ctx: click.Context, keys: Sequence[str], every: bool, as_json: bool) -
 
     KEY|PATH is a key, a path that ends in .toml, a run directory, or a directory of presets.
     """
-    from vlm.training.preset import load_preset
-
     names = [name for key in keys for name in _expanded(key)]
     if every:
         names += [entry.key for entry in list_presets()]
     if not names:
         raise RequestError("nothing to check", remedy="name a preset or path, or give --all")
+    from vlm.training.preset import load_preset
+
     results = []
     for name in names:
         try:

@@ -38,20 +38,28 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     keys = read_keys(api_key_file) if api_key_file is not None else ()
     settings = ServerSettings(
-        name=name,
         max_body_bytes=round(max_body_mb * 2**20),
         max_pixels=round(max_megapixels * 1e6),
         max_batch=max_batch,
         max_requests=max_requests,
         deadline_seconds=deadline,
     )
-    listener = bind(host, port)  # a taken port is said before the model is loaded
-    embedder = open_embedder(model, threads=threads, batch_size=max_batch)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    if not keys and not _loopback(host):
-        click.echo(f"warning: {host} is not a loopback address and no --api-key-file is given: anyone who reaches it may use it", err=True)
-    app = create_app(embedder, settings, api_keys=keys)
-    serve(app, listener, settings, started=lambda: click.echo(f"serving {name or embedder.name} on {address}", err=True))
+    with bind(host, port) as listener:  # a taken port is said before the model is loaded
+        embedder = open_embedder(model, threads=threads, batch_size=max_batch)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        if not keys and not _loopback(host):
+            click.echo(f"warning: {host} is not a loopback address and there is no --api-key-file: anyone who reaches it may use it", err=True)
+        served = name or _name(model, embedder.name)
+        app = create_app(embedder, settings.model_copy(update={"name": served}), api_keys=keys)
+        serve(app, listener, settings, started=lambda: click.echo(f"serving {served} on {address}", err=True))
+
+
+def _name(model: str, given: str) -> str:
+    """A bundle has a name; a directory is called by its own, never by a path of this machine."""
+    if given != model:
+        return given
+    path = Path(model).resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def _loopback(host: str) -> bool:

@@ -8,15 +8,16 @@ from typing import Any
 
 import click
 
-from vlm.config.errors import ExitCode, RequestError
+from vlm.cli.completion import complete_override, complete_preset
+from vlm.config.errors import ExitCode
 
 _EPILOG = "KEY=VALUE changes any setting: train.steps=500 optimizer.lr=3e-4 objectives.contrastive.targets=groups"
 
 
 def _command(name: str, help_text: str) -> click.Command:
     @click.command(name=name, help=help_text, epilog=_EPILOG)
-    @click.argument("preset", required=False, shell_complete=_complete_preset)
-    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    @click.argument("preset", required=False, shell_complete=complete_preset)
+    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_override)
     @click.option("--data", metavar="URI", help="training data: tar shards, a folder, JSONL or scenes:")
     @click.option("--val", metavar="URI", help="data for evaluation")
     @click.option("--output", type=click.Path(path_type=Path), help="run directory [default: runs/PRESET]")
@@ -37,26 +38,6 @@ def _command(name: str, help_text: str) -> click.Command:
             sys.exit(int(code))
 
     return command
-
-
-def _complete_preset(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from vlm.config.catalogue import list_presets
-
-    return [entry.key for entry in list_presets() if entry.key.startswith(incomplete)]
-
-
-def settings_of(preset: str | None, overrides: tuple[str, ...], resume: Path | None) -> tuple[str | None, tuple[str, ...]]:
-    """PRESET and KEY=VALUE apart; with --resume the first word may already be a setting, which is refused."""
-    if resume is not None:
-        if preset is not None or overrides:
-            raise RequestError(
-                "--resume takes its settings from the run and allows no preset and no changes",
-                remedy="start a new run with --model DIR to change settings",
-            )
-        return None, ()
-    if preset is None:
-        raise RequestError("no preset given", remedy="vlm presets list shows them")
-    return preset, overrides
 
 
 pretrain = _command("pretrain", "Train a model from scratch by a preset.")

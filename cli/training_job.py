@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from vlm.cli.output import echo_json, echo_result, log, wants_bar
-from vlm.cli.train import settings_of
 from vlm.config.errors import ExitCode, RequestError
 
 
@@ -44,6 +43,20 @@ class Job:
         }
         options = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
         return options + list(self.overrides)
+
+
+def settings_of(preset: str | None, overrides: tuple[str, ...], resume: Path | None) -> tuple[str | None, tuple[str, ...]]:
+    """PRESET and KEY=VALUE apart; with --resume the first word may already be a setting, which is refused."""
+    if resume is not None:
+        if preset is not None or overrides:
+            raise RequestError(
+                "--resume takes its settings from the run and allows no preset and no changes",
+                remedy="start a new run with --model DIR to change settings",
+            )
+        return None, ()
+    if preset is None:
+        raise RequestError("no preset given", remedy="vlm presets list shows them")
+    return preset, overrides
 
 
 def run(job: Job, arguments: Sequence[str]) -> ExitCode:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vlm.data.tokenizer import Tokenizer
 from vlm.export import export_bundle
 from vlm.models import DualEncoderOptions, LanguageOptions, load_model
@@ -27,11 +28,11 @@ OPTIONS = {
         embed_dim=32,
         bias=-10.0,
         project_vision=False,
-        vision=_VISION | {"pool": "attention", "class_token": False, "pre_norm": False, "patch_bias": True},
-        text=_TEXT | {"pool": "last", "attention": "bidirectional", "mask_padding": False, "projection_bias": True},
+        vision=_VISION | {"depth": 1, "pool": "attention", "class_token": False, "pre_norm": False, "patch_bias": True},
+        text=_TEXT | {"depth": 1, "pool": "last", "attention": "bidirectional", "mask_padding": False, "projection_bias": True},
         pictures={"resize": "squash", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     ),
-    "language": LanguageOptions(width=32, depth=2, heads=2, ffn_width=64, length=24),
+    "language": LanguageOptions(width=32, depth=1, heads=2, ffn_width=64, length=24),
 }
 
 

@@ -38,6 +38,12 @@ def test_the_base_install_has_no_torch_and_the_training_extra_has():
     assert project["scripts"] == {"vlm": "vlm.cli.main:run"}
 
 
+def test_what_the_build_leaves_out_is_anchored_at_the_root():
+    """Without the slash `data` would also leave `vlm/data` out of the wheel."""
+    excluded = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["sdist"]["exclude"]
+    assert all(pattern.startswith(("/", ".")) for pattern in excluded), excluded
+
+
 def test_hooks_are_local():
     text = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"repo: (.*)", text) == ["local"]

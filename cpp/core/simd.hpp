@@ -54,6 +54,11 @@ VLM_INLINE void store_first(float* p, vf v, int64_t count) {
     if (l < count) p[l] = v[l];
 }
 
+// Ask for the cache line of base[offset]; the address may lie outside of any array, it is not read.
+VLM_INLINE void fetch_soon(const float* base, int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset) * sizeof(float)));
+}
+
 VLM_INLINE vf splat(float x) { return x - vf{}; }
 VLM_INLINE vi splat_int(int32_t x) { return x - vi{}; }
 VLM_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
@@ -69,23 +74,6 @@ VLM_INLINE vi lane_numbers() {
 
 constexpr float infinity = __builtin_inff();
 
-VLM_INLINE float sum_lanes(vf v) {
-  float lanes[W];
-  store(lanes, v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
-}
-VLM_INLINE float max_lanes(vf v) {
-  float lanes[W];
-  store(lanes, v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] = lanes[l] > lanes[l + half] ? lanes[l] : lanes[l + half];
-  return lanes[0];
-}
-
-// ---- transposition of a W x W block in registers: log2(W) rounds of pairwise block swaps
-
 template <int... I>
 struct Indices {};
 template <int N, int... I>
@@ -94,6 +82,31 @@ template <int... I>
 struct CountTo<0, I...> {
   using type = Indices<I...>;
 };
+
+// ---- reductions over the lanes of one vector, always in the same order: halves, quarters, ...
+
+template <int Step, int... I>
+VLM_INLINE vf exchange(vf v, Indices<I...>) {  // lane l gets the value of lane l ^ Step
+  return __builtin_shufflevector(v, v, (I ^ Step)...);
+}
+VLM_INLINE float sum_lanes(vf v) {
+  using All = typename CountTo<W>::type;
+  if constexpr (W > 8) v += exchange<8>(v, All{});
+  if constexpr (W > 4) v += exchange<4>(v, All{});
+  v += exchange<2>(v, All{});
+  v += exchange<1>(v, All{});
+  return v[0];
+}
+VLM_INLINE float max_lanes(vf v) {
+  using All = typename CountTo<W>::type;
+  if constexpr (W > 8) v = maximum(v, exchange<8>(v, All{}));
+  if constexpr (W > 4) v = maximum(v, exchange<4>(v, All{}));
+  v = maximum(v, exchange<2>(v, All{}));
+  v = maximum(v, exchange<1>(v, All{}));
+  return v[0];
+}
+
+// ---- transposition of a W x W block in registers: log2(W) rounds of pairwise block swaps
 
 template <int Step, int... I>
 VLM_INLINE void swap_blocks(vf& a, vf& b, Indices<I...>) {

@@ -102,6 +102,8 @@ static void interleave(const float* source, int64_t stride, int64_t rows, int64_
   for (int64_t r0 = 0; r0 < Width; r0 += W) {
     for (int64_t k0 = 0; k0 < columns; k0 += W) {
       const int64_t count = smaller(W, columns - k0);
+      // Rows are short and far apart, so the hardware does not foresee the next ones.
+      for (int r = 0; r < W && r0 + r < Width; ++r) fetch_soon(source, (r0 + r + Width) * stride + k0);
       vf block[W];
       for (int r = 0; r < W; ++r) {
         const bool there = r0 + r < rows && r0 + r < Width && (keep == nullptr || keep[r0 + r] != 0);
@@ -144,6 +146,8 @@ static void pack_plain(const float* source, int64_t stride, int64_t rows, int64_
     for (int64_t r = 0; r < rows; ++r) {
       const bool there = keep == nullptr || keep[r] != 0;
       const float* from = source + r * stride + c;
+      fetch_soon(source, (r + 12) * stride + c);
+      fetch_soon(source, (r + 12) * stride + c + W);
       store(to + r * NR, there ? load_first(from, first) : vf{});
       store(to + r * NR + W, there && second > 0 ? load_first(from + W, second) : vf{});
     }

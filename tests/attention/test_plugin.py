@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+
 from vlm import ops
 from vlm.attention import ExactAttentionOptions, plugin
 

@@ -77,11 +77,22 @@ def test_two_onnxruntimes_at_once_are_broken(monkeypatch):
 
 def test_each_operator_is_reported_and_a_wrong_one_is_broken(monkeypatch):
     ops = pytest.importorskip("vlm.ops")
-    results = [("attention", "avx2", True, 1e-6), ("attention", "portable", False, 0.5)]
-    monkeypatch.setattr(ops, "self_test", lambda: results, raising=False)
+    results = [
+        ops.OperatorCheck("attention", "avx2", True, 1e-6),
+        ops.OperatorCheck("attention", "portable", False, 0.5),
+    ]
+    monkeypatch.setattr(ops, "self_test", lambda: results)
     good, bad = doctor.check_operators()
     assert (good.name, good.state) == ("attention at avx2", "ok")
     assert (bad.name, bad.state, bad.detail) == ("attention at portable", "broken", "largest error 5.0e-01")
+
+
+def test_every_operator_of_this_build_passes_at_every_level_of_this_machine():
+    pytest.importorskip("torch")
+    native = pytest.importorskip("vlm._native")
+    found = doctor.check_operators()
+    assert {check.state for check in found} == {"ok"}
+    assert {check.name.rpartition(" at ")[2] for check in found} == set(native.supported_levels())
 
 
 def test_the_native_core_names_its_level():

@@ -90,6 +90,19 @@ def test_show_of_an_unknown_preset_exits_with_2(capsys):
     assert "did you mean 'clip-tiny'" in capsys.readouterr().err
 
 
+def test_diff_shows_only_what_differs_and_what_set_it(capsys, folder):
+    (folder / "y.toml").write_text('schema = 1\nextends = "x"\n[train]\nsteps = 6\nlr = 1e-3\nnew = true\n')
+    assert json.loads(result(capsys, "presets", "diff", "mine/x.toml", "mine/y.toml", "--json")) == [
+        {"key": "train.steps", "first": 5, "second": 6},
+        {"key": "train.new", "first": None, "second": True},
+    ]
+    assert result(capsys, "presets", "diff", "mine/x.toml", "mine/y.toml") == (
+        "train.steps\n  - 5  # from mine/base/b.toml:5\n  + 6  # from mine/y.toml:4\n"
+        "train.new\n  + true  # from mine/y.toml:6\n"
+    )
+    assert json.loads(result(capsys, "presets", "diff", "clip-tiny", "clip-tiny", "--json")) == []
+
+
 class Train(Options):
     steps: int = Field(10, description="updates")
     lr: float = Field(description="rate")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from picture_makers import encode
 from PIL import Image
+
+from tests.runtime.picture_makers import encode
 
 WORDS = ("red", "green", "blue", "grey", "old", "new", "small", "large", "round", "square")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from data_makers import sample, write_tar
-from picture_makers import BAD, GOOD
+
+from tests.data.data_makers import sample, write_tar
+from tests.runtime.picture_makers import BAD, GOOD
 from vlm.config.errors import DataError, ExitCode
 from vlm.data import DataOptions, Tokenizer, build_loader, iterate_once, open_source
 from vlm.data.check import check

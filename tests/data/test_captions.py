@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from data_makers import sample, write_tar
+
+from tests.data.data_makers import sample, write_tar
 from vlm.data import BadSample, DataOptions, Tokenizer, build_loader
 from vlm.data.captions import choose, sentences
 from vlm.data.options import RandomCaption, SentenceCaptions

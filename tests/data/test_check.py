@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import pytest
-from click.testing import CliRunner
-from data_makers import sample, write_shards, write_tar, write_texts
 from PIL import Image
-from vlm.cli.data import group
+
+from tests.data.data_makers import sample, write_shards, write_tar, write_texts
+from vlm.cli.main import main
 
 
-def run(*arguments):
-    return CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)
+@pytest.fixture
+def run(capsys):
+    """Runs `vlm data ...`: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        code = main(["data", *map(str, arguments)])
+        return Result(code, *capsys.readouterr())
+
+    return call
 
 
-def test_check_describes_good_data(tmp_path):
+class Result(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def test_check_describes_good_data(run, tmp_path):
     uri = write_shards(tmp_path, 20, 2)
     result = run("check", uri, "--json")
     assert result.exit_code == 0
@@ -28,7 +42,7 @@ def test_check_describes_good_data(tmp_path):
     assert "20 good, 0 bad" in run("check", uri).stdout
 
 
-def test_check_exits_with_3_past_the_budget_and_names_the_samples(tmp_path):
+def test_check_exits_with_3_past_the_budget_and_names_the_samples(run, tmp_path):
     samples = {f"{n}": sample(n) for n in range(9)} | {
         "bad": {"png": b"", "txt": b"x"},
         "lone": {"txt": b"x"},
@@ -42,7 +56,7 @@ def test_check_exits_with_3_past_the_budget_and_names_the_samples(tmp_path):
     assert run("check", uri, "--budget", 0.2).exit_code == 0
 
 
-def test_check_reads_text_alone_and_several_files(tmp_path):
+def test_check_reads_text_alone_and_several_files(run, tmp_path):
     uri = write_texts(tmp_path, 10)
     assert json.loads(run("check", uri, "--json").stdout)["texts"]["count"] == 10
     write_shards(tmp_path / "s", 6, 2)
@@ -51,7 +65,7 @@ def test_check_reads_text_alone_and_several_files(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["check", "inspect"])
-def test_missing_data_exit_with_3_and_a_name(command, tmp_path):
+def test_missing_data_exit_with_3_and_a_name(run, command, tmp_path):
     result = run(command, tmp_path / "none-{0..1}.tar")
     assert result.exit_code == 3
     assert "none-0.tar" in result.stderr
@@ -59,7 +73,7 @@ def test_missing_data_exit_with_3_and_a_name(command, tmp_path):
     assert run(command, "scenes:?n=3", "--nonsense").exit_code == 2
 
 
-def test_inspect_shows_samples_and_draws_a_sheet(tmp_path):
+def test_inspect_shows_samples_and_draws_a_sheet(run, tmp_path):
     samples = {"bad": {"png": b"", "txt": b"x"}} | {f"{n}": sample(n) for n in range(9)}
     uri = write_tar(tmp_path / "a.tar", samples)
     result = run("inspect", uri, "-n", 4, "--json", "--output", tmp_path / "sheet.png")

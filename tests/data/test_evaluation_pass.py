@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_makers import sample, write_pairs, write_shards, write_tar
+
+from tests.data.data_makers import sample, write_pairs, write_shards, write_tar
 from vlm.config.errors import DataError
 from vlm.data import DataOptions, Tokenizer, iterate_once, open_source
 from vlm.runtime.preprocess import Preprocess

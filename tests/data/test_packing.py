@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_makers import Ranks, write_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.data.data_makers import Ranks, write_texts
 from vlm.config.errors import DataError
 from vlm.data import DataOptions, Tokenizer, build_loader, iterate_once, open_source, source_texts
 from vlm.runtime.preprocess import Preprocess
@@ -143,10 +144,12 @@ def test_bad_documents_are_as_if_they_were_not_there(uri, tokenizer, tmp_path):
         for _ in range(40):
             assert torch.equal(next(one)["text"].values, next(two)["text"].values)
         assert two.report()["reasons"].keys() == {"bad_json", "empty_text", "bad_text"}
-    with loader_of(
-        str(tmp_path / "texts.jsonl"), tokenizer, bad_samples={"policy": "stop"}, batch_size=200
-    ) as loader:
-        pytest.raises(DataError, next, loader).match(r"texts.jsonl:\d+: ")
+    strict = {"policy": "stop"}
+    with (
+        loader_of(str(tmp_path / "texts.jsonl"), tokenizer, bad_samples=strict, batch_size=200) as loader,
+        pytest.raises(DataError, match=r"texts.jsonl:\d+: "),
+    ):
+        next(loader)
 
 
 def test_a_packer_with_pictures_is_refused(uri, tokenizer):

@@ -12,9 +12,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from data_makers import Ranks, sample, write_pairs, write_shards, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.data.data_makers import Ranks, sample, write_pairs, write_shards, write_tar
 from vlm.config.errors import DataError, RunFailed
 from vlm.data import DataOptions, Tokenizer, build_loader, open_source, source_texts
 from vlm.runtime.preprocess import Preprocess
@@ -351,6 +352,13 @@ def test_workers_do_not_import_torch():
         "import sys, vlm.data.worker, vlm.data.decode, vlm.data.scenes.reader; print('torch' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    with build_loader(DataOptions(source="scenes:?n=8", workers=1), preprocess=PRE, batch_size=4) as loader:
+        assert len(next(loader)) == 4
 
 
 def test_pictures_without_text_and_text_without_pictures(uris, tokenizer):

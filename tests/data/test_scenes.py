@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from vlm.config.errors import DataError
 from vlm.data import open_source
 from vlm.data.scenes.language import sized

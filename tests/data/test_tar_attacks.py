@@ -12,7 +12,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from data_makers import add, sample, write_tar
+
+from tests.data.data_makers import add, sample, write_tar
 from vlm.config.errors import DataError
 from vlm.data import BadSample, DataOptions, build_loader, open_source
 from vlm.data.sources.tar_index import scan_tar

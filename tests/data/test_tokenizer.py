@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
+
 from vlm.config.errors import DataError
 from vlm.data.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ def test_training_is_repeatable_and_every_text_survives(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "a")
     Tokenizer.train_bpe(iter(TEXTS), 320).save(tmp_path / "b")
     assert (tmp_path / "a/tokenizer.json").read_text() == (tmp_path / "b/tokenizer.json").read_text()
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 2)
     assert tokenizer.vocab_size <= 320
     for text, ids in zip(HARD, tokenizer.ids(HARD)):
         assert tokenizer.decode(ids) == text
@@ -40,7 +41,7 @@ def test_encode_pads_masks_and_keeps_eos(tokenizer):
     assert ids[1, 0] == tokenizer.bos_id
     assert ids[1, -1] == tokenizer.eos_id
     assert mask[1].all()
-    assert ids[2].tolist() == [1, 2] + [0] * 6
+    assert ids[2].tolist() == [2, 1] + [0] * 6
     assert mask.sum(1)[2] == 2
     plain, _ = tokenizer.encode(["a red star"], 8, add_special=False)
     assert tokenizer.bos_id not in plain

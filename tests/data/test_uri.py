@@ -7,9 +7,10 @@ import json
 
 import numpy as np
 import pytest
-from data_makers import sample, write_pairs, write_shards, write_tar
-from picture_makers import GOOD, encode
 from PIL import Image
+
+from tests.data.data_makers import sample, write_pairs, write_shards, write_tar
+from tests.runtime.picture_makers import GOOD, encode
 from vlm.config.errors import DataError
 from vlm.data import BadSample, DataOptions, build_loader, open_source
 from vlm.data.sources.uri import expand

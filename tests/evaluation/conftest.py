@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation.material import BadTally, Material
+from vlm.models import DualEncoderOptions, LanguageOptions, save_model
+from vlm.types import VocabularyLayout
 
 
 class TableEmbedder:
@@ -26,6 +32,51 @@ class TableEmbedder:
 
     def encode_image(self, pictures):
         return np.stack([np.asarray(self.images[p.width - 1], dtype=np.float32) for p in pictures])
+
+
+def write_model(directory, model, tokenizer):
+    """A model directory as a run leaves it."""
+    save_model(model, directory)
+    tokenizer.save(directory)
+    if model.preprocess() is not None:
+        (directory / "preprocessor_config.json").write_text(json.dumps(model.preprocess().to_config()))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.train_bpe(
+        ["a red circle above a blue square", "a small green star", "colour 0 1 2 3"] * 3, 300
+    )
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tokenizer):
+    special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    return VocabularyLayout.of_text(tokenizer.vocab_size, special)
+
+
+@pytest.fixture(scope="session")
+def tiny_dual(tokenizer, vocabulary, tmp_path_factory):
+    """(model, tokenizer, its directory): a dual encoder with random weights."""
+    torch.manual_seed(0)
+    vision = {"width": 16, "depth": 1, "heads": 2, "image_size": 16, "patch_size": 8}
+    options = DualEncoderOptions(
+        embed_dim=16, vision=vision, text={"width": 16, "depth": 1, "heads": 2, "length": 16}
+    )
+    model = options.build(vocabulary)
+    directory = tmp_path_factory.mktemp("dual")
+    write_model(directory, model, tokenizer)
+    return model, tokenizer, directory
+
+
+@pytest.fixture(scope="session")
+def tiny_language(tokenizer, vocabulary, tmp_path_factory):
+    """(model, tokenizer, its directory): a language model with random weights."""
+    torch.manual_seed(0)
+    model = LanguageOptions(width=16, depth=1, heads=2, ffn_width=32, length=32).build(vocabulary)
+    directory = tmp_path_factory.mktemp("language")
+    write_model(directory, model, tokenizer)
+    return model, tokenizer, directory
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from vlm.evaluation.bootstrap import bootstrap, cluster_ids
 
 def test_value_is_the_mean_and_bounds_match_the_normal_theory():
     values = np.random.default_rng(0).normal(3.0, 2.0, size=2000)
-    estimate = bootstrap(values, resamples=4000)
+    estimate = bootstrap(values, resamples=3000)
     assert estimate.value[0] == pytest.approx(values.mean())
     half = 1.96 * values.std() / np.sqrt(len(values))
     assert estimate.upper[0] - estimate.value[0] == pytest.approx(half, rel=0.1)
@@ -25,7 +25,7 @@ def test_same_seed_same_bounds_other_seed_other_bounds():
 def test_coverage_of_clustered_shares_is_near_nominal_only_with_clusters():
     generator = np.random.default_rng(2)
     covered = {True: 0, False: 0}
-    rounds = 200
+    rounds = 120
     for number in range(rounds):
         # 60 concepts of 8 pictures; whole concepts are easy or hard, so pictures are far from independent.
         easy = generator.random(60) < 0.4
@@ -33,7 +33,7 @@ def test_coverage_of_clustered_shares_is_near_nominal_only_with_clusters():
         truth = 0.4 * 0.9 + 0.6 * 0.1
         names = np.repeat(np.arange(60), 8).tolist()
         for by_concept in covered:
-            e = bootstrap(hits, clusters=names if by_concept else None, resamples=300, seed=number)
+            e = bootstrap(hits, clusters=names if by_concept else None, resamples=200, seed=number)
             covered[by_concept] += bool(e.lower[0] <= truth <= e.upper[0])
     assert 0.89 <= covered[True] / rounds <= 0.99
     assert covered[False] / rounds < 0.75

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bundle_fixtures import exported, model_directory
+
+from tests.bundle_fixtures import exported
 from vlm.config.errors import GateFailed, RequestError, RunFailed
 from vlm.export import export_bundle
 from vlm.export.drawings import drawn_picture
@@ -141,11 +142,16 @@ def test_publishing_replaces_an_older_bundle_whole(tmp_path):
             (folder / "bundle.json").write_text(text)
             (folder / text).write_text("")
     assert sorted(p.name for p in output.iterdir()) == ["bundle.json", "second"]
-    with pytest.raises(ZeroDivisionError), publishing(output) as folder:
-        (folder / "bundle.json").write_text("third")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        _publish_and_fail(output)
     assert (output / "bundle.json").read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def _publish_and_fail(output):
+    with publishing(output) as folder:
+        (folder / "bundle.json").write_text("third")
+        raise ZeroDivisionError
 
 
 def test_nan_and_other_shapes_never_pass_the_gate():

@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
+
 from vlm.export.drawings import ODD_SIZES, drawn_picture
 from vlm.export.preprocess_graph import preprocess_graph
 from vlm.runtime.preprocess import Preprocess

@@ -133,3 +133,31 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"'text.position' is \(12, 32\), expected \(13, 32\)"):
         load_model(tmp_path)
+
+
+def test_a_text_tower_with_our_tokenizer_pools_at_eos_as_transformers_does(tmp_path):
+    """eos id 2 would mean "the greatest id" to transformers, so our tokenizers never give it."""
+    from vlm.data.tokenizer import Tokenizer
+    from vlm.models import DualEncoderOptions
+    from vlm.training.run import vocabulary_of
+
+    tokenizer = Tokenizer.train_bpe(["a red circle", "a blue square on the left"] * 5, 300)
+    assert tokenizer.eos_id not in (None, 2)
+    torch.manual_seed(0)
+    ours = DualEncoderOptions.model_validate(
+        {"embed_dim": 8, "vision": VISION_TINY, "text": {"width": 16, "depth": 1, "heads": 2, "length": 12}}
+    ).build(vocabulary_of(tokenizer))
+    save_model(ours, tmp_path)
+    encoded = tokenizer.encode(["a red circle", "a blue square on the left"], 12)
+    ids, mask = (torch.as_tensor(part) for part in encoded)
+    theirs = CLIPModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        x = ours.text(ids, mask.bool())
+        at = (ids == tokenizer.eos_id).int().argmax(1)
+        assert torch.equal(x[1], x[0][torch.arange(2), at])
+        expected = theirs.get_text_features(input_ids=ids, attention_mask=mask.long())
+        expected = getattr(expected, "pooler_output", expected)
+        assert torch.allclose(ours.text.embed(ids, mask.bool()), expected, atol=1e-6)
+
+
+VISION_TINY = {"width": 16, "depth": 1, "heads": 2, "image_size": 16, "patch_size": 8}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
 from vlm import ops
 from vlm.ops import Backend
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from vlm import ops
 
 from tests.ops.oracle import error, errors, run
+from vlm import ops
+from vlm.ops.attention_native import native_attention
 
 
 def tensors(b: int, h: int, g: int, n: int, m: int, d: int, v: int) -> list[Tensor]:
@@ -211,12 +212,33 @@ def test_half_precision_keeps_its_type_and_accuracy(dtype: torch.dtype) -> None:
     assert error(out, exact) <= 2 * error(theirs, exact)
 
 
-def test_mixed_types_meet_under_autocast_only() -> None:
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_autocast_brings_mixed_types_together_as_torch_does(backend: ops.Backend) -> None:
     q, k, v = (t.float() for t in tensors(1, 2, 2, 8, 8, 16, 16))
     with pytest.raises(ValueError, match="share one floating type"):
         ops.attention(q, k, v.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ops.attention(q, k, v.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16), ops.backend(backend):
+        out, lse = ops.attention(q, k, v.bfloat16(), return_lse=True)
+        assert out.dtype == torch.bfloat16
+        assert lse.dtype == torch.float32
+        assert ops.attention(q, k, v).dtype == F.scaled_dot_product_attention(q, k, v).dtype
+
+
+def test_small_plain_problems_go_to_torch_and_others_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    native: list[tuple[int, ...]] = []
+
+    def spy(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        native.append(tuple(q.shape))
+        return native_attention(q, *rest)
+
+    monkeypatch.setitem(ops.attention.__globals__, "native_attention", spy)  # the module is hidden by its function
+    small, large = torch.randn(1, 2, 8, 16), torch.randn(2, 4, 128, 64)
+    ops.attention(small, small, small, causal=True)
+    ops.attention(large[:, :, :1], large, large, causal=True)  # decoding
+    assert not native
+    ops.attention(large, large, large)
+    ops.attention(small, small, small, key_mask=torch.tensor([5]))
+    assert native == [(2, 4, 128, 64), (1, 2, 8, 16)]
 
 
 def test_float64_takes_the_twin_and_stays_float64() -> None:

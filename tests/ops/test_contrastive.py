@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vlm import ops
 
 from tests.ops.oracle import error, errors, run
+from vlm import ops
 
 
 def pair(rows: int, columns: int, width: int) -> list[Tensor]:

@@ -9,6 +9,7 @@ from multiprocessing.queues import SimpleQueue
 import pytest
 import torch
 from torch import Tensor
+
 from vlm import ops
 from vlm.ops.attention_native import native_attention
 from vlm.ops.backend import core
@@ -54,6 +55,22 @@ def test_compiles_as_one_graph_forward_and_backward() -> None:
         got = torch.autograd.grad(compiled(*inputs), inputs)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b)
+
+
+def test_compiles_under_autocast_with_the_types_of_eager() -> None:
+    def step(q: Tensor, s: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ops.attention(q, q, q, causal=True)
+            rows, _ = ops.contrastive_softmax(out[:, 0, 0], out[:, 0, 1], s)
+            return out.sum() + rows.sum()
+
+    q, s = leaf(4, 2, 40, 16), torch.tensor(1.0, requires_grad=True)
+    with ops.backend("native"):
+        expected, got = step(q, s), torch.compile(step, fullgraph=True, backend="aot_eager")(q, s)
+        for a, b in zip(torch.autograd.grad(got, (q, s)), torch.autograd.grad(expected, (q, s))):
+            torch.testing.assert_close(a, b)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected)
 
 
 class Attend(torch.nn.Module):

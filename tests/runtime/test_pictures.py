@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from picture_makers import BAD, GOOD, drawing, encode, half_transparent, noisy, palette_with_alpha, rotated
 from PIL import Image
 
+from tests.runtime.picture_makers import (
+    BAD,
+    GOOD,
+    drawing,
+    encode,
+    half_transparent,
+    noisy,
+    palette_with_alpha,
+    rotated,
+)
 from vlm.config.errors import DataError, ExitCode
 from vlm.runtime.pictures import REASONS, BadPicture, PictureLimits, decode_picture
 
@@ -142,7 +151,7 @@ def test_damaged_bytes_give_a_picture_or_a_bad_picture(name, changes, cut):
 _CHILD = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from picture_makers import BAD
+from tests.runtime.picture_makers import BAD
 from vlm.runtime.pictures import BadPicture, PictureLimits, decode_picture
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 for name in [n for n in BAD if n.endswith(("bomb", "thin"))]:

@@ -60,7 +60,7 @@ FORMATS = {"scenes": lambda folder: "scenes:?n=100&size=16", "jsonl": jsonl, "ta
 
 
 def settings(uri, workers, *more):
-    return [TOY, "--data", uri, f"data.workers={workers}", "train.steps=60", "train.checkpoint_every=7", "train.keep=2",
+    return [TOY, "--data", uri, f"data.workers={workers}", "train.steps=30", "train.checkpoint_every=4", "train.keep=2",
             "scale.threads=1", *more]  # fmt: skip
 
 
@@ -96,10 +96,10 @@ def killed_run(output, arguments, moments):
 @pytest.mark.parametrize("kind", list(FORMATS))
 def test_kill_and_resume_ends_with_the_same_bits(tmp_path, kind):
     draw = random.Random(kind)
-    workers = {"scenes": 0, "jsonl": 2, "tar": 2}[kind]
+    workers, moment = {"scenes": (0, "save"), "jsonl": (2, draw.uniform(0, 0.6)), "tar": (2, "save")}[kind]
     arguments = settings(FORMATS[kind](tmp_path / "data"), workers, "train.accumulate=2")
     run("pretrain", *arguments, "--output", tmp_path / "whole", "--no-report")
-    killed_run(tmp_path / "killed", arguments, [draw.uniform(0, 0.6), "save"])
+    killed_run(tmp_path / "killed", arguments, [moment])
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
@@ -126,7 +126,7 @@ def test_two_processes_follow_one(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_exactly(tmp_path, number, code):
-    arguments = [TOY, "train.steps=150", "train.checkpoint_every=0", "scale.threads=1"]
+    arguments = [TOY, "train.steps=60", "train.checkpoint_every=0", "scale.threads=1"]
     process = subprocess.Popen(
         command("pretrain", *arguments, "--output", tmp_path / "run", "--no-report"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )

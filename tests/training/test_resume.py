@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm.config.errors import RequestError
+from vlm.config.errors import DataError, RequestError
 from vlm.training.preset import load_preset
 from vlm.training.run import Run
 
@@ -116,3 +116,10 @@ def test_an_output_that_holds_something_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"not empty[\s\S]*--resume"):
         begin(tmp_path / "run")
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path):
+    run = begin(tmp_path / "run", 'data.source="/no/such/*.tar"')
+    with pytest.raises(DataError):
+        run.train()
+    assert not (tmp_path / "run").exists()

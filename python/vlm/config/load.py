@@ -41,10 +41,15 @@ def resolve(
     chain of files for a cycle or a missing base.
     """
     reader = _Reader(tuple(search), schema, migrations)
-    tree = reader.load(find(str(name_or_path), search), ())
-    tree = apply_overrides(tree, overrides)
-    refuse_leftovers(tree, DEFERRED)
-    return Resolved(tree, tuple(reader.files))
+    try:
+        tree = reader.load(find(str(name_or_path), search), ())
+        tree = apply_overrides(tree, overrides)
+        refuse_leftovers(tree, DEFERRED)
+        resolved = Resolved(tree, tuple(reader.files))
+        assert isinstance(resolved.values, dict)  # made here, so that nothing later can find them too deep
+    except RecursionError:
+        raise PresetError("tables or lists are nested too deeply", where=str(name_or_path)) from None
+    return resolved
 
 
 class _Reader:

@@ -32,7 +32,7 @@ class Position:
 def scan(text: str) -> dict[Path, Position]:
     """Positions of every key path in `text`, which must be valid TOML; anything else gives a partial map."""
     scanner = _Scanner(text)
-    with suppress(IndexError):  # a text that ends early is not TOML; what was seen stands
+    with suppress(IndexError, ValueError):  # a text that ends early or has a bad key is not TOML; what was seen stands
         scanner.document()
     return scanner.found
 

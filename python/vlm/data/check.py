@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from vlm.data.captions import AUTO_TEXT, text_values
-from vlm.data.decode import _AUTO_IMAGE, plain_fields
+from vlm.data.decode import AUTO_IMAGE, plain_fields
 from vlm.data.options import DataOptions
 from vlm.data.samples import BadSample, clean_text, field_at
 from vlm.data.sources.base import Source
@@ -34,7 +34,7 @@ class Checker:
 
     def _picture(self, fields: dict[str, Any]) -> Image.Image | None:
         column = self.options.columns.image
-        paths = _AUTO_IMAGE if column == "auto" else (column,)
+        paths = AUTO_IMAGE if column == "auto" else (column,)
         value = next((v for path in paths if (v := field_at(fields, path)) is not None), None)
         if value is None:
             return None

@@ -16,7 +16,8 @@ from vlm.data.sources.readers import JsonLinesReader, open_reader
 from vlm.runtime.pictures import BadPicture, PictureLimits, decode_picture
 from vlm.runtime.preprocess import Preprocess
 
-_AUTO_IMAGE = ("image", "picture", "file_name", "filepath", "image_path")
+AUTO_IMAGE = ("image", "picture", "file_name", "filepath", "image_path")
+"""Fields that hold the picture where the options do not say."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Decoder:
 
     def _picture(self, fields: dict[str, Any]) -> Image.Image:
         column = self.spec["columns"]["image"]
-        paths = _AUTO_IMAGE if column == "auto" else (column,)
+        paths = AUTO_IMAGE if column == "auto" else (column,)
         value = next((v for path in paths if (v := field_at(fields, path)) is not None), None)
         if value is None:
             raise BadSample("missing_image", "no picture" if column == "auto" else f"field {column}")

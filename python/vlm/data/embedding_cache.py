@@ -41,7 +41,7 @@ class EmbeddingCache:
         digest = hashlib.sha256()
         for name, tensor in sorted(state.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return cls(root / digest.hexdigest()[:24])
 
     def __len__(self) -> int:

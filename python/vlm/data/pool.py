@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -48,7 +49,13 @@ class _Worker:
     def __init__(self, number: int, spec: bytes) -> None:
         self.number = number
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vlm.data.worker"],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "vlm.data.worker",
+            ],  # -P: nothing is imported from the current folder
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             process_group=0,  # an interrupt from the terminal is for the trainer alone
@@ -117,8 +124,8 @@ class WorkerPool:
     """`workers` processes; chunks go round them in turn, so results come back in a known order."""
 
     def __init__(self, spec: dict[str, Any], workers: int) -> None:
-        message = json.dumps(spec).encode()
         self._workers: list[_Worker] = []
+        message = json.dumps(spec).encode()
         try:
             for number in range(workers):
                 self._workers.append(_Worker(number, message))
@@ -166,6 +173,9 @@ class WorkerPool:
         for worker in self._workers:
             worker.close()
         self._workers = []
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def open_decoder(spec: dict[str, Any], workers: int) -> InlineDecoder | WorkerPool:

@@ -19,7 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from vlm.config.errors import DataError
 
 _MAX_FILE = 64 * 1024 * 1024
-DEFAULT_SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>"}
+DEFAULT_SPECIAL = {"pad": "<pad>", "eos": "</s>", "bos": "<s>"}
+# In the order of their ids. eos must not be 2: `transformers` (and `models/towers.py`) read a CLIP config with
+# eos_token_id 2 as one of the early published ones, whose text tower pools at the greatest id instead.
 
 
 class Tokenizer:
@@ -48,7 +50,7 @@ class Tokenizer:
         *,
         max_length: int | None = None,
     ) -> Tokenizer:
-        """Byte-level BPE of at most `vocab_size` entries, with pad 0, bos 1, eos 2 and then the names in `special`.
+        """Byte-level BPE of at most `vocab_size` entries, with pad 0, eos 1, bos 2 and then the names in `special`.
 
         Every text can be encoded: the 256 bytes are always in the vocabulary. Equal texts give equal tokenizers.
         Raises DataError when vocab_size cannot hold the bytes and the special tokens.

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm.config.errors import CheckpointError, RequestError
-from vlm.evaluation.material import Embedder, Floats
+from vlm.evaluation.material import Floats
 from vlm.evaluation.perplexity import Integers, LanguageScorer, Wide
+from vlm.runtime.embedder import Embedder, Form
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ class TorchEmbedder:
         log_scale, bias = model.temperature()
         self.scale = 1.0 if log_scale is None else float(log_scale.detach().exp())
         self.bias = 0.0 if bias is None else float(bias.detach())
-        self.form = "softmax" if bias is None else "sigmoid"
+        self.form: Form = "softmax" if bias is None else "sigmoid"
         self.length: int = model.options.text.length  # type: ignore[attr-defined]
 
     def _embed(self, stream: Any) -> Floats:

@@ -104,7 +104,7 @@ def fit(
     if x.size * classes < _SMALL:
         torch.set_num_threads(1)  # products this small only wait for each other's threads
     try:
-        solver.step(closure)  # type: ignore[no-untyped-call]
+        solver.step(closure)
     finally:
         torch.set_num_threads(threads)
     return weight.detach().numpy()

@@ -8,35 +8,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from vlm.config.errors import DataError, RunFailed
+from vlm.runtime.embedder import Embedder
 
 Floats = NDArray[np.float32]
 CONCEPT = "concept"
 """The field whose equal values mark samples that are not independent evidence."""
 
 MAX_NAMED = 20
-
-
-class Embedder(Protocol):
-    """What an evaluation needs of a model or bundle: unit rows from pictures and texts.
-
-    A score is scale * cosine + bias, read as a softmax over candidates or a sigmoid of each.
-    """
-
-    name: str
-    scale: float
-    bias: float
-    form: str
-
-    def encode_image(self, pictures: Sequence[Any]) -> Floats: ...
-
-    def encode_text(self, texts: Sequence[str]) -> Floats: ...
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from vlm.evaluation.classes import (
     read_classes,
     true_classes,
 )
-from vlm.evaluation.material import Embedder, Floats, Material, unit
+from vlm.evaluation.material import Floats, Material, unit
 from vlm.evaluation.ranking import TIE, Integers, first_places
 from vlm.evaluation.result import Result, figures
 from vlm.evaluation.task import Fields, Task, as_fields
 from vlm.evaluation.thumbnail import thumbnails
+from vlm.runtime.embedder import Embedder
 
 PLAIN = "{}"
 Reduce = Literal["embedding-mean", "score-mean", "score-max"]

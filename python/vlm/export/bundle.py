@@ -194,8 +194,8 @@ def _describe_dual(source: _Source, preprocess: Preprocess) -> dict[str, Any]:
     return {
         "embedding": {
             "width": width,
-            "scale": 1.0 if log_scale is None else float(log_scale.exp()),
-            "bias": 0.0 if bias is None else float(bias),
+            "scale": 1.0 if log_scale is None else float(log_scale.detach().exp()),
+            "bias": 0.0 if bias is None else float(bias.detach()),
             "form": "softmax" if bias is None else "sigmoid",
         },
         "picture": {"size": preprocess.size, "resize": preprocess.resize, "interpolation": preprocess.interpolation},

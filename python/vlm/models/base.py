@@ -45,7 +45,7 @@ class Model(nn.Module):
         """Activation checkpointing in every trunk."""
         for module in self.modules():
             if hasattr(module, "recompute"):
-                module.recompute = on
+                module.recompute = on  # type: ignore[assignment]
 
     def forward(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
         return self.encode(batch, wanted)

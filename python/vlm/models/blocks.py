@@ -176,12 +176,13 @@ class Trunk(nn.Module):
         width, depth = self.options.width, self.options.depth
         out_std = width**-0.5 * (2 * depth) ** -0.5
         for block in self.blocks:
+            assert isinstance(block, Block)
             for linear in (block.attention.q, block.attention.k, block.attention.v):
                 nn.init.normal_(linear.weight, std=width**-0.5)
             nn.init.normal_(block.attention.out.weight, std=out_std)
-            for linear in (block.ffn.up, block.ffn.gate):
-                if linear is not None:
-                    nn.init.normal_(linear.weight, std=(2 * width) ** -0.5)
+            for wide in (block.ffn.up, block.ffn.gate):
+                if wide is not None:
+                    nn.init.normal_(wide.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.ffn.down.weight, std=out_std)
             for name, parameter in block.named_parameters():
                 if name.endswith("bias"):

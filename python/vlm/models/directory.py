@@ -88,7 +88,7 @@ def load_model(path: str | Path, *, weights: bool = True) -> Model:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"cannot honour this config: {error}", where=str(directory / "config.json")) from error
         vocabulary = _published_vocabulary(config)
-    model = options.build(vocabulary)  # type: ignore[attr-defined]
+    model: Model = options.build(vocabulary)
     if weights:
         tensors = read_weights(directory)
         if layout is not None:

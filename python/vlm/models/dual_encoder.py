@@ -27,7 +27,7 @@ class PictureOptions(Options):
     """How a picture becomes the vision tower's pixels, in training, evaluation, bundle and server alike."""
 
     resize: Literal["shortest", "squash", "pad"] = Field(
-        "shortest", description="shortest: shorter side, then centre crop; squash: both sides; pad: longer side on white"
+        "shortest", description="shortest: shorter side, then centre crop; squash: both sides; pad: longer side, the rest black"
     )
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

@@ -187,7 +187,7 @@ class TextTransformer(nn.Module):
             if self.options.eos_id == 2:  # published CLIP configurations mean "the greatest id", see transformers
                 at = ids.to(torch.int32).argmax(dim=-1)
             else:
-                at = (ids == self.options.eos_id).to(torch.int32).argmax(dim=-1)
+                at = torch.eq(ids, self.options.eos_id).to(torch.int32).argmax(dim=-1)  # type: ignore[arg-type]
             return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
         if pool == "mean":
             if mask is None:

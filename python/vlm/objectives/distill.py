@@ -63,7 +63,9 @@ class FeatureDistill(Objective):
             assert teacher.embedding is not None
             x = student.embedding
             if name in self.bridges:
-                x = self.bridges[name](x.to(self.bridges[name].weight.dtype))  # type: ignore[operator]
+                bridge = self.bridges[name]
+                assert isinstance(bridge, nn.Linear)
+                x = bridge(x.to(bridge.weight.dtype))
             cosine = (normalise(x) * normalise(teacher.embedding)).sum(-1)
             value = 1 - cosine if self.options.distance == "cosine" else 2 - 2 * cosine
             live = (student.mask & teacher.mask).float()

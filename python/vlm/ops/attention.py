@@ -54,15 +54,20 @@ def attention(
     bias: added to the scaled logits, broadcastable to [B, H, N, M]; -inf removes a pair.
     scale: 1/sqrt(D) by default.
 
-    A query with no allowed key gets output 0, lse -inf, and gives no gradient.
+    A query with no allowed key gets output 0, lse -inf, and gives no gradient. Half-precision input is computed in
+    float32 by the native core and returned in its own type.
     Raises ValueError on shapes or dtypes that do not fit. Source: core-exact-attention.
     """
-    if q.dtype != k.dtype or q.dtype != v.dtype:
-        q, k, v = _under_autocast(q, k, v)
+    q, k, v = _under_autocast(q, k, v)
     key_mask = _check(q, k, v, alignment, key_mask, bias)
-    if not use_native(q, k, v, bias):
-        return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,
-                                   scale=scale, return_lse=return_lse)
+    exporting = torch.compiler.is_exporting()  # then no length may be asked for: the answer would be fixed in the graph
+    if causal and alignment == "bottom-right" and not exporting and q.shape[2] == 1:
+        causal = False  # the last query sees every key
+    plain = not exporting and key_mask is None and bias is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
+    if not use_native(q, k, v, bias, prefer_torch=plain and _torch_is_faster(q, k, v)):
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,
+                                       scale=scale, return_lse=return_lse)
     if bias is not None:
         bias = bias.float()
         if bias.shape[3] != k.shape[2]:  # one number for all keys: the kernel wants a contiguous last axis
@@ -74,9 +79,16 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _torch_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Measured: below a few million products the call costs more than the work, and packing keys for fewer than 8
+    queries is not repaid. Only asked where torch's own kernel needs no mask tensor."""
+    products = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
+    return products < 4_000_000 or q.shape[2] < 8
+
+
 def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inside autocast some of q, k, v may have been widened by an operation before: bring them to one type again."""
-    if not torch.is_autocast_enabled(q.device.type):
+    """What autocast does with torch's own attention: bring q, k, v to its type (float64 stays)."""
+    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
         return q, k, v
     narrow = torch.get_autocast_dtype(q.device.type)
     return q.to(narrow), k.to(narrow), v.to(narrow)

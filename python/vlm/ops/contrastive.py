@@ -39,10 +39,12 @@ def contrastive_softmax(
     """
     groups_x, groups_y = _check(x, y, log_scale, None, groups_x, groups_y)
     x, y, log_scale = _widen(x, y, log_scale)
-    if use_native(x, y, log_scale):
+    if use_native(x, y, log_scale, prefer_torch=groups_x is None and _is_small(x, y)):
         rows, columns, _, _ = native_pair_loss("softmax", x, y, log_scale, None, groups_x, groups_y, row_offset)
         return rows, columns
-    return contrastive_softmax_reference(x, y, log_scale, groups_x=groups_x, groups_y=groups_y, row_offset=row_offset)
+    with torch.autocast(x.device.type, enabled=False):
+        return contrastive_softmax_reference(x, y, log_scale, groups_x=groups_x, groups_y=groups_y,
+                                             row_offset=row_offset)
 
 
 def contrastive_sigmoid(
@@ -63,11 +65,17 @@ def contrastive_sigmoid(
     """
     groups_x, groups_y = _check(x, y, log_scale, bias, groups_x, groups_y)
     x, y, log_scale, bias = _widen(x, y, log_scale, bias)
-    if use_native(x, y, log_scale, bias):
+    if use_native(x, y, log_scale, bias, prefer_torch=groups_x is None and _is_small(x, y)):
         rows, columns, _, _ = native_pair_loss("sigmoid", x, y, log_scale, bias, groups_x, groups_y, row_offset)
         return rows, columns
-    return contrastive_sigmoid_reference(x, y, log_scale, bias, groups_x=groups_x, groups_y=groups_y,
-                                         row_offset=row_offset)
+    with torch.autocast(x.device.type, enabled=False):
+        return contrastive_sigmoid_reference(x, y, log_scale, bias, groups_x=groups_x, groups_y=groups_y,
+                                             row_offset=row_offset)
+
+
+def _is_small(x: Tensor, y: Tensor) -> bool:
+    """Measured: while all logits fit in the cache, keeping them is cheaper than computing them twice."""
+    return x.shape[0] * y.shape[0] <= 512 * 512
 
 
 def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:

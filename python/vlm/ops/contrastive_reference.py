@@ -30,8 +30,17 @@ def contrastive_softmax_reference(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `vlm.ops.contrastive_softmax`: x [R, E], y [C, E] -> values by row [R] and by column [C]."""
     z = log_scale.exp() * (x @ y.T)
+    if groups_x is None and z.shape[0] > 0 and z.shape[1] > 0:
+        return _one_positive(z, row_offset), _one_positive(z.T, -row_offset)
     positive = positive_pairs(x, y, groups_x, groups_y, row_offset)
     return _cross_entropy(z, positive, 1), _cross_entropy(z, positive, 0)
+
+
+def _one_positive(z: Tensor, offset: int) -> Tensor:
+    """Cross-entropy of each row against column i + offset; 0 where that lies outside."""
+    label = torch.arange(z.shape[0], device=z.device) + offset
+    label = torch.where((label >= 0) & (label < z.shape[1]), label, -100)
+    return F.cross_entropy(z, label, reduction="none", ignore_index=-100)
 
 
 def _cross_entropy(z: Tensor, positive: Tensor, axis: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ TOLERANCE = 2e-5
 """Largest accepted error, relative to the largest value of the exact result, forward and gradients."""
 
 
-@dataclass(frozen=True)
-class OperatorCheck:
+class OperatorCheck(NamedTuple):
     """One operator at one instruction-set level against its float64 twin."""
 
     operator: str

@@ -31,13 +31,13 @@ def smooth(points: Points, reach: int | None = None) -> list[tuple[float, float]
     """
     kept = [(x, y) for x, y in points if math.isfinite(y)]
     reach = max(1, len(kept) // 30) if reach is None else reach
-    sums = [0.0]
-    for _, y in kept:
-        sums.append(sums[-1] + y)
+    stride = max(1, len(kept) // MOST_POINTS)  # a mean changes slowly: not every point is needed
+    places = sorted({*range(0, len(kept), stride), len(kept) - 1} - {-1})
     out = []
-    for i, (x, _) in enumerate(kept):
+    for i in places:
         near = min(reach, i, len(kept) - 1 - i)
-        out.append((x, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
+        part = [y for _, y in kept[i - near : i + near + 1]]
+        out.append((kept[i][0], math.fsum(y / len(part) for y in part)))
     return out
 
 

@@ -136,7 +136,9 @@ def _learning(run: RunRecord) -> str:
     charts = []
     for name in sorted(n for n in series if n.startswith("train/") and "/lr" not in n and n != "train/loss"):
         if len(series[name]) > 1 and not name.endswith(("steps", "samples", "tokens")):
-            charts.append(line_chart(label(name.removeprefix("train/")), _curve(series[name])))
+            charts.append(
+                line_chart(label(name.removeprefix("train/").replace("/", ", ")), _curve(series[name]))
+            )
     if "train/loss" in series:
         charts.insert(0, line_chart("loss", _curve(series["train/loss"])))
     for task in sorted({n.split("/")[1] for n in series if n.startswith("eval/") and len(series[n]) > 1}):
@@ -232,7 +234,7 @@ def _surprise(run: RunRecord) -> str:
         run,
         "perplexity",
         draw,
-        "Documents it never trained on, each token shaded by the bits it cost: dark is a surprise.",
+        "Documents of the evaluated data, each token shaded by the bits it cost: dark is a surprise.",
     )
 
 
@@ -326,7 +328,7 @@ def _next(run: RunRecord) -> str:
             ),
             (
                 "Search your own pictures by text.",
-                f"find photos -name '*.jpg' | vlm embed {root} --images - > photos.jsonl\nvlm search --help",
+                f"find photos -name '*.jpg' | vlm embed {root} --images - > photos.jsonl\nvlm search {root} \"a red bicycle\" --index photos.jsonl",
             ),
             (
                 "Measure it on other data.",

@@ -57,10 +57,10 @@ def duration(seconds: float) -> str:
 
 
 def span(low: float, high: float) -> tuple[list[float], float]:
-    """Round ticks over a range, and their distance. Equal ends are widened."""
+    """Round ticks over a range, and their distance. Ends that are equal, or nearly, are widened."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return [0.0, 1.0], 1.0
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-280):  # finer than the numbers themselves
         pad = abs(low) * 0.5 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / 4

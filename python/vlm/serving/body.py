@@ -23,6 +23,7 @@ class BodyLimits:
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self._running = 0
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -32,18 +33,21 @@ class BodyLimits:
             if self._running >= self.settings.max_requests:
                 raise ApiError(429, "too many requests at a time", code="too_many_requests", headers={"Retry-After": "1", **_CLOSE})
             self._running += 1
+            body = bytearray()
             try:
-                body = await self._read(scope, receive)
-                await self.app(scope, _replay(body, receive), send)
+                await self._read(scope, receive, body)
+                await self.app(scope, _replay(bytes(body), receive), send)
             finally:
                 self._running -= 1
+                self._held -= len(body)
         except _Gone:
             self.metrics.rejected.labels("disconnected").inc()
         except ApiError as error:
             self.metrics.rejected.labels(error.code).inc()
             await error.response()(scope, receive, send)
 
-    async def _read(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
+    async def _read(self, scope: MutableMapping[str, Any], receive: Receive, body: bytearray) -> None:
+        """Fill `body`; what it holds is counted in `_held` at every moment."""
         limit = self.settings.max_body_bytes
         too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large", headers=_CLOSE)
         stated = Headers(scope=scope).get("content-length")
@@ -51,18 +55,21 @@ class BodyLimits:
             raise too_large
         if Headers(scope=scope).get("content-encoding", "identity") != "identity":
             raise ApiError(415, "compressed bodies are not accepted", code="content_encoding", headers=_CLOSE)
-        body = bytearray()
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _Gone
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    body += part
+                    self._held += len(part)
                     if len(body) > limit:
                         raise too_large
+                    if self._held > self.settings.max_held_bytes:
+                        raise ApiError(429, "too much is being received", code="too_many_bytes", headers={"Retry-After": "1", **_CLOSE})
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        return
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not arrive within {self.settings.body_seconds:g} s", code="body_timeout", headers=_CLOSE

@@ -106,7 +106,9 @@ class Engine:
         except TimeoutError:
             raise ApiError(504, "the request took longer than the server's deadline", code="deadline") from None
 
-    def _decode(self, data: bytes) -> Any:
+    def _decode(self, data: str | bytes) -> Any:
+        if isinstance(data, str):
+            raise TypeError("a string would be read as a path")
         with self.metrics.timed("decode"):
             if self._preparing is not None:
                 return self._preparing.prepare_image(data, self.settings.pictures)

@@ -74,9 +74,10 @@ _FIELDS = frozenset(
 def _first(errors: Any) -> tuple[str, str | None]:
     """One sentence and the path of the problem; the client's own input is not echoed.
 
-    Of a union every branch complains: the branch that came furthest is the one that was meant.
+    Of a union every branch complains: the branch that came furthest is the one that was meant, and of several the one
+    that found more than a wrong type.
     """
-    problem = max(errors, key=lambda e: len(e.get("loc", ())), default={})
+    problem: dict[str, Any] = max(errors, key=lambda e: (len(e.get("loc", ())), not str(e.get("type")).endswith("_type")), default={})
     if problem.get("type") == "json_invalid":
         return "the body is not valid JSON", None
     place: list[str] = []

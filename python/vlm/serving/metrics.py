@@ -27,14 +27,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        given = {"registry": self.registry}
-        self.requests = Counter("vlm_requests", "Requests answered", ["route", "code"], **given)
-        self.seconds = Histogram("vlm_request_seconds", "Time of a request", ["route"], buckets=_SECONDS, **given)
-        self.stage = Histogram("vlm_stage_seconds", "Time of a stage", ["stage"], buckets=_SECONDS, **given)
-        self.batch = Histogram("vlm_batch_size", "Items of one model call", ["kind"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **given)
-        self.depth = Gauge("vlm_queue_depth", "Items waiting", **given)
-        self.inflight = Gauge("vlm_inflight", "Requests being answered", **given)
-        self.rejected = Counter("vlm_rejected", "Requests or items refused", ["reason"], **given)
+        registry = self.registry
+        self.requests = Counter("vlm_requests", "Requests answered", ["route", "code"], registry=registry)
+        self.seconds = Histogram("vlm_request_seconds", "Time of a request", ["route"], buckets=_SECONDS, registry=registry)
+        self.stage = Histogram("vlm_stage_seconds", "Time of a stage", ["stage"], buckets=_SECONDS, registry=registry)
+        self.batch = Histogram("vlm_batch_size", "Items of one model call", ["kind"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=registry)
+        self.depth = Gauge("vlm_queue_depth", "Items waiting", registry=registry)
+        self.inflight = Gauge("vlm_inflight", "Requests being answered", registry=registry)
+        self.rejected = Counter("vlm_rejected", "Requests or items refused", ["reason"], registry=registry)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

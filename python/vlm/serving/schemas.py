@@ -45,9 +45,9 @@ class EmbeddingRequest(_Strict):
     model: str | None = None
     input: str | Part | Annotated[list[str | Part | int | TokenIds], Field(max_length=MOST)] | None = None
     messages: Annotated[list[ChatMessage], Field(max_length=MOST)] | None = None
-    modality: Literal["text", "image"] = Field("text", description="what plain strings of the input are")
+    modality: Literal["text", "image"] = Field(default="text", description="what plain strings of the input are")
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, gt=0)
+    dimensions: int | None = Field(default=None, gt=0)
     user: str | None = None
 
 
@@ -57,7 +57,7 @@ class ClassifyRequest(_Strict):
     model: str | None = None
     image: ImagePart | ImageUrl | str = Field(description="a data URI, or an image_url part")
     labels: list[str] = Field(min_length=1, max_length=MOST)
-    template: str = Field("{}", max_length=1000, description="text of a label, {} stands for it")
+    template: str = Field(default="{}", max_length=1000, description="text of a label, {} stands for it")
     user: str | None = None
 
 

@@ -11,21 +11,22 @@ from vlm.runtime.pictures import PictureLimits
 class ServerSettings(Options):
     """Limits of one server process."""
 
-    name: str | None = Field(None, description="model name in requests and answers; default: the model's own")
-    max_body_bytes: int = Field(32 * 2**20, gt=0, description="bytes of one request body")
-    body_seconds: float = Field(30.0, gt=0, description="time a client has to send its body")
-    max_picture_bytes: int = Field(20 * 2**20, gt=0, description="bytes of one encoded picture")
-    max_pixels: int = Field(40_000_000, gt=0, description="width times height of one picture, read from its header")
-    max_items: int = Field(256, gt=0, le=4096, description="pictures and texts of one request")
-    max_characters: int = Field(20_000, gt=0, description="characters of one text")
-    max_labels: int = Field(1000, gt=0, le=4096, description="labels of one classification")
-    max_requests: int = Field(64, gt=0, description="requests worked on at a time; more are refused")
-    queue_items: int = Field(2048, gt=0, description="pictures and texts that may wait; more are refused")
-    max_batch: int = Field(32, gt=0, description="pictures or texts of one call of the model")
-    batch_wait_seconds: float = Field(0.002, ge=0, description="time to wait for a batch to fill")
-    deadline_seconds: float = Field(60.0, gt=0, description="time a request may take before it is given up")
-    decode_threads: int = Field(2, gt=0, description="pictures decoded at a time")
-    drain_seconds: int = Field(30, gt=0, description="time for running requests after SIGTERM")
+    name: str | None = Field(default=None, description="model name in requests and answers; default: the model's own")
+    max_body_bytes: int = Field(default=32 * 2**20, gt=0, description="bytes of one request body")
+    max_held_bytes: int = Field(default=256 * 2**20, gt=0, description="bytes of all request bodies held at a time; more are refused")
+    body_seconds: float = Field(default=30.0, gt=0, description="time a client has to send its body")
+    max_picture_bytes: int = Field(default=20 * 2**20, gt=0, description="bytes of one encoded picture")
+    max_pixels: int = Field(default=40_000_000, gt=0, description="width times height of one picture, read from its header")
+    max_items: int = Field(default=256, gt=0, le=4096, description="pictures and texts of one request")
+    max_characters: int = Field(default=20_000, gt=0, description="characters of one text")
+    max_labels: int = Field(default=1000, gt=0, le=4096, description="labels of one classification")
+    max_requests: int = Field(default=64, gt=0, description="requests worked on at a time; more are refused")
+    queue_items: int = Field(default=2048, gt=0, description="pictures and texts that may wait; more are refused")
+    max_batch: int = Field(default=32, gt=0, description="pictures or texts of one call of the model")
+    batch_wait_seconds: float = Field(default=0.002, ge=0, description="time to wait for a batch to fill")
+    deadline_seconds: float = Field(default=60.0, gt=0, description="time a request may take before it is given up")
+    decode_threads: int = Field(default=2, gt=0, description="pictures decoded at a time")
+    drain_seconds: int = Field(default=30, gt=0, description="time for running requests after SIGTERM")
 
     @property
     def pictures(self) -> PictureLimits:

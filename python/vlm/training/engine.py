@@ -12,6 +12,7 @@ import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -305,7 +306,8 @@ class _Leaves:
                 if field_name == "tokens":
                     longest = max(n for (n,) in communicator.gather_numbers([max(t.shape[1] for t in tensors)]))
                     tensors = [_padded(tensor, longest) for tensor in tensors]
-                    shared["token_mask"] = [_padded(p.token_mask, longest) for p in pieces]
+                    masks = [p.token_mask for p in pieces]
+                    shared["token_mask"] = [_padded(mask, longest) for mask in masks if mask is not None]
                 ranks = communicator.gather_rows(torch.cat([tensor.detach() for tensor in tensors]))
                 start = sum(len(rows) for rows in ranks[: communicator.rank])
                 leaf = torch.cat(ranks).detach().requires_grad_(key.startswith("model/"))
@@ -313,18 +315,17 @@ class _Leaves:
                 sizes = [len(tensor) for tensor in tensors]
                 bounds = [start + sum(sizes[:i]) for i in range(len(sizes) + 1)]
                 self.spans[key, field_name] = list(itertools.pairwise(bounds))
-            rows = {name: torch.cat(communicator.gather_rows(torch.cat(values))) for name, values in shared.items()}
-            leaves = {field_name: self.tensors[key, field_name] for field_name in held}
+            rows: dict[str, Any] = {name: torch.cat(communicator.gather_rows(torch.cat(values))) for name, values in shared.items()}
+            leaves: dict[str, Any] = {field_name: self.tensors[key, field_name] for field_name in held}
             self.outputs[key] = Outputs(**rows, **leaves, log_scale=pieces[0].log_scale, bias=pieces[0].bias)
 
     def detached(self) -> Views:
         """The whole update without gradient, for an objective that keeps a memory of it."""
-        return Views(
-            {
-                key: replace(outputs, **{name: t.detach() for (k, name), t in self.tensors.items() if k == key})
-                for key, outputs in self.outputs.items()
-            }
-        )
+        views = Views()
+        for key, outputs in self.outputs.items():
+            own: dict[str, Any] = {name: t.detach() for (k, name), t in self.tensors.items() if k == key}
+            views[key] = replace(outputs, **own)
+        return views
 
     def views(self, temperature: tuple[Tensor | None, Tensor | None]) -> Views:
         """The whole update as objectives see it; the model's own temperature carries its gradient."""

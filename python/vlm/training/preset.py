@@ -7,6 +7,7 @@ trainable patterns, rates, schedule, model settings. A preset without stages has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -31,6 +32,7 @@ class MethodOptions(Options):
     title: str
     command: Literal["pretrain", "finetune", "distill"] = "pretrain"
     paper: str | None = Field(None, description="title of the source")
+    tags: tuple[str, ...] = Field((), description="words to find the preset by")
     departs: tuple[str, ...] = Field((), description="where it differs from the source, and why")
 
 
@@ -192,9 +194,14 @@ class Stage(StageSettings):
         return self
 
 
-def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Preset, Resolved]:
-    """A preset by key or path with overrides. Raises PresetError with file, line and column."""
-    resolved = resolve(name_or_path, overrides)
+def load_preset(
+    name_or_path: str, overrides: Sequence[str] = (), search: Sequence[Path] = ()
+) -> tuple[Preset, Resolved]:
+    """A preset by key or path with overrides; `search` holds directories of the user's own presets.
+
+    Raises PresetError with file, line and column.
+    """
+    resolved = resolve(name_or_path, overrides, search)
     preset = validate(resolved, Preset)
     stages_of(resolved)
     return preset, resolved

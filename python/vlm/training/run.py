@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from vlm.config.errors import CheckpointError, RequestError
+from vlm.config.errors import CheckpointError, RequestError, VlmError
 from vlm.config.load import Resolved
 from vlm.config.writing import to_toml
 from vlm.data.loader import Loader, build_loader, open_split
@@ -21,6 +24,7 @@ from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
 from vlm.data.tokenizer_options import build_tokenizer
 from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
+from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.models.directory import find_model_directory
 from vlm.objectives import BuildContext
@@ -83,6 +87,7 @@ class Run:
         self.note = note if self.communicator.rank == 0 else _silent
         self.progress = progress and self.communicator.rank == 0
         self.tokenizer: Tokenizer | None = None
+        self.fresh = False
         if preset.loop is not None:
             raise RequestError("[loop] is not run yet: rounds come with the methods that need them")
 
@@ -92,6 +97,7 @@ class Run:
         run = cls(RunDirectory(output), preset, resolved, **settings)
         if run.communicator.rank == 0:
             run.directory.create(to_toml(resolved.values, resolved.origins))
+        run.fresh = True
         run.communicator.barrier()
         return run
 
@@ -127,7 +133,13 @@ class Run:
         parts: Parts | None = None
         while not cursor.done:
             stage = self.stages[cursor.stage]
-            parts = self.assemble(stage, cursor, initial=tree is None, weights=previous)
+            try:
+                parts = self.assemble(stage, cursor, initial=tree is None, weights=previous)
+            except VlmError:
+                metrics.close()
+                if self.fresh and cursor.total == 0 and self.communicator.rank == 0:
+                    shutil.rmtree(self.directory.root)  # nothing was trained: the same command may be given again, mended
+                raise
             trainer = Trainer(
                 parts,
                 cursor,
@@ -234,8 +246,8 @@ class Run:
         own = self.directory.architecture
         if self.communicator.rank == 0:
             if stage.start.model is not None:
-                source = find_model_directory(stage.start.model)
-                tokenizer, model = Tokenizer.load(source), load_model(source, weights=False)
+                folder = find_model_directory(stage.start.model)
+                tokenizer, model = Tokenizer.load(folder), load_model(folder, weights=False)
             else:
                 if stage.model is None:
                     raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")
@@ -290,6 +302,15 @@ class Run:
         with parts.average.applied(parts.model):
             return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
 
+    def _evaluation_settings(self, stage: Stage) -> dict[str, Any]:
+        """Evaluation reads with the columns, caps and budget of the run's own data; tasks the data cannot serve are said."""
+        data = stage.data
+        return {
+            "reading": Reading.of(data.columns, data.limits),
+            "bad_budget": data.bad_samples.budget,
+            "skip": self.note,
+        }
+
     def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
         """Evaluation during training, on rank 0; the others wait."""
         values: dict[str, float] = {}
@@ -297,7 +318,8 @@ class Run:
             assert self.tokenizer is not None
             parts.model.eval()
             tasks = parts.stage.evaluation.tasks
-            values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, skip=self.note))
+            settings = self._evaluation_settings(parts.stage)
+            values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
             parts.model.train()
         self.communicator.barrier()
         return values
@@ -315,12 +337,18 @@ class Run:
             self.directory.write_model(clean, dict(clean.state_dict()), self.tokenizer, clean.preprocess())
             if parts.stage.tuning.lora is not None:
                 lora_files(parts.model, parts.stage.tuning.lora, self.directory.root / "adapter")
+            self._write_heads(parts)
             self.note(f"model written to {self.directory.model}")
             if parts.stage.evaluation.tasks:
                 settings = parts.stage.evaluation
                 self.note("evaluating")
                 results = evaluate_in_memory(
-                    clean, self.tokenizer, settings.tasks, parts.stage.data.val, examples=settings.examples, skip=self.note
+                    clean,
+                    self.tokenizer,
+                    settings.tasks,
+                    parts.stage.data.val,
+                    examples=settings.examples,
+                    **self._evaluation_settings(parts.stage),
                 )
                 save_results(results, self.directory.root)
                 metrics.write(cursor.total, numbers_of(results))
@@ -329,6 +357,15 @@ class Run:
         self.communicator.barrier()
         result.seconds = time.monotonic() - started
         return result
+
+
+    def _write_heads(self, parts: Parts) -> None:
+        """Parameters that objectives own (classification heads, bridges), beside the model."""
+        tensors = {name: t.detach().contiguous() for name, t in parts.objectives.state_dict().items()}
+        if tensors:
+            classes = {name: getattr(o, "classes", None) for name, o in parts.objectives.items()}
+            metadata = {name: json.dumps(list(values)) for name, values in classes.items() if values}
+            save_file(tensors, self.directory.root / "objectives.safetensors", metadata=metadata)
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> VocabularyLayout:

@@ -36,7 +36,7 @@ def captions(scene: Scene) -> list[str]:
         f"a picture of {listing([a(sized(thing)) for thing in things])}",
         f"{a(sized(main))} {_PLACES[main.cell]}",
     ]
-    related = [(name, things[j]) for i, name, j in scene.relations() if i == 0]
+    related = [(name, things[j]) for i, name, j in scene.relations if i == 0]
     if related:
         name, other = related[-1]
         out.append(f"{a(main.name)} {name} {a(other.name)}")
@@ -55,7 +55,7 @@ def description(scene: Scene) -> str:
     sentences = [f"{a(sized(t))} is {_PLACES[t.cell]}." for t in scene.things]
     things = scene.things
     sentences += [
-        f"the {things[i].name} is {name} the {things[j].name}." for i, name, j in scene.relations() if i < j
+        f"the {things[i].name} is {name} the {things[j].name}." for i, name, j in scene.relations if i < j
     ]
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
@@ -88,7 +88,7 @@ def questions(scene: Scene, draws: Sequence[float]) -> list[dict[str, Any]]:
         )
         absent = [name for name in names if name not in present]
         ask("exists", f"is there {a(absent[int(draws[3] * len(absent))])}?", "no")
-    relations = scene.relations()
+    relations = scene.relations
     if relations:
         i, name, j = relations[int(draws[4] * len(relations))]
         yes = draws[5] < 0.5

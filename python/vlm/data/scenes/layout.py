@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Scene:
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
 
+    @cached_property
     def relations(self) -> list[tuple[int, str, int]]:
         """(i, relation, j) for every ordered pair whose cells differ in that direction."""
         out = []

@@ -47,6 +47,6 @@ class SceneReader:
                 {"shape": t.shape, "color": t.color, "size": t.size, "box": t.box} for t in scene.things
             ],
             "boxes": [t.box for t in scene.things],
-            "relations": [list(relation) for relation in scene.relations()],
+            "relations": [list(relation) for relation in scene.relations],
             "questions": questions(scene, draws),
         }

@@ -82,7 +82,7 @@ class LlamaLayout(PublishedLayout):
             kv_heads=config.get("num_key_value_heads"),
             head_width=config.get("head_dim"),
             ffn_width=config["intermediate_size"],
-            activation=activation_named(config.get("hidden_act", "silu")),  # type: ignore[arg-type]
+            activation=activation_named(config.get("hidden_act", "silu")),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
             length=config.get("max_position_embeddings", 2048),

@@ -91,7 +91,7 @@ class SiglipLayout(PublishedLayout):
     def from_config(self, config: dict[str, Any]) -> DualEncoderOptions:
         text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
         defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-        shared = {"activation": "gelu_tanh", "eps": 1e-6, "defaults": defaults}
+        shared: dict[str, Any] = {"activation": "gelu_tanh", "eps": 1e-6, "defaults": defaults}
         width = text.get("projection_size") or text.get("hidden_size", 768)
         return DualEncoderOptions(
             embed_dim=width,

@@ -1,0 +1,1 @@
+"""Comparisons with other projects, each in an environment of its own."""

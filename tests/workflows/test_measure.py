@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from vlm.config.errors import ExitCode, RequestError, RunFailed
+from vlm.config.errors import DataError, ExitCode, RequestError, RunFailed
 from vlm.data.sources.uri import open_source
 from vlm.training.preset import GateOptions, load_preset
 from vlm.training.run import Run
 from vlm.training.trainer import Interrupted, Trainer
 from vlm.workflows.carve import is_held_out
 from vlm.workflows.reproduce import unit as units
-from vlm.workflows.reproduce.budget import measured, seconds_of, stalest_first
+from vlm.workflows.reproduce.budget import measure_all, measured, seconds_of, stalest_first
 from vlm.workflows.reproduce.claim import claim_of
 from vlm.workflows.reproduce.measure import Measure, best_factor, gate_holds
 from vlm.workflows.reproduce.workspace import BudgetSpent
@@ -224,6 +224,48 @@ def test_what_was_never_measured_comes_first_then_the_stalest(make_claim, make_w
     stale = claim_of(make_claim("longer", steps=5))
     never, old, new = (type(base)(**{**stale.__dict__, "key": name}) for name in ("never", "old", "new"))
     assert [claim.key for claim in stalest_first([new, current, old, never], workspace)] == ["never", "old", "new"]
+
+
+def test_a_claim_without_its_data_does_not_keep_the_others_from_being_measured(make_claim, make_workspace):
+    claim = claim_of(make_claim())
+    lost = type(claim)(**{**claim.__dict__, "key": "lost", "train": "nowhere/*.tar"})
+    workspace = make_workspace()
+    found = []
+    with pytest.raises(DataError, match="nowhere"):
+        found.extend(measure_all([lost, claim], workspace))
+    assert [answer["key"] for answer in found] == [claim.key]
+
+
+TEXT = """\
+schema = 1
+extends = "lm-tiny"
+
+[method]
+key = "toy-lm"
+
+[claim]
+baseline = "lm-tiny"
+baseline_overrides = { train = { steps = 1 } }
+metric = "perplexity.bits_per_character"
+direction = "lower"
+margin = 0.01
+data = "scenes:?n=120"
+test = "scenes:?n=20&split=test"
+tune = { factors = [1.0] }
+
+[claim.overrides]
+model = { width = 32, depth = 1, heads = 2, kv_heads = 1, ffn_width = 64, length = 32 }
+data = { packer = { length = 32 } }
+train = { steps = 4, batch_size = 8 }
+scale = { threads = 1 }
+"""
+
+
+def test_a_language_models_claim_is_measured_by_the_same_means(make_workspace, tmp_path):
+    (tmp_path / "toy-lm.toml").write_text(TEXT)
+    answer = measured(claim_of(str(tmp_path / "toy-lm.toml")), make_workspace(), seeds=2)
+    assert answer["difference"]["mean"] == pytest.approx(answer["baseline"]["mean"] - answer["method"]["mean"])
+    assert answer["difference"]["mean"] > 0  # four updates leave fewer bits than one
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("150m", 9000), ("90s", 90), ("1h30m", 5400), ("0.5h", 1800)])

@@ -19,14 +19,14 @@ def test_its_arms_differ_by_length_alone_and_by_chance_alone(make_claim):
 
 
 def test_a_planted_loss_is_seen_and_an_arm_equals_itself(make_claim, make_workspace):
-    claim = claim_of(make_claim(steps=40, margin=5.0))
+    claim = claim_of(make_claim(steps=24, margin=5.0))
     workspace = make_workspace()
-    record = check_rig(claim, workspace, seeds=3)
+    record = check_rig(claim, workspace, seeds=4)
     assert record["planted"]["verdict"] == "holds", rig_block(record)
     assert record["self"]["verdict"] in ("not seen", "underpowered"), rig_block(record)
     assert record["self"]["difference"]["lower"] <= 0 <= record["self"]["difference"]["upper"]
     assert record["ok"]
-    assert workspace.trained == 9  # the whole arm serves both comparisons
+    assert workspace.trained == 12  # the whole arm serves both comparisons
     assert workspace.results.latest(f"rig-{claim.key}", "real")["ok"]
 
 

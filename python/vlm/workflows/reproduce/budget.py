@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vlm.config.errors import RequestError
+from vlm.config.errors import DataError, RequestError
 from vlm.workflows.reproduce.claim import Claim
 from vlm.workflows.reproduce.measure import Measure
 from vlm.workflows.reproduce.workspace import BudgetSpent, Workspace
@@ -31,21 +31,37 @@ def stalest_first(claims: Sequence[Claim], workspace: Workspace, seeds: int | No
         latest = workspace.results.latest(claim.key, claim.data)
         if latest is None:
             waiting.append(("", place, claim))
-            continue
-        current = Measure(claim, workspace, seeds).plan()
-        if any(state != "stored" for unit, state in current if unit.phase != "base"):
+        elif _has_work(claim, workspace, seeds):
             waiting.append((latest["finished"], place, claim))
     return [claim for _, _, claim in sorted(waiting, key=lambda entry: entry[:2])]
 
 
+def _has_work(claim: Claim, workspace: Workspace, seeds: int | None) -> bool:
+    """Whether a unit is missing; so it is where the data cannot even be read, which measuring will say."""
+    try:
+        current = Measure(claim, workspace, seeds).plan()
+    except DataError:
+        return True
+    return any(state != "stored" for unit, state in current if unit.phase != "base")
+
+
 def measure_all(claims: Sequence[Claim], workspace: Workspace, seeds: int | None = None) -> Iterator[dict[str, Any]]:
-    """Measures claim after claim until the workspace's deadline; gives each verdict as it is stored."""
+    """Measures claim after claim until the workspace's deadline; gives each verdict as it is stored.
+
+    A claim whose data are absent is told and passed over; at the end the first such DataError goes up.
+    """
+    absent: DataError | None = None
     for claim in stalest_first(claims, workspace, seeds):
         try:
             yield measured(claim, workspace, seeds)
+        except DataError as error:
+            workspace.note(f"{claim.key} is passed over: {error}")
+            absent = absent or error
         except BudgetSpent as spent:
             workspace.note(f"stopped: {spent}")
-            return
+            break
+    if absent is not None:
+        raise absent
 
 
 def measured(claim: Claim, workspace: Workspace, seeds: int | None = None) -> dict[str, Any]:

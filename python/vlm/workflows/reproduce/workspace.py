@@ -76,6 +76,7 @@ class Workspace:
         models = {name: self.base(claim, base) for name, base in unit.bases.items()}
         with self._locked(unit):
             if not (folder / "model" / "model.safetensors").is_file():
+                self._check_budget(claim, unit, None)
                 self.results.add_unit(claim, self._train(claim, unit, models))
         return folder / "model"
 

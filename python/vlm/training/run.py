@@ -161,6 +161,9 @@ class Run:
                     trainer.save()
                 else:
                     cursor.stage, cursor.step = cursor.stage + 1, 0
+            except BaseException:
+                metrics.close()
+                raise
             finally:
                 parts.loader.close()
         if parts is None:  # resumed after the last update

@@ -15,7 +15,7 @@ TEST = SET_UP + "'.[test]' && pytest"
 def test_the_readme_offers_one_command_to_try_and_one_to_test():
     text = (ROOT / "README.md").read_text("utf-8")
     blocks = dict(re.findall(r"^<!-- ci: (\w+) -->\n```bash\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL))
-    assert blocks == {"try": TRY, "test": TEST}
+    assert {name: blocks[name] for name in ("try", "test")} == {"try": TRY, "test": TEST}
 
 
 def test_ci_runs_the_readmes_test_command_word_for_word():

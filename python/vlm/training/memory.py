@@ -1,7 +1,7 @@
 """How a training process keeps the memory that it frees.
 
 Every update allocates and frees the same large activations. By default the C library gives them back to the system
-each time and gets them again as pages that must be zeroed, which cost about a fifth of an update of `clip-tiny`.
+each time and gets them again as pages that must be zeroed: a million page faults in eight updates of `clip-tiny`.
 """
 
 from __future__ import annotations

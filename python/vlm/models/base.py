@@ -37,6 +37,16 @@ class Model(nn.Module):
         """How a picture becomes pixels of this model; None for a model that reads none."""
         return None
 
+    def preprocesses(self) -> dict[str, Preprocess]:
+        """How pictures become the pixels of each picture stream that the model reads; one stream, `image`, for most."""
+        single = self.preprocess()
+        return {} if single is None else {"image": single}
+
+    @property
+    def picture_positions(self) -> int | None:
+        """Positions that one row of pictures takes in a row of text; None for a model that expands none."""
+        return None
+
     def export_parts(self) -> dict[str, ExportPart]:
         """The graphs that a bundle of this model has."""
         raise TypeError(f"{type(self).__name__} defines no export_parts")

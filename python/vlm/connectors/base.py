@@ -75,7 +75,8 @@ class Connector(nn.Module, ABC):
         self.count(tokens.shape[1])
         if not torch.compiler.is_exporting() and tokens.shape[0] == 0:
             # One made-up row, cut off again: every parameter has a gradient, as on ranks that have pictures.
-            out, kept = self(tokens.new_zeros(1, *tokens.shape[1:]), None if mask is None else mask.new_ones(1, mask.shape[1]))
+            row = tokens.new_zeros(1, *tokens.shape[1:])
+            out, kept = self(row, None if mask is None else mask.new_ones(1, mask.shape[1]))
             return out[:0], None if kept is None else kept[:0]
         if mask is not None:
             tokens = zero_where_masked(tokens, mask)
@@ -83,7 +84,7 @@ class Connector(nn.Module, ABC):
         return (out if kept is None else zero_where_masked(out, kept)), kept
 
     def _check_grid(self, N: int) -> None:
-        if self.grid is not None and N != self.grid[0] * self.grid[1]:
+        if self.grid is not None and self.grid[0] * self.grid[1] != N:
             rows, columns = self.grid
             raise RequestError(
                 f"the connector got {N} tokens a picture, expected {rows} x {columns} = {rows * columns}",

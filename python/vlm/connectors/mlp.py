@@ -5,6 +5,7 @@ n rows, N tokens on a grid H x W, d_v width of the tower, K positions, d width o
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
 from vlm.connectors.base import Activation, Connector, ConnectorBase, Grid, NormKind
-from vlm.connectors.gathering import ConcatOptions, Gathering, Pool2dOptions, concat, pool2d, shuffle, window_of, windows
+from vlm.connectors.gathering import (
+    ConcatOptions,
+    Gathering,
+    Pool2dOptions,
+    concat,
+    pool2d,
+    shuffle,
+    window_of,
+    windows,
+)
 
 
 class MlpOptions(ConnectorBase):
@@ -58,7 +68,7 @@ class MlpConnector(Connector):
         self.norm = None if options.norm is None else norm_of(options.norm, normed, options.norm_eps)
         hidden = options.hidden or width_out
         widths = [width, *[hidden] * (options.depth - 1), width_out]
-        self.linears = nn.ModuleList(nn.Linear(a, b, bias=options.bias) for a, b in zip(widths, widths[1:]))
+        self.linears = nn.ModuleList(nn.Linear(a, b, bias=options.bias) for a, b in pairwise(widths))
         self.activation = activation_of(options.activation)
 
     def count(self, N: int) -> int:

@@ -1,0 +1,1 @@
+"""Which visual tokens there are and which of them are kept."""

@@ -54,7 +54,7 @@ class Expanding(Model):
 
     def read(self, batch, stream, pictures):
         text, pictures = batch[stream], batch[pictures or "image"]
-        seen = self.see(pictures.values.double().flatten(1)).view(len(pictures), self.positions, -1)
+        seen = self.see(pictures.values.double().flatten(1)).view(len(pictures), self.positions, self.mix.in_features)
         rows = []
         for row in range(len(text)):
             own = iter((pictures.sample_index == text.sample_index[row]).nonzero().flatten().tolist())
@@ -111,7 +111,7 @@ def pictures(sample_index, seed=0):
     generator = torch.Generator().manual_seed(seed)
     n = len(sample_index)
     values = torch.rand(n, 3, 2, 2, generator=generator)
-    return Pictures(values, torch.ones(n, dtype=torch.bool), torch.tensor(sample_index))
+    return Pictures(values, torch.ones(n, dtype=torch.bool), torch.tensor(sample_index, dtype=torch.int64))
 
 
 def batch_of(size, **streams):

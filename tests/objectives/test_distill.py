@@ -169,6 +169,16 @@ def test_llava_kd_relation_ignores_scale_and_rotation():
     assert torch.allclose(first.values, second.values, atol=1e-12)
 
 
+@pytest.mark.parametrize(("width", "form"), [(3, 3), (8, 7), (20, 7)])
+def test_llava_kd_relation_makes_matrices_of_the_smaller_kind(width, form):
+    """Products of positions with positions, [7, 7], or of channels with channels where those are fewer."""
+    torch.manual_seed(0)
+    z, y, shapes = torch.randn(7, width, requires_grad=True), torch.randn(7, width), set()
+    with saved_tensors_hooks(lambda t: shapes.add(tuple(t.shape)) or t, lambda t: t):
+        feature_relation(z, y)
+    assert {shape for shape in shapes if len(shape) == 2 and shape[0] == shape[1]} == {(form, form)}
+
+
 def test_llava_kd_relation_of_zero_logits_is_finite():
     hidden = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.ones(9, 4, dtype=torch.float64)

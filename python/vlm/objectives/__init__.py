@@ -8,10 +8,11 @@ from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.classification import ClassificationOptions
 from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
+from vlm.objectives.preference import PreferenceOptions
 from vlm.objectives.token_ce import TokenCrossEntropyOptions
 
 AnyObjective = Annotated[
-    ClassificationOptions | ContrastiveOptions | DistillOptions | TokenCrossEntropyOptions,
+    ClassificationOptions | ContrastiveOptions | DistillOptions | PreferenceOptions | TokenCrossEntropyOptions,
     Field(discriminator="kind"),
 ]
 
@@ -23,5 +24,6 @@ __all__ = [
     "DistillOptions",
     "Objective",
     "ObjectiveOptions",
+    "PreferenceOptions",
     "TokenCrossEntropyOptions",
 ]

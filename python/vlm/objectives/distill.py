@@ -1,10 +1,12 @@
-"""Distillation from a companion: features of one sample, or rows of similarities over the update.
+"""Distillation from a companion: features or vocabulary logits of one sample, or rows of similarities over the update.
 
-B samples, E student width, F teacher width. Sources: llava-kd, ctp (similarity rows), salt, hovle (features).
+B samples, E student width, F teacher width, R positions. Sources: llava-kd (logits, relation), ctp (similarity rows), salt, hovle
+(features).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,22 +16,67 @@ from torch import Tensor, nn
 
 from vlm.models.blocks import normalise
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
-from vlm.types import Batch, Context, Request, Terms, Views
+from vlm.objectives.relation import feature_relation, logit_relation
+from vlm.objectives.vocabulary import (
+    Direction,
+    Positions,
+    Unit,
+    bare,
+    batch_layout,
+    factors_of,
+    match,
+    position_divergences,
+    same,
+    sample_counts,
+    sample_means,
+    targets_of,
+    valid_of,
+    visual_of,
+)
+from vlm.types import Batch, Context, Layout, Outputs, Request, Terms, Views
+
+_SAME_POSITIONS = "both must read the same rows, expand a picture to the same positions and drop the same ones"
 
 
 class DistillOptions(ObjectiveOptions):
-    """`feature`: the student's embedding approaches the teacher's; `similarity`: its rows of similarities do."""
+    """What of the student approaches the teacher's.
+
+    `feature`: embeddings. `similarity`: rows of similarities between two streams. `logits`: distributions over the vocabulary, position
+    by position. `relation`: products between the visual positions of a picture.
+    """
 
     kind: Literal["distill"] = "distill"
     name: str = "distill"
-    target: Literal["feature", "similarity"] = "feature"
+    target: Literal["feature", "similarity", "logits", "relation"] = "feature"
     teacher: str = Field("teacher", description="companion that teaches")
-    streams: tuple[str, ...] = Field(("image", "text"), description="streams whose embeddings are matched")
+    streams: tuple[str, ...] = Field(("image", "text"), description="feature, similarity: streams whose embeddings are matched")
     distance: Literal["cosine", "mse"] = Field("cosine", description="feature: 1 - cosine, or squared error of unit vectors")
-    temperature: float = Field(0.07, gt=0, description="similarity: temperature of both softmaxes")
+    temperature: float | None = Field(
+        None, gt=0, description="similarity, logits: temperature of both softmaxes; default 0.07 and 1"
+    )
+    stream: str = Field("text", description="logits, relation: stream of token ids; TEXT@PICTURES names its picture stream")
+    at: Literal["answers", "visual", "all"] = Field(
+        "answers",
+        description="logits: where an answer is predicted; at the visual positions themselves; or at every valid position",
+    )
+    unit: Unit = Field("causal", description="logits at answers: predicted by the position before, or by the masked position itself")
+    direction: Direction = Field("forward", description="logits: the divergence; forward is KL(teacher || student)")
+    mix: float | None = Field(
+        None, gt=0, lt=1, description="logits: mixture of symmetric and js (default 0.9) and of skew (default 0.1)"
+    )
+    per: Literal["token", "sample"] = Field("sample", description="logits: one term a position, or the mean over a sample's positions")
+    leave_last: bool = Field(
+        True, description="visual positions: leave out the last one of a picture, whose logits predict text"
+    )
+    source: str = Field("logits", pattern=r"^(logits|hidden:\d+)$", description="relation: of raw logits, or of a layer's hidden states")
+    teacher_source: str | None = Field(
+        None, pattern=r"^(logits|hidden:\d+)$", description="relation: the same of the teacher; default: as the student"
+    )
+    metric: Literal["cosine"] = Field("cosine", description="relation: 1 - cosine of the two matrices")
 
     def build(self, context: BuildContext) -> Objective:
-        return FeatureDistill(self, context) if self.target == "feature" else SimilarityDistill(self)
+        kinds = {"similarity": SimilarityDistill, "logits": LogitDistill, "relation": RelationDistill}
+        return FeatureDistill(self, context) if self.target == "feature" else kinds[self.target](self, context)
 
 
 def _requests(options: DistillOptions) -> tuple[Request, ...]:
@@ -89,7 +136,7 @@ class SimilarityDistill(Objective):
 
     scope = "batch"
 
-    def __init__(self, options: DistillOptions) -> None:
+    def __init__(self, options: DistillOptions, context: BuildContext) -> None:
         super().__init__()
         if len(options.streams) != 2:
             raise ValueError(f"objective {options.name!r}: similarity rows need two streams, got {list(options.streams)}")
@@ -105,9 +152,155 @@ class SimilarityDistill(Objective):
             left, right = views[f"{who}/{first}"].embedding, views[f"{who}/{second}"].embedding
             assert left is not None
             assert right is not None
-            logits.append(normalise(left[live]) @ normalise(right[live]).T / self.options.temperature)
+            logits.append(normalise(left[live]) @ normalise(right[live]).T / (self.options.temperature or 0.07))
         student, teacher = logits
         values = student.new_zeros(student.shape[0])
         for s, t in ((student, teacher), (student.T, teacher.T)):
             values = values + 0.5 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         return Terms(values, torch.ones_like(values.detach()), views[f"model/{first}"].sample_index[live])
+
+
+def _visual_rows(batch: Batch, stream: str) -> Tensor:
+    """[n] int64: how many pictures each row of a text stream is read with."""
+    text, pictures = batch[bare(stream)], stream.partition("@")[2] or "image"
+    if pictures not in batch:
+        return torch.zeros_like(text.sample_index)
+    rows = batch[pictures]
+    live = rows.mask if rows.mask.dim() == 1 else rows.mask.any(1)
+    counts = sample_counts(rows.sample_index[live], len(batch))[text.sample_index]
+    return counts * text.mask.reshape(len(text), -1).any(1)
+
+
+class _PositionDistill(Objective):
+    """Positions of one stream, matched between student and teacher."""
+
+    def __init__(self, options: DistillOptions, context: BuildContext, fields: tuple[str, ...]) -> None:
+        super().__init__()
+        if options.teacher not in context.companions:
+            raise ValueError(f"objective {options.name!r} needs [companions.{options.teacher}]")
+        self.options = options
+        self.names = (f"model/{options.stream}", f"{options.teacher}/{options.stream}")
+        self.requires = tuple(Request.parse(f"{name}.{field}") for name, field in zip(self.names, fields))
+
+    def _matched(self, at: str, layouts: tuple[Layout, Layout], batch: Batch) -> tuple[Positions, Positions]:
+        """The positions of both, the k-th of one beside the k-th of the other. Raises RunFailed where they do not agree."""
+        options, (student, teacher) = self.options, layouts
+        if at == "answers":
+            own, other, what = targets_of(student, options.unit), targets_of(teacher, options.unit), "targets"
+        elif at == "visual":
+            own, other = (visual_of(layout, options.leave_last) for layout in layouts)
+            what = "visual positions"
+        else:
+            own, other, what = valid_of(student), valid_of(teacher), "positions"
+        match(own, other, batch.keys, what=what, names=self.names)
+        if at == "answers":
+            labels = own.told(student.label), other.told(teacher.label)
+            same(*labels, own, batch.keys, f"{self.names[0]} and {self.names[1]} have different targets", _SAME_POSITIONS)
+        else:
+            for name in ("picture", "kept"):
+                places = own.of(getattr(student, name)), other.of(getattr(teacher, name))
+                same(*places, own, batch.keys, f"{self.names[0]} and {self.names[1]} hold different {what}", _SAME_POSITIONS)
+        if at == "visual":
+            self._expanded(own, batch)
+        return own, other
+
+    def _expanded(self, visual: Positions, batch: Batch) -> None:
+        """Raises ValueError where a sample has a picture but no position of it in its text."""
+        rows = batch[bare(self.options.stream)].sample_index
+        expected = torch.zeros(len(batch), dtype=torch.bool, device=rows.device)
+        expected[rows[_visual_rows(batch, self.options.stream) > 0]] = True
+        found = sample_counts(visual.sample_index, len(batch)) > 0
+        for sample in (expected & ~found).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"objective {self.options.name!r}: {batch.keys[sample]} has a picture but no visual positions in "
+                f"{self.options.stream!r}; expected a model that puts pictures among the tokens"
+            )
+
+
+class LogitDistill(_PositionDistill):
+    """A divergence of the vocabulary's distributions at matched positions (llava-kd, MDist)."""
+
+    def __init__(self, options: DistillOptions, context: BuildContext) -> None:
+        super().__init__(options, context, ("vocabulary", "vocabulary"))
+        self.expands = context.model.picture_positions
+        if options.per == "token" and options.at == "visual" and self.expands is None:
+            raise ValueError(
+                f'objective {options.name!r}: per = "token" at visual positions needs a model that says how many a picture takes; '
+                'use per = "sample"'
+            )
+
+    def count(self, batch: Batch) -> Tensor:
+        options, samples = self.options, batch[bare(self.options.stream)].sample_index
+        if options.at == "visual":
+            pictures = _visual_rows(batch, options.stream)
+            n = self.expands or 1
+            each, samples = pictures * max(1, n - int(options.leave_last)), samples[pictures > 0]
+        else:
+            layout = batch_layout(batch, options.stream)
+            chosen = targets_of(layout, options.unit) if options.at == "answers" else valid_of(layout)
+            each, samples = torch.tensor(len(chosen)), chosen.sample_index
+            if options.at == "all" and self.expands is not None:
+                # A placeholder gives way to the positions of its picture.
+                each = each + _visual_rows(batch, options.stream).sum() * (self.expands - 1)
+        return each.sum().double() if options.per == "token" else torch.tensor(len(samples.unique())).double()
+
+    def forward(self, views: Views, context: Context) -> Terms:
+        """sample: values [B], weight 0 for a sample without such a position; token: values [R], one a position."""
+        options, batch = self.options, context.batch
+        (student, layout), (teacher, other_layout) = (factors_of(views[name]) for name in self.names)
+        own, other = self._matched(options.at, (layout, other_layout), batch)
+        values = position_divergences(
+            (student, own.of(student.hidden)),
+            (teacher, other.of(teacher.hidden)),
+            direction=options.direction,
+            temperature=options.temperature or 1.0,
+            mix=options.mix,
+        )
+        if options.per == "token":
+            return Terms(values, torch.ones_like(values.detach()), own.sample_index)
+        means, weights = sample_means(values, own.sample_index, len(batch))
+        return Terms(means, weights, torch.arange(len(batch), device=means.device))
+
+
+class RelationDistill(_PositionDistill):
+    """1 - cosine of Z Z^T of both models over the visual positions of a picture (llava-kd, RDist)."""
+
+    def __init__(self, options: DistillOptions, context: BuildContext) -> None:
+        sources = (options.source, options.teacher_source or options.source)
+        if (sources[0] == "logits") != (sources[1] == "logits"):
+            raise ValueError(f"objective {options.name!r}: source and teacher_source must both be logits or both hidden states")
+        super().__init__(options, context, tuple("vocabulary" if source == "logits" else source for source in sources))
+        self.sources = sources
+
+    def count(self, batch: Batch) -> Tensor:
+        rows = batch[bare(self.options.stream)].sample_index
+        return torch.tensor(float(len(rows[_visual_rows(batch, self.options.stream) > 0].unique())), dtype=torch.float64)
+
+    def forward(self, views: Views, context: Context) -> Terms:
+        """values [B], the mean over a sample's pictures; a sample without picture has weight 0."""
+        batch = context.batch
+        views_of = [views[name] for name in self.names]
+        layouts = [self._layout(view, source) for view, source in zip(views_of, self.sources)]
+        own, other = self._matched("visual", (layouts[0], layouts[1]), batch)
+        picture = own.of(layouts[0].picture)
+        starts = torch.ones_like(picture, dtype=torch.bool)
+        starts[1:] = (own.row[1:] != own.row[:-1]) | (picture[1:] != picture[:-1])
+        bounds = [*starts.nonzero().flatten().tolist(), len(picture)]
+        index = own.sample_index[starts]
+        zero = torch.zeros((), dtype=torch.float32, device=picture.device)
+        values = [self._value(views_of, own, other, slice(a, b)) for a, b in pairwise(bounds)]
+        means, weights = sample_means(torch.stack(values) if values else zero.new_zeros(0), index, len(batch))
+        return Terms(means, weights, torch.arange(len(batch), device=means.device))
+
+    def _layout(self, view: Outputs, source: str) -> Layout:
+        layout = view.layout if source == "logits" else view.layout_of(int(source.partition(":")[2]))
+        assert layout is not None
+        return layout
+
+    def _value(self, views: list[Outputs], own: Positions, other: Positions, part: slice) -> Tensor:
+        """The relation of one picture."""
+        if self.sources[0] == "logits":
+            (student, _), (teacher, _) = (factors_of(view) for view in views)
+            return logit_relation((student, own.of(student.hidden)[part]), (teacher, other.of(teacher.hidden)[part]))
+        hidden = [view.hidden[int(source.partition(":")[2])] for view, source in zip(views, self.sources)]
+        return feature_relation(own.of(hidden[0])[part], other.of(hidden[1]).detach()[part])

@@ -1,4 +1,7 @@
-"""Cross-entropy over the vocabulary. n rows, T positions, V ids, R supervised targets. Sources: every language model."""
+"""Cross-entropy over the vocabulary. n rows, T positions, V ids, R supervised targets, B samples.
+
+Sources: every language model, ctp (masked unit), dynloss (one value a sample), liquid (report by modality).
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,35 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
-from vlm.types import Batch, Context, Layout, Request, Terms, TokenIds, Views, Vocabulary
-from vlm.types.layout import IGNORE
+from vlm.objectives.vocabulary import (
+    Unit,
+    batch_layout,
+    factors_of,
+    in_chunks,
+    sample_counts,
+    sample_means,
+    targets_of,
+)
+from vlm.types import Batch, Context, Request, Terms, Views
+from vlm.types.layout import Modality
 
-_CHUNK = 2**24
-"""Logits held at once, in elements (64 MiB of float32)."""
+REPORTED = {Modality.TEXT: "text", Modality.IMAGE_CODE: "image_code"}
+"""Modalities that a vocabulary can name. Every rank reports all of them, also where it has no target of one."""
 
 
 class TokenCrossEntropyOptions(ObjectiveOptions):
-    """Next-token prediction; each supervised token is one term of weight 1."""
+    """Prediction of supervised tokens, the next one or the one that was masked."""
 
     kind: Literal["token-ce"] = "token-ce"
     name: str = "token-ce"
-    stream: str = Field("text", description="stream of token ids")
+    stream: str = Field("text", description="stream of token ids; TEXT@PICTURES reads it with another picture stream")
+    unit: Unit = Field("causal", description="causal: the next token of the document; masked: the position itself")
+    per: Literal["token", "sample"] = Field(
+        "token", description="one term a supervised token, or one a sample: the mean over its tokens"
+    )
+    report: Literal["none", "modality"] = Field("none", description="modality: log what text and image codes bring to `nats`")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log normaliser")
 
@@ -31,17 +47,8 @@ class TokenCrossEntropyOptions(ObjectiveOptions):
         return TokenCrossEntropy(self)
 
 
-def next_token_targets(layout: Layout) -> Tensor:
-    """[n, T] target at each position: the label of the next position of the same document, else IGNORE."""
-    target = torch.full_like(layout.label, IGNORE)
-    same = layout.segment[:, 1:] == layout.segment[:, :-1]
-    usable = layout.mask[:, 1:] & layout.mask[:, :-1] & same
-    target[:, :-1] = torch.where(usable, layout.label[:, 1:], IGNORE)
-    return target
-
-
 class TokenCrossEntropy(Objective):
-    """-log p(next token), in chunks of rows so that logits [n T, V] never exist at once."""
+    """-log p(target), in chunks of rows so that logits [n T, V] never exist at once."""
 
     def __init__(self, options: TokenCrossEntropyOptions) -> None:
         super().__init__()
@@ -49,38 +56,43 @@ class TokenCrossEntropy(Objective):
         self.requires = (Request.parse(f"model/{options.stream}.vocabulary"),)
 
     def count(self, batch: Batch) -> Tensor:
-        stream = batch[self.options.stream]
-        assert isinstance(stream, TokenIds)
-        layout = Layout.of_tokens(
-            stream.values, stream.mask, stream.sample_index, segment=stream.segment, supervised=stream.supervised, target=stream.target
-        )
-        return (next_token_targets(layout) != IGNORE).sum().double()
+        targets = targets_of(batch_layout(batch, self.options.stream), self.options.unit)
+        counted = len(targets) if self.options.per == "token" else len(targets.sample_index.unique())
+        return torch.tensor(float(counted), dtype=torch.float64)
 
     def forward(self, views: Views, context: Context) -> Terms:
-        """values [R]: one a supervised target. Scalar `nats` is the plain cross-entropy without smoothing or z-loss."""
-        view = views[f"model/{self.options.stream}"]
-        assert view.layout is not None
-        assert view.vocabulary is not None
-        targets = next_token_targets(view.layout)
-        chosen = targets != IGNORE
-        hidden, ids = view.vocabulary.hidden[chosen], targets[chosen]
-        vocabulary = view.vocabulary
-        rows = max(1, _CHUNK // vocabulary.weight.shape[0])
-        parts = [
-            checkpoint(self._chunk, h, i, vocabulary.weight, vocabulary, use_reentrant=False)
-            for h, i in zip(hidden.split(rows), ids.split(rows))
-        ]
-        values = torch.cat([part[0] for part in parts]) if parts else hidden.new_zeros(0, dtype=torch.float32)
-        nats = torch.cat([part[1] for part in parts]).detach() if parts else values
-        return Terms(
-            values=values,
-            weights=torch.ones_like(values.detach()),
-            sample_index=view.layout.sample_index[:, None].expand_as(targets)[chosen],
-            scalars={"nats": nats.mean() if len(nats) else 0.0},
-        )
+        """token: values [R], one a supervised target. sample: values [B], weight 0 for a sample without target.
 
-    def _chunk(self, hidden: Tensor, ids: Tensor, weight: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        logits = Vocabulary(hidden, weight, vocabulary.bias, vocabulary.softcap).logits().float()
+        Scalar `nats` is the plain cross-entropy, reduced alike, without smoothing or z-loss. With `report`, `nats_NAME` is what the
+        targets of a modality add to it, so that these sum to `nats`, and `share_NAME` the part of its weight that they hold: the mean
+        over a modality is their quotient, exact over micro-batches and ranks.
+        """
+        vocabulary, layout = factors_of(views[f"model/{self.options.stream}"])
+        targets = targets_of(layout, self.options.unit)
+        hidden, ids = targets.of(vocabulary.hidden), targets.told(layout.label)
+        values, nats = in_chunks(self._chunk, [(vocabulary, hidden)], ids)
+        nats, index, samples = nats.detach(), targets.sample_index, len(context.batch)
+        if self.options.per == "token":
+            share = torch.ones_like(nats)
+            weights = share
+        else:
+            share = 1 / sample_counts(index, samples).to(nats)[index]
+            values, weights = sample_means(values, index, samples)
+            index = torch.arange(samples, device=index.device)
+        total = weights.sum().clamp(min=1)
+        scalars = {"nats": (share * nats).sum() / total}
+        if self.options.report == "modality":
+            scalars |= self._report(targets.told(layout.modality), share / total, nats)
+        return Terms(values=values, weights=weights, sample_index=index, scalars=scalars)
+
+    def _report(self, modality: Tensor, share: Tensor, nats: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for kind, name in REPORTED.items():
+            own = torch.where(modality == kind, share, 0.0)
+            found[f"nats_{name}"], found[f"share_{name}"] = (own * nats).sum(), own.sum()
+        return found
+
+    def _chunk(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         nats = F.cross_entropy(logits, ids, reduction="none")
         values = nats
         if self.options.smoothing:
@@ -88,3 +100,4 @@ class TokenCrossEntropy(Objective):
         if self.options.z_loss:
             values = values + self.options.z_loss * logits.logsumexp(-1).square()
         return values, nats
+

@@ -1,0 +1,324 @@
+"""What objectives need of vocabulary logits, position by position and in chunks.
+
+The logits [n T, V] of a batch never exist at once: `in_chunks` computes those of a few positions, reduces them, and computes them
+again in the backward pass. n rows, T positions, V ids, C width, R chosen positions, B samples. Sources: every language model, povid,
+llava-kd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vlm.config.errors import DataError, RunFailed
+from vlm.types import Batch, Layout, Outputs, TokenIds, Vocabulary
+from vlm.types.layout import IGNORE, Modality
+
+CHUNK = 2**24
+"""Logits held at once, in elements (64 MiB of float32)."""
+
+Unit = Literal["causal", "masked"]
+"""`causal`: the logits of a position speak of the next one. `masked`: they speak of the position itself."""
+
+Direction = Literal["forward", "reverse", "symmetric", "js", "tv", "skew"]
+
+MIX = {"symmetric": 0.9, "js": 0.9, "skew": 0.1}
+"""Defaults of `mix` (llava-kd); the other directions have none."""
+
+
+def bare(stream: str) -> str:
+    """The stream of the batch behind a view: `answer.preferred@image.noisy` reads `answer.preferred`."""
+    return stream.partition("@")[0]
+
+
+# Positions
+
+
+@dataclass(frozen=True)
+class Positions:
+    """R chosen positions, row by row and in order.
+
+    row, position [R]: where the logits stand; about [R]: the position that they speak of; sample_index [R].
+    """
+
+    row: Tensor
+    position: Tensor
+    about: Tensor
+    sample_index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, chosen: Tensor) -> Positions:
+        return Positions(self.row[chosen], self.position[chosen], self.about[chosen], self.sample_index[chosen])
+
+    def of(self, values: Tensor) -> Tensor:
+        """values [n, T, ...] -> [R, ...] where the logits stand."""
+        return values[self.row, self.position]
+
+    def told(self, values: Tensor) -> Tensor:
+        """values [n, T, ...] -> [R, ...] at the positions that the logits speak of."""
+        return values[self.row, self.about]
+
+
+def next_token_targets(layout: Layout) -> Tensor:
+    """[n, T] target at each position: the label of the next position of the same document, else IGNORE."""
+    target = torch.full_like(layout.label, IGNORE)
+    same = layout.segment[:, 1:] == layout.segment[:, :-1]
+    usable = layout.mask[:, 1:] & layout.mask[:, :-1] & same
+    target[:, :-1] = torch.where(usable, layout.label[:, 1:], IGNORE)
+    return target
+
+
+def _chosen(layout: Layout, chosen: Tensor, step: int = 0) -> Positions:
+    row, position = chosen.nonzero(as_tuple=True)
+    return Positions(row, position, position + step, layout.sample_index[row])
+
+
+def targets_of(layout: Layout, unit: Unit = "causal") -> Positions:
+    """Where a supervised target is predicted. The first position of a document is no causal target."""
+    if unit == "causal":
+        return _chosen(layout, next_token_targets(layout) != IGNORE, step=1)
+    return _chosen(layout, layout.mask & (layout.label != IGNORE))
+
+
+def valid_of(layout: Layout) -> Positions:
+    """Every valid position."""
+    return _chosen(layout, layout.mask)
+
+
+def visual_of(layout: Layout, leave_last: bool = True) -> Positions:
+    """The positions of pictures.
+
+    leave_last: without the last one of each picture, whose logits speak of the text that follows; a picture of a single position
+    keeps it.
+    """
+    visual = _chosen(layout, layout.mask & (layout.modality == Modality.IMAGE))
+    if not leave_last or not len(visual):
+        return visual
+    picture = visual.of(layout.picture)
+    goes_on = (visual.row[1:] == visual.row[:-1]) & (picture[1:] == picture[:-1])
+    first, last = torch.ones_like(visual.row, dtype=torch.bool), torch.ones_like(visual.row, dtype=torch.bool)
+    first[1:], last[:-1] = ~goes_on, ~goes_on
+    return visual[~last | (first & last)]
+
+
+def batch_layout(batch: Batch, stream: str) -> Layout:
+    """The layout of a token stream before any model has seen it: what `Objective.count` reads."""
+    rows = batch[bare(stream)]
+    if not isinstance(rows, TokenIds):
+        raise TypeError(f"stream {bare(stream)!r} holds no tokens, it is {type(rows).__name__}")
+    return Layout.of_tokens(
+        rows.values, rows.mask, rows.sample_index, segment=rows.segment, supervised=rows.supervised, target=rows.target
+    )
+
+
+def match(first: Positions, second: Positions, keys: Sequence[str], *, what: str, names: tuple[str, str]) -> None:
+    """The k-th position of a row of one view is the k-th of the same row of the other.
+
+    keys [B]; what: such as "targets"; names: the two views. Raises RunFailed, which names the sample, for unequal counts.
+    """
+    rows = int(max([0, *(int(p.row.max()) + 1 for p in (first, second) if len(p))]))
+    counts = [torch.bincount(p.row, minlength=rows) for p in (first, second)]
+    for row in (counts[0] != counts[1]).nonzero().flatten().tolist():
+        either = first if counts[0][row] else second
+        sample = int(either.sample_index[either.row == row][0])
+        raise RunFailed(
+            f"{names[0]} has {int(counts[0][row])} {what} where {names[1]} has {int(counts[1][row])}",
+            where=keys[sample],
+            remedy="both must read the same rows, and their models must keep the same positions",
+        )
+    if not torch.equal(first.sample_index, second.sample_index):
+        raise RunFailed(f"the rows of {names[0]} and {names[1]} belong to different samples")
+
+
+def same(first: Tensor, second: Tensor, positions: Positions, keys: Sequence[str], message: str, remedy: str) -> None:
+    """Raise RunFailed, which names the sample, where two vectors [R] of matched positions differ."""
+    for at in (first != second).nonzero().flatten().tolist()[:1]:
+        raise RunFailed(message, where=keys[int(positions.sample_index[at])], remedy=remedy)
+
+
+def one_row_a_sample(view: Outputs, keys: Sequence[str], name: str) -> None:
+    """Raises DataError, which names the sample, where a sample has several rows."""
+    counts = torch.bincount(view.sample_index, minlength=len(keys))
+    for sample in (counts > 1).nonzero().flatten().tolist()[:1]:
+        raise DataError(
+            f"stream {name!r} has {int(counts[sample])} rows of one sample, expected one",
+            where=keys[sample],
+            remedy="rows with different roles are different streams",
+        )
+
+
+# Reductions over the positions of a sample
+
+
+def sample_sums(values: Tensor, sample_index: Tensor, samples: int) -> Tensor:
+    """values [R] -> [B], the sum of each sample's values; 0 where it has none."""
+    return values.new_zeros(samples).index_add(0, sample_index, values)
+
+
+def sample_counts(sample_index: Tensor, samples: int) -> Tensor:
+    """[B] int64: how many positions each sample has."""
+    return torch.bincount(sample_index, minlength=samples)
+
+
+def sample_means(values: Tensor, sample_index: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """values [R] -> (means [B], weights [B]): weight 1, or 0 and mean 0 where a sample has no value."""
+    counts = sample_counts(sample_index, samples)
+    means = sample_sums(values, sample_index, samples) / counts.clamp(min=1)
+    return means, (counts > 0).to(values.dtype)
+
+
+# Chunks
+
+
+def exact(values: Tensor) -> Tensor:
+    """At least float32: half precision is widened, float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def logits_of(vocabulary: Vocabulary, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
+    """hidden [..., C] -> logits [..., V], or those of a slice of the ids, at least float32."""
+    weight, bias = vocabulary.weight[ids], None if vocabulary.bias is None else vocabulary.bias[ids]
+    return exact(replace(vocabulary, hidden=hidden.to(weight.dtype), weight=weight, bias=bias).logits())
+
+
+def detached(vocabulary: Vocabulary) -> Vocabulary:
+    """The same factors without gradient."""
+    bias = None if vocabulary.bias is None else vocabulary.bias.detach()
+    return replace(vocabulary, hidden=vocabulary.hidden.detach(), weight=vocabulary.weight.detach(), bias=bias)
+
+
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]],
+    parts: Sequence[tuple[Vocabulary, Tensor]],
+    *rows: Tensor,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, ...]:
+    """function(logits [r, V] of each part, *rows [r, ...]) -> tensors [r, ...], over chunks of R rows, put together again.
+
+    parts: (vocabulary, hidden [R, C]). chunk: logits of one part held at once. Nothing [r, V] is kept for the backward pass.
+    """
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        logits = [logits_of(vocabulary, hidden) for (vocabulary, _), hidden in zip(parts, tensors)]
+        return function(*logits, *tensors[len(parts) :])
+
+    size = max(1, chunk // max(vocabulary.weight.shape[0] for vocabulary, _ in parts))
+    pieces = zip(*(tensor.split(size) for tensor in (*(hidden for _, hidden in parts), *rows)))
+    done = [checkpoint(run, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return tuple(torch.cat(column) for column in zip(*done))
+
+
+def factors_of(view: Outputs) -> tuple[Vocabulary, Layout]:
+    """The vocabulary of a view and its layout."""
+    assert view.vocabulary is not None
+    assert view.layout is not None
+    return view.vocabulary, view.layout
+
+
+def target_log_probabilities(
+    view: Outputs, *, unit: Unit = "causal", chosen: Tensor | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, Positions]:
+    """(log p of the target at each of its positions [R], the positions).
+
+    chosen [R, K]: further ids laid on the same positions; then the first result is [R, 1 + K], the target in column 0.
+    """
+    vocabulary, layout = factors_of(view)
+    targets = targets_of(layout, unit)
+    ids = targets.told(layout.label)[:, None]
+    if chosen is not None:
+        ids = torch.cat([ids, chosen], dim=1)
+
+    def pick(logits: Tensor, ids: Tensor) -> tuple[Tensor]:
+        return (logits.log_softmax(-1).gather(1, ids),)
+
+    (scores,) = in_chunks(pick, [(vocabulary, targets.of(vocabulary.hidden))], ids, chunk=chunk)
+    return (scores[:, 0] if chosen is None else scores), targets
+
+
+@torch.no_grad()
+def argmax_tokens(
+    view: Outputs, *, unit: Unit = "causal", size: int | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, Positions]:
+    """(the likeliest id at each position that predicts a target [R], the positions). size: only ids below it may be chosen."""
+    vocabulary, layout = factors_of(view)
+    targets = targets_of(layout, unit)
+
+    def pick(logits: Tensor) -> tuple[Tensor]:
+        return (logits[:, :size].argmax(-1),)
+
+    (ids,) = in_chunks(pick, [(vocabulary, targets.of(vocabulary.hidden))], chunk=chunk)
+    return ids, targets
+
+
+# Divergences
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    direction: Direction = "forward",
+    temperature: float = 1.0,
+    mix: float | None = None,
+) -> Tensor:
+    """student [R, V], teacher [R, W] logits -> [R]: how far the softmaxes S and T are apart; 0 where they are equal.
+
+    forward: KL(T || S). reverse: KL(S || T). symmetric: (1 - mix) forward + mix reverse.
+    js: (1 - mix) KL(T || M) + mix KL(S || M) with M = (1 - mix) T + mix S. tv: half the sum of |T - S|.
+    skew: KL(T || mix T + (1 - mix) S). Both logits are divided by the temperature; the value is not scaled back.
+    Ids that either lacks, beyond the smaller vocabulary or at -inf, are left out of both.
+    """
+    size = min(student.shape[-1], teacher.shape[-1])
+    student, teacher = student[..., :size], teacher[..., :size]
+    absent = (student == -math.inf) | (teacher == -math.inf)
+    logs = [(x / temperature).masked_fill(absent, -math.inf).log_softmax(-1) for x in (student, teacher)]
+    # An absent id has probability 0; its logarithm is never used and must not make 0 * inf.
+    s, t = (x.masked_fill(absent, 0.0) for x in logs)
+    p, q = (x.exp().masked_fill(absent, 0.0) for x in (s, t))
+    share = MIX.get(direction, 0.0) if mix is None else mix
+
+    def between(other: float) -> Tensor:
+        """log((1 - other) T + other S)"""
+        return torch.logaddexp(t + math.log(1 - other), s + math.log(other))
+
+    if direction == "forward":
+        values = q * (t - s)
+    elif direction == "reverse":
+        values = p * (s - t)
+    elif direction == "symmetric":
+        values = (1 - share) * q * (t - s) + share * p * (s - t)
+    elif direction == "js":
+        middle = between(share)
+        values = (1 - share) * q * (t - middle) + share * p * (s - middle)
+    elif direction == "tv":
+        values = 0.5 * (q - p).abs()
+    else:
+        values = q * (t - between(1 - share))
+    return values.sum(-1)
+
+
+def position_divergences(
+    student: tuple[Vocabulary, Tensor],
+    teacher: tuple[Vocabulary, Tensor],
+    *,
+    direction: Direction = "forward",
+    temperature: float = 1.0,
+    mix: float | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """[R]: `divergence` at R positions of two views, each (vocabulary, hidden [R, C]). The teacher gets no gradient."""
+
+    def apart(own: Tensor, other: Tensor) -> tuple[Tensor]:
+        return (divergence(own, other, direction=direction, temperature=temperature, mix=mix),)
+
+    vocabulary, hidden = teacher
+    (values,) = in_chunks(apart, [student, (detached(vocabulary), hidden.detach())], chunk=chunk)
+    return values

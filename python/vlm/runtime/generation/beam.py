@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlm.runtime.generation.branches import Branches
 from vlm.runtime.generation.events import Event, token_event
 from vlm.runtime.generation.logits import log_softmax
 from vlm.runtime.generation.task import Processor, Task, Written
@@ -107,10 +108,9 @@ def _ranked(totals: np.ndarray, first: int) -> Iterator[int]:
         given, first = len(order), 8 * first
 
 
-def beam_search(task: Task, chosen: range) -> Iterator[Event]:
+def beam_search(task: Task, process: Processor, branches: Branches, chosen: range) -> Iterator[Event]:
     """The events of some prompts of a task, each prompt's when its search has ended."""
-    branches, logits, negative = task.open(chosen)
-    process = Processor(task, branches.vocab_size)
+    logits, negative = task.start(branches, chosen)
     searches = [Search(task, number) for number in chosen]
     for step in range(task.decoding.max_new_tokens):
         rows: list[Written] = [beam for search in searches for beam in search.live]

@@ -72,11 +72,12 @@ def top_p(logits: np.ndarray, p: float) -> np.ndarray:
         return np.stack(rows).reshape(logits.shape) if rows else logits
     probability = softmax(logits)
     # All tokens below (1 - p) / V together have less than 1 - p, so none of them is needed: few are left to sort.
-    likely = np.flatnonzero(probability >= (1 - p) / len(logits))
-    order = likely[np.argsort(-probability[likely], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(probability[order]), p)) + 1
-    kept = np.zeros(len(logits), bool)
-    kept[order[:count]] = True
+    likely = np.sort(probability[probability >= (1 - p) / len(logits)])[::-1]
+    count = min(int(np.searchsorted(np.cumsum(likely), p)) + 1, len(likely))
+    # Sorting values is much faster than sorting places; only those equal to the last are counted off by place.
+    kept = probability > likely[count - 1]
+    equal = np.flatnonzero(probability == likely[count - 1])
+    kept[equal[: count - np.count_nonzero(kept)]] = True
     return restrict(logits, kept)
 
 

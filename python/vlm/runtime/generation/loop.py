@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.runtime.generation.beam import beam_search
-from vlm.runtime.generation.branches import Negatives
+from vlm.runtime.generation.branches import Branches, Negatives
 from vlm.runtime.generation.draws import uniform
 from vlm.runtime.generation.events import Event, FinishReason, token_event
 from vlm.runtime.generation.protocols import Generator, Prompt
@@ -68,15 +68,16 @@ def stream(
     Raises RequestError at once, before any work, for what cannot be done; RunFailed for logits that are not finite.
     """
     task = plan(generator, prompts, decoding, keys, negatives)
-    return _events(task, batch_size)
+    if not prompts:
+        return iter(())
+    branches = task.steppers()
+    return _events(task, Processor(task, branches.vocab_size), branches, batch_size)
 
 
-def _events(task: Task, batch_size: int | None) -> Iterator[Event]:
-    for chosen in task.chunks(batch_size):
-        if task.decoding.strategy == "beam":
-            yield from beam_search(task, chosen)
-        else:
-            yield from _token_by_token(task, chosen)
+def _events(task: Task, process: Processor, branches: Branches, batch_size: int | None) -> Iterator[Event]:
+    write = beam_search if task.decoding.strategy == "beam" else _token_by_token
+    for number, chosen in enumerate(task.chunks(batch_size)):
+        yield from write(task, process, branches if number == 0 else task.steppers(), chosen)
 
 
 class _Row(Written):
@@ -93,10 +94,9 @@ class _Row(Written):
         return token_event(self.number, self.text, token, eos_ids, full)
 
 
-def _token_by_token(task: Task, chosen: range) -> Iterator[Event]:
+def _token_by_token(task: Task, process: Processor, branches: Branches, chosen: range) -> Iterator[Event]:
     decoding, eos_ids = task.decoding, task.generator.eos_ids
-    branches, logits, negative = task.open(chosen)
-    process = Processor(task, branches.vocab_size)
+    logits, negative = task.start(branches, chosen)
     rows = [_Row(task, number) for number in chosen]
     for step in range(decoding.max_new_tokens):
         logits = process(logits, negative, rows, step)

@@ -33,11 +33,13 @@ class Task:
         size = size or max(n, 1)
         return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
-    def open(self, chosen: range) -> tuple[Branches, np.ndarray, np.ndarray | None]:
-        """Branches started on some prompts, with the logits of both sides [n, V] (None: no negative)."""
-        rows = [self.branches[i] for i in chosen]
-        branches = Branches([self.generator.stepper() for _ in rows[0]])
-        return branches, *branches.start([[row[b] for row in rows] for b in range(len(rows[0]))])
+    def steppers(self) -> Branches:
+        """A stepper for each branch, without rows. There must be a prompt."""
+        return Branches([self.generator.stepper() for _ in self.branches[0]])
+
+    def start(self, branches: Branches, chosen: range) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits [n, V] after some of the prompts, and of their negatives (None: there are none)."""
+        return branches.start(list(zip(*(self.branches[i] for i in chosen))))
 
 
 def plan(

@@ -8,7 +8,7 @@ Decode = Callable[[Sequence[int]], str]
 
 _BROKEN = "\ufffd"
 _LONGEST_PART = 3
-"""Bytes of a character whose end is missing: as many replacement characters at most stand for it."""
+"""Bytes of a character whose end is missing, at most: as many tokens, and as many replacement characters, stand for it."""
 
 
 class Detokenizer:
@@ -21,22 +21,26 @@ class Detokenizer:
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._context = 0
-        self._given = 0
+        self._context = 0  # ids before it only show how what follows is to be read
+        self._settled = 0  # ids before it are settled
+        self._given = 0  # characters of their text that were handed out
 
     def push(self, token: int) -> str:
         """The text that is certain with this token."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        whole = text.rstrip(_BROKEN)
-        settled = max(len(whole), len(text) - _LONGEST_PART)
+        settled = len(text.rstrip(_BROKEN))
+        if len(self._ids) - self._settled > _LONGEST_PART:
+            settled = max(settled, len(text) - _LONGEST_PART)
         piece = text[self._given : settled]
         self._given = max(self._given, settled)
         if settled == len(text):
+            self._settled = len(self._ids)
             new = self._ids[self._context :]
             # A context without text of its own would hide whether a space stands before the next word.
             if own := self._decode(new):
-                self._ids, self._context, self._given = new, len(new), len(own)
+                self._ids, self._given = new, len(own)
+                self._context = self._settled = len(new)
         return piece
 
     def finish(self) -> str:
@@ -49,7 +53,8 @@ class Detokenizer:
     def fork(self) -> Detokenizer:
         """A copy that goes on alone."""
         other = Detokenizer(self._decode)
-        other._ids, other._context, other._given = list(self._ids), self._context, self._given
+        other._ids, other._given = list(self._ids), self._given
+        other._context, other._settled = self._context, self._settled
         return other
 
 

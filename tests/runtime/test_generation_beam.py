@@ -80,17 +80,20 @@ def test_with_a_beam_for_every_sequence_the_best_of_all_is_found(seed, penalty, 
         assert completion.finish_reason == ("stop" if ids[-1] == 0 else "length")
 
 
-def plain_search(model: TinyModel, prompt: Prompt, d: Decoding, text, patient: bool) -> tuple[float, tuple[int, ...]]:
-    """Lists and sorting; each beam is read anew in each step. patient: never stops before the longest answer."""
+def plain_search(logits, ended, d: Decoding, patient: bool) -> tuple[float, tuple[int, ...]]:
+    """Lists and sorting; each beam is read anew in each step. patient: never stops before the longest answer.
+
+    logits: tokens so far -> [V]; ended: whether these tokens are a whole answer.
+    """
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     done: list[tuple[float, tuple[int, ...]]] = []
     for length in range(1, d.max_new_tokens + 1):
         grown = []
         for total, ids in live:
-            row = log_softmax(model.logits(model.read(prompt, ids)))[0]
-            grown += [(total + row[token], (*ids, token)) for token in range(model.vocab_size)]
+            row = log_softmax(logits(ids))
+            grown += [(total + value, (*ids, token)) for token, value in enumerate(row)]
         grown.sort(key=lambda found: -found[0])
-        ends = [ids[-1] == EOS or any(stop in text(ids) for stop in d.stop) for _, ids in grown]
+        ends = [ended(ids) for _, ids in grown]
         done += [(t / length**d.length_penalty, ids) for (t, ids), end in zip(grown[: d.beams], ends) if end]
         live = [one for one, end in zip(grown, ends) if not end][: d.beams]
         if d.early_stopping and len(done) >= d.beams and not patient:
@@ -112,9 +115,47 @@ def test_beams_are_those_of_a_plain_search(seed, sharpness, beams, penalty, earl
     generator = TinyGenerator(TinyModel(seed, sharpness=sharpness))
     decoding = Decoding("beam", beams=beams, length_penalty=penalty, early_stopping=early or beams == 1, max_new_tokens=6, stop=stop)
     for prompt, completion in zip(PROMPTS, generate(generator, PROMPTS, decoding)):
-        score, ids = plain_search(generator.model, prompt, decoding, generator.text, patient=not decoding.early_stopping)
+        score, ids = plain_search(
+            lambda ids: generator.model.logits(generator.model.read(prompt, ids))[0],  # noqa: B023
+            lambda ids: ids[-1] == EOS or any(one in generator.text(ids) for one in stop),
+            decoding,
+            patient=not decoding.early_stopping,
+        )
         assert completion.score == pytest.approx(score, abs=1e-9)
         assert completion.ids == (ids[:-1] if ids[-1] == EOS else ids)
+
+
+@pytest.mark.parametrize("penalty", [-1.0, -0.2, 0.0, 1.0, 3.0])
+def test_without_early_stopping_nothing_better_is_missed(penalty):
+    lengths = set()
+    for seed in range(60):
+        model = Markov(seed)
+        decoding = Decoding("beam", beams=2, length_penalty=penalty, early_stopping=False, max_new_tokens=9)
+        for first, completion in enumerate(generate(model, [Prompt((i,)) for i in range(4)], decoding)):
+            score, _ = plain_search(
+                lambda ids: model.table[(first, *ids)[-1]],  # noqa: B023
+                lambda ids: ids[-1] == 0,
+                decoding,
+                patient=True,
+            )
+            assert completion.score == pytest.approx(score, abs=1e-9)
+            lengths.add(len(completion.ids))
+    assert len(lengths) > 1
+
+
+def test_without_early_stopping_a_negative_penalty_waits_for_a_far_likelier_answer():
+    model = Markov(0)
+    # From 3: 1 or the end; from 1: 2, seldom the end; from 2 the end. Two poor answers are there before 1, 2 has ended.
+    rows = {3: [0.06, 0.9, 0.03, 0.01], 1: [0.2, 0.005, 0.79, 0.005], 2: [0.99, 0.004, 0.003, 0.003]}
+    for last, row in rows.items():
+        model.table[last] = np.log(row)
+    answers = {}
+    for early in (True, False):
+        decoding = Decoding("beam", beams=2, length_penalty=-1.0, early_stopping=early, max_new_tokens=20)
+        (answers[early],) = generate(model, [Prompt((3,))], decoding)
+    assert answers[True].ids == ()
+    assert answers[False].ids == (1, 2)
+    assert answers[False].score == pytest.approx(3 * np.log(0.9 * 0.79 * 0.99), abs=1e-6)
 
 
 @settings(max_examples=60, deadline=None)

@@ -99,7 +99,8 @@ def test_debias_lvlm_answers_are_first_tokens_with_and_without_the_picture(scope
     generator = TinyGenerator()
     model = generator.model
     negatives = Negatives(IMAGE, UNKNOWN, lambda prompt: {k: [-p for p in v] for k, v in prompt.pictures.items()})
-    answers = answer(generator, PROMPTS, IDS, Calibration(content_free, "diagonal", 1e-4, scope), negatives=negatives, batch_size=batch_size)
+    calibration = Calibration(content_free, "diagonal", 1e-4, scope)
+    answers = answer(generator, PROMPTS, IDS, calibration, negatives=negatives, batch_size=batch_size)
 
     def read(prompt):
         return label_probabilities(model.logits(model.read(prompt)), IDS)[0]

@@ -19,7 +19,9 @@ def byte_level() -> Tokenizer:
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
         ["plain words and spaces"] * 3,
-        trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=["<eos>"]),
+        trainers.BpeTrainer(
+            vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=["<eos>"]
+        ),
     )
     return core
 
@@ -27,7 +29,8 @@ def byte_level() -> Tokenizer:
 @pytest.fixture(scope="module")
 def byte_fallback() -> Tokenizer:
     """As Llama's: words with a mark for the space before them, single bytes for what has no token."""
-    vocabulary = {"<unk>": 0} | {f"<0x{b:02X}>": 1 + b for b in range(256)} | {t: 257 + i for i, t in enumerate(["▁", "a", "b", "▁a", "▁b", "ab"])}
+    words = ["▁", "a", "b", "▁a", "▁b", "ab"]
+    vocabulary = {"<unk>": 0} | {f"<0x{b:02X}>": 1 + b for b in range(256)} | {word: 257 + i for i, word in enumerate(words)}
     core = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b"), ("a", "b")], byte_fallback=True, unk_token="<unk>"))
     core.add_special_tokens([AddedToken("<eos>", special=True)])
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])

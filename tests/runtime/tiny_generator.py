@@ -11,8 +11,8 @@ from vlm.runtime.generation import Prompt
 
 WIDTH = 5
 IMAGE, UNKNOWN, EOS = 0, 1, 2
-PIECES = [b"", b"?", b"", b"a", b"b", b" c", b"ab", "é".encode()[:1], "é".encode()[1:], "€".encode(), "€".encode()[:2], "€".encode()[2:], b"STOP"]
-"""Whole words, halves of characters, and three tokens without text."""
+PIECES = [b"", b"?", b"", b"a", b"b", b" c", b"ab", b"\xc3", b"\xa9", "€".encode(), b"\xe2\x82", b"\xac", b"STOP"]
+"""Words, whole and halved characters, and two tokens without text."""
 
 
 class TinyModel:

@@ -60,10 +60,11 @@ class Search:
                 if len(children) == width:
                     break
         self.live = children
-        if full:
+        settled = self._settled()
+        if full and not settled:
             for child in children:
                 self._finish(child)
-        if full or self._settled():
+        if full or settled:
             self.live, parents = [], []
         return parents
 

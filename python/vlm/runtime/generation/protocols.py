@@ -1,0 +1,81 @@
+"""What writes: prompts, steppers that turn them into logits, generators that own both.
+
+n rows, V vocabulary, S side of the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from vlm.runtime.embedder import Picture
+from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
+
+if TYPE_CHECKING:
+    from vlm.runtime.chat import Message, Template
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a model reads before it writes.
+
+    ids: token ids, one placeholder a picture; pictures: picture stream -> prepared pictures [3, S, S], in order.
+    """
+
+    ids: Sequence[int]
+    pictures: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """Rows of prompts, advanced token by token. A row's logits must not depend on the rows beside it."""
+
+    vocab_size: int
+
+    def start(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Logits float32 [n, V] of the token after each prompt. Called once."""
+        ...
+
+    def advance(self, ids: np.ndarray) -> np.ndarray:
+        """One token int64 [n] for each row; logits float32 [n, V] of the token after it."""
+        ...
+
+    def reorder(self, index: np.ndarray) -> None:
+        """The rows become rows `index` int64 [m]: kept, repeated or dropped."""
+        ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A model that answers: a bundle here, a torch model in `vlm.evaluation`, used alike.
+
+    length: positions of prompt and answer together; eos_ids: tokens that end an answer.
+    """
+
+    name: str
+    template: Template
+    length: int
+    eos_ids: frozenset[int]
+
+    def prepare_image(self, picture: Picture, limits: PictureLimits = DEFAULT_LIMITS) -> Mapping[str, np.ndarray]:
+        """Picture stream -> float32 [3, S, S], normalised. Raises BadPicture."""
+        ...
+
+    def prompt(self, messages: Sequence[Message], pictures: Sequence[Mapping[str, np.ndarray]]) -> Prompt:
+        """The prompt of a conversation and its prepared pictures, in order."""
+        ...
+
+    def positions(self, prompt: Prompt) -> int:
+        """Positions of a prompt after its pictures are expanded."""
+        ...
+
+    def stepper(self) -> Stepper:
+        """A stepper without rows."""
+        ...
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text; special tokens have none."""
+        ...

@@ -1,0 +1,53 @@
+"""Small models and rows for the tests of the decoder."""
+
+import torch
+
+from vlm.models import LanguageModel, LanguageOptions
+from vlm.types import Layout, TokenIds, VocabularyLayout
+
+VOCABULARY = VocabularyLayout.of_text(61, {"pad": 0, "eos": 1, "bos": 2, "image": 3})
+
+
+def shaken(model, amount=0.1, seed=1):
+    """The model with noise on every parameter, in evaluation mode: no zero or one hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * amount)
+    return model.eval()
+
+
+def language(**changes):
+    torch.manual_seed(0)
+    table = dict(width=16, depth=4, heads=4, kv_heads=2, ffn_width=24, length=64) | changes
+    options = LanguageOptions(**table)
+    return shaken(LanguageModel(options.filled(VOCABULARY), VOCABULARY))
+
+
+def rows_of(lists, *, side="right", extra=0, **named):
+    """Token rows of ragged lists, padded to the longest plus `extra`; `named` are further per-token lists."""
+    length = max(map(len, lists), default=0) + extra
+    ids = torch.zeros(len(lists), length, dtype=torch.int64)
+    mask = torch.zeros(len(lists), length, dtype=torch.bool)
+    further = {name: torch.zeros(len(lists), length, dtype=torch.int64) for name in named}
+    for row, values in enumerate(lists):
+        place = slice(0, len(values)) if side == "right" else slice(length - len(values), length)
+        ids[row, place] = torch.tensor(values, dtype=torch.int64)
+        mask[row, place] = True
+        for name, given in named.items():
+            further[name][row, place] = torch.tensor(given[row], dtype=torch.int64)
+    if "supervised" in further:
+        further["supervised"] = further["supervised"].bool()
+    return TokenIds(ids, mask, torch.arange(len(lists)), **further)
+
+
+def random_rows(sizes, seed=0, low=4):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(low, 61, (size,), generator=generator).tolist() for size in sizes]
+
+
+def plain_layout(count, length, lengths=None):
+    mask = torch.ones(count, length, dtype=torch.bool)
+    for row, size in enumerate(lengths or []):
+        mask[row, size:] = False
+    return Layout.of_tokens(torch.zeros(count, length, dtype=torch.int64), mask, torch.arange(count))

@@ -1,6 +1,7 @@
 """The decoder loop: cached and uncached passes are one function, whatever the padding."""
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -131,8 +132,8 @@ def test_an_empty_row_is_harmless():
 
 def test_packed_documents_equal_rows_and_cannot_be_continued():
     model, lists = language(), random_rows([4, 6, 1])
-    joined = sum(lists, [])
-    segment = sum(([number] * len(values) for number, values in enumerate(lists)), [])
+    joined = list(chain(*lists))
+    segment = list(chain(*([number] * len(values) for number, values in enumerate(lists))))
     stream = rows_of([joined], extra=2, segment=[segment])
     stream = replace(stream, segment=torch.where(stream.mask, stream.segment, -1))
     together = states(model, stream).x[0]
@@ -183,7 +184,7 @@ def test_prefill_and_advance_give_the_logits_of_encode():
             logits, cache = model.advance(torch.full((4,), token), cache)
             steps.append(logits)
         for row, values in enumerate(lists):
-            whole = rows_of([values + [7, 8]])
+            whole = rows_of([[*values, 7, 8]])
             batch = Batch({"text": whole}, ["a"], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
             given = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"].vocabulary.logits()[0, -3:]
             assert torch.allclose(torch.stack([part[row] for part in steps]), given, atol=1e-5)

@@ -120,21 +120,25 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x [B, N, C] -> queries [B, H, N, D]."""
-        q = self.q(x).view(x.shape[0], -1, self.heads, self.head_width).transpose(1, 2)
+        q = self.q(x).view(x.shape[0], x.shape[1], self.heads, self.head_width).transpose(1, 2)
         return q if rotary is None else rotate(q, rotary)
 
     def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """x [B, M, C] -> keys, values [B, G, M, D]."""
-        k = self.k(x).view(x.shape[0], -1, self.kv_heads, self.head_width).transpose(1, 2)
-        v = self.v(x).view(x.shape[0], -1, self.kv_heads, self.head_width).transpose(1, 2)
-        return k if rotary is None else rotate(k, rotary), v
+        v = self.v(x).view(x.shape[0], x.shape[1], self.kv_heads, self.head_width).transpose(1, 2)
+        return self.keys(x, rotary), v
+
+    def keys(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, M, C] -> keys [B, G, M, D]."""
+        k = self.k(x).view(x.shape[0], x.shape[1], self.kv_heads, self.head_width).transpose(1, 2)
+        return k if rotary is None else rotate(k, rotary)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """q [B, H, N, D], k, v [B, G, M, D] -> [B, N, C]; causal sees the M - N keys before the first query too."""
         y = ops.attention(q, k, v, causal=causal, key_mask=key_mask, bias=bias)
-        return self.out(y.transpose(1, 2).reshape(q.shape[0], -1, self.heads * self.head_width))
+        return self.out(y.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.heads * self.head_width))
 
 
 class FeedForward(nn.Module):

@@ -56,7 +56,7 @@ def answering(fusion=None, *, towers=None, tokens=None, shake=0.1, **changes):
     torch.manual_seed(0)
     table = dict(
         towers=towers or {"main": TOWER},
-        connector={"kind": "linear"},
+        connector={"kind": "linear", "dropout": 0.0},
         language=dict(width=16, depth=4, heads=4, kv_heads=2, ffn_width=24, length=64),
         fusion=fusion or {"kind": "prefix"},
         length=64,

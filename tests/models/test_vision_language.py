@@ -347,7 +347,7 @@ def test_two_towers_are_laid_side_by_side():
     towers = {"main": TOWER, "fine": dict(TOWER, width=8, image_size=32, patch_size=16, class_token=False)}
     model = built(PREFIX, towers=towers)
     assert {name: p.size for name, p in model.preprocesses().items()} == {"image": 16, "image.fine": 32}
-    assert model.connector.linear.in_features == 20
+    assert next(model.connector.parameters()).shape == (16, 20)
     assert model.picture_positions == 4
     small, large = pictures_of([1, 1]), pictures_of([1, 1], seed=4, size=32)
     text = rows_of([[2, IMAGE, 5], [IMAGE, 6]])
@@ -402,7 +402,7 @@ def test_parts_come_from_other_models():
     tower = options.towers["main"]
     assert (tower.width, tower.depth, tower.layer, tower.pictures.resize) == (12, 3, -2, "squash")
     assert options.language.depth == 3
-    model = options.build(VOCABULARY)
+    model = options.build(VOCABULARY).eval()
     model.take_part("towers.main", vision)
     model.take_part("language", words)
     pixels = torch.rand(2, 3, 16, 16)

@@ -130,7 +130,7 @@ def test_pyramiddrop_a_training_turn_keeps_what_generation_keeps():
 def test_pyramiddrop_rows_without_picture_or_instruction_are_unchanged():
     model, full = dropping(), answering(towers=TOWERS)
     text = trained_rows([[2, 5, 6], [2, IMAGE, 7]], [[20, 21], [22]])
-    text = replace(text, role=torch.where(torch.tensor([[True], [False]]), text.role, CONTEXT))
+    text = replace(text, role=torch.where(torch.tensor([[True], [False]]), text.role, CONTEXT))  # no turn at all
     batch = batch_of(2, text=text, image=pictures_of([0, 1], size=24))
     got, layout = logits_of(model, batch)
     expected, whole = logits_of(full, batch)
@@ -299,14 +299,15 @@ def test_selection_takes_the_best_of_each_picture_and_the_lower_of_equals():
     assert select_top(torch.zeros(1, 2), empty, torch.zeros(1, 2, dtype=torch.int64)).tolist() == [[0, 1]]
 
 
-def test_the_query_is_the_last_instruction_of_text_before_an_answer():
+def test_the_query_is_the_last_position_of_text_before_an_answer():
     i, a, c = INSTRUCTION, ANSWER, CONTEXT
     rows = [
         ([i, i, a, a, i, i, a], [0] * 7, [1, 5]),
-        ([i, i, i, a, a, c, c], [0] * 7, [2]),
-        ([i, i, c, a, i, i, i], [0] * 7, [1, 6]),  # context between the two; a prompt without its answer
-        ([c, c, a, a, c, c, c], [0] * 7, []),
-        ([i, i, i, i, a, a, a], [0, 0, 1, 1, 0, 0, 0], [1]),  # a picture after the instruction is no query
+        ([i, i, i, a, a, c, c], [0] * 7, [2]),  # what follows the last answer waits for none
+        ([i, i, c, a, c, i, c], [0] * 7, [2, 6]),  # markup belongs to the turn; a prompt without its answer
+        ([c, c, a, a, c, c, c], [0] * 7, [1]),
+        ([c, c, c, c, c, c, c], [0] * 7, []),
+        ([i, i, i, i, a, a, a], [0, 0, 1, 1, 0, 0, 0], [1]),  # a picture after the text is no query
     ]
     for roles, modality, expected in rows:
         layout = layout_with([modality], [[-1] * 7], role=[roles])

@@ -17,7 +17,7 @@ class AttentionFromRowsOptions(Options):
 
     kind: Literal["attention-from-rows"] = "attention-from-rows"
     rows: Literal["last-instruction"] = Field(
-        "last-instruction", description="the last instruction position before each answer; several turns: their mean"
+        "last-instruction", description="the last position of text before each answer; several turns: their mean"
     )
     norm: Literal["next-layer"] = Field("next-layer", description="whose norm, queries, keys and rotary positions are used")
 

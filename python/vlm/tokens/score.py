@@ -35,23 +35,29 @@ class ScoringBlock(Protocol):
 
 
 def query_rows(layout: Layout) -> Tensor:
-    """[n, T] bool: the last instruction position of text before each answer, or before the end of a document.
+    """[n, T] bool: the last position of text before each answer; in a prompt that waits for its answer, the last one.
 
-    Read from `role`, so it is the same position in training and on the bare prompt.
+    The markup of a template that leads to an answer belongs to the turn, so the row is the same in training and on the
+    bare prompt. A prompt waits where an instruction follows the last answer of its document.
     """
     text = layout.mask & (layout.modality != int(Modality.IMAGE))
-    spoken = text & ((layout.role == int(Role.INSTRUCTION)) | (layout.role == int(Role.ANSWER)))
+    answer = text & (layout.role == int(Role.ANSWER))
+    asked = text & (layout.role == int(Role.INSTRUCTION))
     length = layout.mask.shape[1]
     place = torch.arange(length, device=layout.mask.device).expand_as(layout.mask)
-    # The next spoken position: the smallest index to the right, `length` where there is none.
-    here = torch.where(spoken, place, length)
+    # The next position of text: the smallest index to the right, `length` where there is none.
+    here = torch.where(text, place, length)
     after = torch.full_like(here, length)
     after[:, :-1] = here[:, 1:].flip(1).cummin(1).values.flip(1)
-    exists = after < length
     at = after.clamp(max=max(length - 1, 0))
-    same = exists & (layout.segment.gather(1, at) == layout.segment)
-    answered = layout.role.gather(1, at) == int(Role.ANSWER)
-    return spoken & (layout.role == int(Role.INSTRUCTION)) & (~same | answered)
+    follows = (after < length) & (layout.segment.gather(1, at) == layout.segment)
+    starts = torch.ones_like(layout.mask)
+    starts[:, 1:] = layout.segment[:, 1:] != layout.segment[:, :-1]
+    first, last_answer, last_asked = (
+        torch.where(chosen, place, -1).cummax(1).values for chosen in (starts, answer, asked)
+    )
+    waits = ~follows & (last_asked >= first) & (last_asked > last_answer)
+    return text & ~answer & ((follows & answer.gather(1, at)) | waits)
 
 
 @torch.no_grad()

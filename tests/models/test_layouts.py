@@ -110,6 +110,17 @@ def test_a_published_language_model_gives_the_same_logits_padded_or_not(kind, tm
     assert not torch.isclose(out.vocabulary.logits()[mask].std(), torch.tensor(0.0), atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_rows_without_padding_give_the_very_same_logits(kind, tmp_path):
+    theirs = published(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path).eval()
+    ids = torch.randint(4, 99, (3, 12), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        out = ours.encode(batch_of(None, ids, ids > 0), {"text": frozenset({"vocabulary"})})["text"]
+        assert torch.equal(out.vocabulary.logits(), theirs(input_ids=ids).logits)
+
+
 def test_a_qwen2_that_attends_in_windows_is_refused(tmp_path):
     published("qwen2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -171,19 +171,34 @@ def test_answers_end_at_eos_and_at_the_templates_own_end(tokenizer):
     assert text == "a red circle"
 
 
-def test_a_prompt_is_what_the_template_writes(tokenizer):
-    chat = pytest.importorskip("vlm.runtime.chat")
-    pytest.importorskip("vlm.runtime.generation")
+@pytest.fixture
+def opened(tokenizer):
+    """A generator with a real template; the packages that it is for must be there."""
+    for package in ("vlm.runtime.chat", "vlm.runtime.generation", "vlm.evaluation.flops"):
+        pytest.importorskip(package)
+    from vlm.evaluation.generator import open_generator
     from vlm.models import VisionLanguageOptions
     from vlm.types import VocabularyLayout
 
-    image = tokenizer.token_to_id("<image>")
-    vocabulary = VocabularyLayout.of_text(tokenizer.vocab_size, {"image": image})
-    model = VisionLanguageOptions.model_validate(answering().options.model_dump()).build(vocabulary)
-    generator = TorchGenerator(model, tokenizer, chat.template_named("plain"))
-    message = chat.Message("user", ("what is in <image> the picture?",))
-    prepared = [{"image": picture} for picture in pictures(2)]
-    prompt = generator.prompt([message], prepared)
+    def made(**changes):
+        vocabulary = VocabularyLayout.of_text(tokenizer.vocab_size, {"image": tokenizer.token_to_id("<image>")})
+        table = answering(**changes).options.model_dump()
+        model = VisionLanguageOptions.model_validate(table).build(vocabulary).eval()
+        return open_generator(model, tokenizer)
+
+    return made
+
+
+def asking(generator, count=2):
+    from vlm.runtime.chat import Message
+
+    prepared = [{"image": picture} for picture in pictures(count)]
+    return generator.prompt([Message("user", ("what is in <image> the picture?",))], prepared)
+
+
+def test_a_prompt_is_what_the_template_writes(opened, tokenizer):
+    generator, image = opened(), tokenizer.token_to_id("<image>")
+    prompt = asking(generator)
     ids = list(prompt.ids)
     assert ids[0] == tokenizer.bos_id
     assert ids[1:3] == [image, image]
@@ -192,3 +207,41 @@ def test_a_prompt_is_what_the_template_writes(tokenizer):
     assert len(prompt.pictures["image"]) == 2
     assert generator.positions(prompt) == len(ids) + 2 * 3
     assert generator.stepper().start([prompt]).shape == (1, tokenizer.vocab_size)
+
+
+def test_it_is_what_the_decoding_loop_takes(opened):
+    from vlm.runtime.generation import Decoding, Generator, Stepper, generate
+
+    generator = opened()
+    assert isinstance(generator, Generator)
+    assert isinstance(generator.stepper(), Stepper)
+    prompts = [asking(generator), asking(generator, 1)]
+    together = generate(generator, prompts, Decoding(max_new_tokens=6))
+    for prompt, completion in zip(prompts, together):
+        (alone,) = generate(generator, [prompt], Decoding(max_new_tokens=6))
+        assert list(alone.ids) == list(completion.ids)
+    assert generator.negatives.image_id == generator.image_id
+    assert opened(fusion=CROSS).positions(prompts[0]) == len(prompts[0].ids)
+
+
+def test_the_nats_of_a_text_are_those_of_its_ids(opened, tokenizer):
+    generator = opened()
+    prompt = asking(generator)
+    ids = generator.answer_ids("a red circle")
+    assert ids == [*tokenizer.ids(["a red circle"], add_special=False)[0], tokenizer.eos_id]
+    one, other = generator.nats([prompt, prompt], ["a red circle", ids])
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_shapes_and_kept_positions(opened):
+    generator = opened(tokens={"keep": {"layers": [1, 3], "ratios": [0.5, 0.25]}})
+    shape, prompt = generator.shape(), asking(generator)
+    text = len(prompt.ids) - 2
+    assert generator.kept(prompt) == [text + 8, text + 4, text + 4, text + 2]
+    assert sum(shape.parameters.values()) == sum(p.numel() for p in generator.model.parameters())
+    assert set(shape.parameters) == {"towers", "connector", "language"}
+    assert shape.visual_tokens == {"image": 4}
+    assert (shape.towers["image"].positions, shape.towers["image"].connector, shape.decoder.depth) == (5, 12 * 16, 4)
+    stepper = generator.stepper()
+    stepper.start([prompt])
+    assert stepper.cache_bytes == 2 * 2 * 4 * sum(generator.kept(prompt)) * 4

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import torch
 
     from vlm.data.tokenizer import Tokenizer
+    from vlm.evaluation.flops import GeneratorShape
     from vlm.models import LanguageModel, VisionLanguageModel
     from vlm.models.decoder import DecoderCache
     from vlm.runtime.chat import Message, Template
-    from vlm.runtime.generation import Prompt
+    from vlm.runtime.generation import Negatives, Prompt
     from vlm.runtime.pictures import PictureLimits
     from vlm.types import Pictures, TokenIds
 
@@ -147,16 +148,63 @@ class TorchGenerator:
         """Ids as text; special tokens have none."""
         return self.tokenizer.decode(ids)
 
-    def nats(self, prompts: Sequence[Asked], answers: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
+    @property
+    def negatives(self) -> Negatives | None:
+        """How contrastive decoding makes its negative prompts; None for a model without pictures."""
+        from vlm.runtime.generation import Negatives
+
+        return None if self.image_id is None else Negatives(self.image_id, self.tokenizer.pad_id)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The tokens of an answer as the template writes it, the one that ends it included."""
+        from vlm.runtime.chat import ANSWER, Piece, PieceIds, encode_pieces
+
+        special = () if self.image_id is None else (self.image_id,)
+        pieces = [Piece("text", self.template.answer_lead + text, ANSWER, True), self.template.end_piece]
+        ids_of = PieceIds(self.tokenizer._core, special)
+        return encode_pieces(pieces, ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id)[0]
+
+    def nats(self, prompts: Sequence[Asked], answers: Sequence[Sequence[int] | str]) -> list[NDArray[np.float64]]:
         """-log p of each token of each answer after its prompt, the answer's own tokens given: float64 [len(answer)].
 
-        float32 logits, log-sum-exp in float64. An empty answer gives an empty row.
+        An answer is ids, or text that becomes ids as in `answer_ids`. float32 logits, log-sum-exp in float64. No ids
+        give an empty row.
         """
+        rows = [self.answer_ids(answer) if isinstance(answer, str) else list(answer) for answer in answers]
         out: list[NDArray[np.float64]] = []
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]
-            out += self._nats(part, answers[start : start + len(part)])
+            out += self._nats(part, rows[start : start + len(part)])
         return out
+
+    def shape(self) -> GeneratorShape:
+        """Parameters of each part, towers and decoder. Gated cross blocks count as parameters alone."""
+        from vlm.evaluation.flops import GeneratorShape, TowerShape, TrunkShape
+
+        model: Any = self.model
+        language = language_part(self.model)
+        count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        towers, seen = {}, {}
+        if language is not model:
+            weights = sum(p.numel() for p in model.connector.parameters() if p.dim() >= 2)
+            for number, (name, stream) in enumerate(model.options.picture_streams().items()):
+                tower = model.options.towers[name]
+                vit = tower.vit()
+                trunk = TrunkShape.of(vit.trunk().model_copy(update={"depth": tower.stop}))
+                positions = vit.patches + vit.class_token
+                # One connector reads the towers' tokens together: it is counted with the first.
+                towers[stream] = TowerShape(trunk, positions, 3 * vit.patch_size**2, 0 if number else weights)
+                seen[stream] = 0 if number else model.picture_tokens
+        else:
+            count = {"language": sum(p.numel() for p in model.parameters())}
+        decoder = TrunkShape.of(language.options.trunk())
+        return GeneratorShape({k: v for k, v in count.items() if v}, towers, seen, decoder, language.tokens.num_embeddings)
+
+    def kept(self, prompt: Asked) -> list[int]:
+        """[L] positions that each layer of the decoder reads of a prompt, after its pictures are expanded."""
+        stepper = self.stepper()
+        stepper.start([prompt])
+        return [int(layer.mask.sum()) for layer in stepper._started().layers]
 
     def _nats(self, prompts: Sequence[Asked], answers: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
         import torch
@@ -185,6 +233,13 @@ class TorchGenerator:
                 parts.append(logits.logsumexp(1) - logits.gather(1, target[begin : begin + step, None])[:, 0])
             flat = torch.cat(parts).cpu().numpy() if parts else np.zeros(0)
         return np.split(flat, np.cumsum(answered)[:-1])
+
+
+def open_generator(model: LanguageModel | VisionLanguageModel, tokenizer: Tokenizer, *, name: str = "model") -> TorchGenerator:
+    """A model with the template that its options name. Raises DataError for a template that is not known."""
+    from vlm.runtime.chat import template_named
+
+    return TorchGenerator(model, tokenizer, template_named(getattr(model.options, "template", "plain")), name=name)
 
 
 def language_part(model: LanguageModel | VisionLanguageModel) -> LanguageModel:

@@ -127,9 +127,8 @@ class VisionLanguageOptions(Options):
             if head == "towers" and tower in towers:
                 towers[tower] = towers[tower].of_part(*tower_of(source, tower)[:2])
             elif name == "language":
-                given = language_of(source).options
                 # The tokenizer may know more ids than the source: `filled` gives them rows.
-                language = given if language is None or "width" not in language.model_fields_set else language
+                language = language_of(source).options if language is None else language
             elif name == "connector":
                 connector_of(source)
                 connector = source.options.connector  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlm.evaluation.encoder import _evaluating
+from vlm.evaluation.evaluating import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class TorchStepper:
     def start(self, prompts: Sequence[Asked]) -> Floats:
         """Logits float32 [n, V] after each prompt. Raises ValueError for placeholders and pictures that do not agree."""
         text, _ = rows_of([list(prompt.ids) for prompt in prompts])
-        with _evaluating(self.model) as device:
+        with evaluating(self.model) as device:
             pictures = {name: stream.map(lambda t: t.to(device)) for name, stream in pictures_of(prompts).items()}
             moved: Any = text.map(lambda t: t.to(device))
             logits, self._cache = self.model.prefill(moved, pictures)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ class TorchStepper:
         import torch
 
         cache = self._started()
-        with _evaluating(self.model) as device:
+        with evaluating(self.model) as device:
             given = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(device)
             logits, self._cache = self.model.advance(given, cache)
             return _numbers(logits)
@@ -216,7 +216,7 @@ class TorchGenerator:
         zeros = torch.zeros(count, dtype=torch.int64)
         streams: dict[str, Any] = {"text": text, **pictures_of(prompts)}
         batch = Batch(streams, [f"prompt {i}" for i in range(count)], torch.arange(count), zeros)
-        with _evaluating(self.model) as device:
+        with evaluating(self.model) as device:
             output = self.model.encode(batch.to(device), {"text": frozenset({"vocabulary"})})["text"]
             vocabulary, layout = output.vocabulary, output.layout
             assert vocabulary is not None

@@ -25,6 +25,7 @@ from vlm.models.dual_encoder import PictureOptions
 from vlm.models.language import LanguageModel, LanguageOptions, layout_of
 from vlm.models.towers import VisionTransformer
 from vlm.models.vision_language.expand import Visual, beside, expand, place_pictures
+from vlm.models.vision_language.graphs import decoder_part, embed_part, vision_part
 from vlm.models.vision_language.options import (
     CrossAttentionOptions,
     FusionOptions,
@@ -36,6 +37,7 @@ from vlm.runtime.preprocess import Preprocess
 from vlm.tokens import TokensOptions
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
+from vlm.types.export import ExportPart
 from vlm.types.layout import Layout, Modality
 from vlm.types.outputs import Wanted
 
@@ -331,6 +333,22 @@ class VisionLanguageModel(Model):
     def advance(self, ids: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
         """One more token a row, ids [n] -> (logits [n, V], the longer cache)."""
         return self.language.advance(ids, cache)
+
+    # A bundle
+
+    def export_parts(self) -> dict[str, ExportPart]:
+        """`vision`, `embed` and `decoder`, for one tower and prefix fusion. Raises RequestError for other models."""
+        hindrances = {
+            "gated cross-attention": len(self.cross) > 0,
+            "token dropping": self.options.tokens is not None,
+            "several towers": len(self.towers) > 1,
+        }
+        for what, there in hindrances.items():
+            if there:
+                raise RequestError(f"a model with {what} has no bundle", remedy="keep the model directory: every command reads it")
+        ((name, tower),) = self.options.towers.items()
+        vision = vision_part(self, name, tower.vit().image_size)
+        return {"vision": vision, "embed": embed_part(self.language), "decoder": decoder_part(self.language)}
 
     # Parts from other models
 

@@ -56,7 +56,8 @@ def _weights(count: int, resamples: int, seed: int) -> Iterator[Floats]:
         yield generator.multinomial(count, np.full(count, 1 / count), size=rows).astype(np.float64)
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share over n observations."""
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -100,7 +101,7 @@ def bootstrap(
     if share:
         for k in range(width):
             if value[k] in (0.0, 1.0):
-                lower[k], upper[k] = _wilson(float(value[k]), count)
+                lower[k], upper[k] = wilson(float(value[k]), count)
     return Estimate(value, lower, upper, count)
 
 

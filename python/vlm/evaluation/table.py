@@ -7,7 +7,26 @@ from typing import Any
 
 from vlm.evaluation.result import Result, flatten
 
-PERCENT = ("retrieval", "zero-shot", "linear-probe")
+PERCENT = ("retrieval", "zero-shot", "linear-probe", "vqa", "hallucination")
+"""Tasks whose figures are percentages, but for COUNTS."""
+
+COUNTS = frozenset({"mentions", "objects_named"})
+OVER = "over_"
+"""Before the name of a control: a difference."""
+
+
+def is_percent(task: str, path: str) -> bool:
+    """Whether a figure of a task is a percentage."""
+    name = path.rpartition("/")[2]
+    if task == "caption":
+        return name.startswith(("bleu_", "rouge_"))
+    return task in PERCENT and name not in COUNTS
+
+
+def say(task: str, path: str, value: float) -> str:
+    """A figure as it is printed; a difference with its sign."""
+    text = share(value) if is_percent(task, path) else number(value)
+    return f"+{text}" if path.startswith(OVER) and value > 0 else text
 
 
 def bounds_of(intervals: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -43,16 +62,16 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(metric, value, interval, chance) of each figure."""
     chance = dict(flatten(result.get("chance") or {}))
     bounds = bounds_of(result.get("intervals") or {})
-    say = share if result["task"] in PERCENT else number
+    task = str(result["task"])
     out = []
     for path, value in flatten(result["metrics"]):
-        interval = f"{say(bounds[path][0])} .. {say(bounds[path][1])}" if path in bounds else ""
+        interval = " .. ".join(say(task, path, end) for end in bounds[path]) if path in bounds else ""
         out.append(
             (
                 path.replace("_", " ").replace("/", "  "),
-                say(value),
+                say(task, path, value),
                 interval,
-                say(chance[path]) if path in chance else "",
+                say(task, path, chance[path]) if path in chance else "",
             )
         )
     return out

@@ -92,13 +92,16 @@ def arms_of(samples: Pictured, controls: Sequence[Control], seed: int) -> tuple[
 
 
 def prompts_of(samples: Pictured, asks: Sequence[Ask], shown: Integers | None) -> list[Prompt]:
-    """The prompt of each question, with the picture of sample shown[ask.sample], or without one."""
+    """The prompt of each question, with the picture of sample shown[ask.sample] where the template puts it, or
+    without one."""
     from vlm.runtime.chat import Message
 
+    generator = samples.generator
     out = []
     for ask in asks:
         pictures = [] if shown is None else [samples.prepared(int(shown[ask.sample]))]
-        out.append(samples.generator.prompt([Message("user", ask.text, pictures=len(pictures))], pictures))
+        messages = generator.template.with_pictures([Message("user", (ask.text,))], len(pictures))
+        out.append(generator.prompt(messages, pictures))
     return out
 
 

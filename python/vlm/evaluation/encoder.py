@@ -201,7 +201,7 @@ def of_memory(
     if "vocabulary" in offers.get("tokens", ()) and model.preprocesses():
         from vlm.evaluation.generator import open_generator
 
-        return open_generator(model, tokenizer)
+        return open_generator(model, tokenizer, name=name)
     if "vocabulary" in offers.get("tokens", ()):
         return TorchLanguage(model, tokenizer, name=name)
     raise RequestError(f"no evaluation task can use a model of kind {model.kind!r}")

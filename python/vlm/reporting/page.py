@@ -107,9 +107,10 @@ def _headline(run: RunRecord) -> str:
             if f"none/{path}" in flat:
                 levels.append(f"no picture {say(task, path, flat[f'none/{path}'])}")
             unit = "<sup>%</sup>" if is_percent(task, path) else ""
+            below = ", ".join([ends] * bool(ends) + levels)
             cells.append(
-                f'<div><dt>{escape(title)}</dt><dd><span class="big">{say(task, path, flat[path])}{unit}</span><br>'
-                f"<small>{', '.join([ends] * bool(ends) + levels)}</small></dd></div>"
+                f'<div><dt>{escape(title)}</dt><dd><span class="big">{say(task, path, flat[path])}{unit}</span>'
+                + (f"<br><small>{below}</small></dd></div>" if below else "</dd></div>")
             )
     return f'<dl class="headline">{"".join(cells[:4])}</dl>' if cells else ""
 
@@ -184,9 +185,9 @@ def _curve(points: list[tuple[float, float]]) -> list[Line]:
 
 
 _SAYS = {
-    "vqa": "Questions about pictures it was not trained on: as many wrong answers as right ones, where there are so many.",
-    "caption": "Captions of pictures it was not trained on: in turns from the worse and the better half by CIDEr.",
-    "hallucination": "Captions of pictures it was not trained on, in turns with and without an object that is not there.",
+    "vqa": "Questions about the evaluated pictures: as many wrong answers as right ones, where there are so many.",
+    "caption": "Captions of the evaluated pictures: in turns from the worse and the better half by CIDEr.",
+    "hallucination": "Captions of the evaluated pictures: in turns with and without an object that is not there.",
 }
 """How the examples of each task were chosen, which is not by success."""
 

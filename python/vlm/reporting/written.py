@@ -81,6 +81,7 @@ def _row(
     said = f"{label(name)}: {say(task, path, value)}"
     track = ""
     extra = ""
+    beside: list[str] = []
     if bounds is not None:
         low, high = bounds
         width = 100 * min(max((high - low) / top, 0), 1)
@@ -94,13 +95,18 @@ def _row(
     for control, level in controls.items():
         track += f'<i class="control {control}" style="left:{at(level)}"></i>'
         said += f", with {CONTROLS[control]} {say(task, path, level)}"
-        extra += f"<small>{CONTROLS[control]} {say(task, path, level)}{_difference(task, path, control, over)}</small>"
+        beside.append(f"{CONTROLS[control]} {say(task, path, level)}{_difference(task, path, control, over)}")
     track += f'<i class="value" style="left:{at(value)}"></i>'
     return (
         f'<div class="figure"><span class="name">{escape(label(name))}</span>'
         f'<span class="track" role="img" aria-label="{escape(said)}">{track}</span>'
-        f'<span class="numbers"><b>{say(task, path, value)}</b>{extra}</span></div>'
+        f'<span class="numbers"><b>{say(task, path, value)}</b>{extra}</span>'
+        f"{_small(' · '.join(beside))}</div>"
     )
+
+
+def _small(text: str) -> str:
+    return f'<small class="beside">{text}</small>' if text else ""
 
 
 def _difference(
@@ -152,7 +158,7 @@ def _example(example: Stored) -> str:
         image = '<span class="nopicture">not stored</span>'
     answer = str(example.get("answer") or "")
     shown = escape(answer) if answer else '<em class="soft">nothing</em>'
-    rows = [f'<dt>said</dt><dd class="said {_side(example)}">{shown}</dd>']
+    rows = [f'<dt>said</dt><dd class="{_side(example)}">{shown}</dd>']
     rows.append(f"<dt>{_reference(example)}</dt><dd>{escape(truth)}</dd>")
     if example.get("absent"):
         rows.append(f"<dt>not there</dt><dd>{escape(', '.join(map(str, example['absent'])))}</dd>")
@@ -169,9 +175,9 @@ def _reference(example: Stored) -> str:
 
 
 def _side(example: Stored) -> str:
-    if example.get("direction") == "caption":
-        return "right" if example.get("right") else ""
-    return "right" if example.get("right") else "wrong"
+    if example.get("right"):
+        return "said right"
+    return "said" if example.get("direction") == "caption" else "said wrong"
 
 
 def _mark(example: Stored) -> str:
@@ -200,7 +206,7 @@ def cost_figures(result: Stored) -> str:
         rows = []
         for name, value in (metrics.get(head) or {}).items():
             ends = bounds.get(f"{head}/{name}")
-            between = f" <small>{number(ends[0])} to {number(ends[1])}</small>" if ends else ""
+            between = f" <small>{_amount(name, ends[0])} to {_amount(name, ends[1])}</small>" if ends else ""
             rows.append(f"<dt>{escape(label(name))}</dt><dd>{_amount(name, float(value))}{between}</dd>")
         if rows:
             parts.append(f'<h4 class="direction">{head} <small>{intro}</small></h4><dl class="facts">{"".join(rows)}</dl>')
@@ -222,7 +228,7 @@ def _amount(name: str, value: float) -> str:
     if name.endswith("bytes"):
         return f"{value / 2**20:,.2f} MiB" if value >= 2**20 else f"{value / 2**10:,.1f} KiB"
     if name.endswith("time_to_first_token"):
-        return f"{1000 * value:,.1f} ms"
+        return f"{number(1000 * value)} ms"
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if value >= size:
             return f"{value / size:.3g} {word}"

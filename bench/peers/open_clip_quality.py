@@ -29,7 +29,8 @@ def store(data: str, val: str, output: Path, steps: int, batch: int, seeds: int,
     source = open_split(options, "train")
     tokenizer = build_tokenizer(BpeTokenizer(vocab_size=vocabulary), options, source, max_length=32)
     preprocess = Preprocess(64)
-    pixels, ids, numbers = [], [], {}
+    pixels, ids = [], []
+    numbers: dict[int, int] = {}
     for item in EvaluationData(data).items():
         if item.problem is not None or item.picture is None:
             raise SystemExit(f"{item.key}: {item.problem or 'no picture'}: both sides must see the same samples")

@@ -174,12 +174,23 @@ def test_examples_show_failures_beside_successes(uri):
     assert [e["right"] for e in ask(uri, examples=4).examples] == [True] * 4
 
 
-def test_the_table_names_kinds_and_controls(uri):
-    text = table_of(ask(uri, ColourGenerator({"blue": "green"})))
-    assert "vqa: 24 samples" in text
-    assert "percent" in text.splitlines()[0]
-    rows = {line.strip().split("  ")[0] for line in text.splitlines()}
-    assert {"exact", "color", "none", "over none"} <= rows
+def test_the_table_has_the_controls_beside_each_figure(uri):
+    lines = table_of(ask(uri, ColourGenerator({"blue": "green"}))).splitlines()
+    assert lines[0] == f"vqa: 24 samples of {uri}, percent"
+    assert lines[1].split("  ")[-1].strip() == "gain over none"
+    (color,) = [line for line in lines if line.strip().startswith("color  exact")]
+    assert color.split()[:6] == ["color", "exact", "75.0", "25.0", "..", "100.0"]
+    assert color.split()[6] == "25.0"  # chance
+    assert "25.0  +50.0 (" in color
+    assert not any(line.strip().startswith(("none", "over", "shuffled")) for line in lines[2:])
+
+
+def test_a_share_without_spread_has_an_interval_all_the_same(uri):
+    result = ask(uri, controls=())
+    for ends in (result.intervals["exact"], result.intervals["yes_no"]["accuracy"], result.intervals["yes_no"]["recall"]):
+        assert ends["upper"] == 100
+        assert 40 < ends["lower"] < 60  # four concepts say no more
+    assert result.intervals["yes_no"]["f1"] == {"lower": 100.0, "upper": 100.0}
 
 
 def test_drawn_scenes_are_asked_as_they_come():

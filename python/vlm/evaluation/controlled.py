@@ -13,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm.evaluation.bootstrap import bootstrap_sums, wilson
+from vlm.evaluation.table import OVER
 
 Floats = NDArray[np.float64]
 MAIN = ""
 """The arm that sees its own picture."""
-
-OVER = "over_"
-"""Before a control's name: the figure less the control's."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,13 @@ class Figures:
     """K figures of summed statistics.
 
     paths: their names, `/` between levels; of: sums [..., S] -> [..., K]; scale: a factor a figure, 100 for percent.
-    counted: for a share, the statistic that counts its observations, None for what is no share.
+    counted: for a share, the statistics that together count its observations, None for what is no share.
     """
 
     paths: tuple[str, ...]
     of: Callable[[Floats], Floats]
     scale: tuple[float, ...]
-    counted: tuple[int | None, ...]
+    counted: tuple[tuple[int, ...] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,11 @@ def controlled(
     estimate = bootstrap_sums(rows, every, clusters=clusters, resamples=resamples, seed=seed)
     lower, upper = estimate.lower.copy(), estimate.upper.copy()
     for a, name in enumerate(names):
-        for k, column in enumerate(figures.counted):
+        for k, columns in enumerate(figures.counted):
             value = estimate.value[kinds * a + k]
-            if column is not None and value in (0.0, 1.0):
-                held = len({c if c is not None else (i,) for i, c in enumerate(clusters) if arms[name][i, column] > 0})
+            if columns is not None and value in (0.0, 1.0):
+                seen = np.flatnonzero(arms[name][:, list(columns)].sum(axis=1) > 0).tolist()
+                held = len({c if (c := clusters[i]) is not None else (i,) for i in seen})
                 if held:
                     lower[kinds * a + k], upper[kinds * a + k] = wilson(float(value), held)
     paths = [f"{name}/{path}" if name else path for name in names for path in figures.paths]

@@ -24,6 +24,7 @@ from vlm.evaluation.pictured import Pictured
 from vlm.evaluation.result import Result
 from vlm.evaluation.shuffling import Control
 from vlm.evaluation.text_metrics import (
+    YES_NO_COUNTED,
     YES_NO_FIGURES,
     ObjectNames,
     hallucination_statistics,
@@ -171,15 +172,15 @@ def hallucination_figures(captions: bool, probes: bool) -> Figures:
     """Of sums of the five statistics of captions and the five of yes and no."""
     paths: tuple[str, ...] = ()
     scale: tuple[float, ...] = ()
-    counted: tuple[int | None, ...] = ()
+    counted: tuple[tuple[int, ...] | None, ...] = ()
     if captions:
         paths += ("absent_object_rate", "captions_with_absent", "mentions", "objects_named")
         scale += (100.0, 100.0, 1.0, 1.0)
-        counted += (1, 3, None, None)
+        counted += ((1,), (3,), None, None)
     if probes:
         paths += tuple(f"yes_no/{name}" for name in YES_NO_FIGURES)
         scale += (100.0,) * len(YES_NO_FIGURES)
-        counted += (None,) * len(YES_NO_FIGURES)
+        counted += tuple(c and tuple(5 + k for k in c) for c in YES_NO_COUNTED)
 
     def of(sums: Floats) -> Floats:
         absent, mentions, with_absent, texts, named = (sums[..., k] for k in range(5))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm.evaluation.result import Result, flatten
@@ -11,8 +11,9 @@ PERCENT = ("retrieval", "zero-shot", "linear-probe", "vqa", "hallucination")
 """Tasks whose figures are percentages, but for COUNTS."""
 
 COUNTS = frozenset({"mentions", "objects_named"})
+CONTROLS = ("shuffled", "none")
 OVER = "over_"
-"""Before the name of a control: a difference."""
+"""Before the name of a control: the figure less the control's."""
 
 
 def is_percent(task: str, path: str) -> bool:
@@ -58,22 +59,39 @@ def share(value: float) -> str:
     return "0" if value == 0 else f"{value:.2f}" if abs(value) < 1 else f"{value:.1f}"
 
 
-def rows_of(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(metric, value, interval, chance) of each figure."""
+def controls_of(flat: Mapping[str, float]) -> list[str]:
+    """The controls whose figures stand among others."""
+    return [name for name in CONTROLS if any(path.startswith(f"{name}/") for path in flat)]
+
+
+def is_own(path: str, controls: Sequence[str]) -> bool:
+    """Whether a figure is the model's own: neither a control's nor a difference to one."""
+    return path.partition("/")[0] not in {*controls, *(OVER + name for name in controls)}
+
+
+def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(metric, value, interval, chance) of each figure, then for each control its value and what the model gains over
+    it, with the interval of the gain."""
     chance = dict(flatten(result.get("chance") or {}))
     bounds = bounds_of(result.get("intervals") or {})
     task = str(result["task"])
+    flat = dict(flatten(result["metrics"]))
+    controls = controls_of(flat)
+
+    def between(path: str) -> str:
+        return " .. ".join(say(task, path, end) for end in bounds[path]) if path in bounds else ""
+
     out = []
-    for path, value in flatten(result["metrics"]):
-        interval = " .. ".join(say(task, path, end) for end in bounds[path]) if path in bounds else ""
-        out.append(
-            (
-                path.replace("_", " ").replace("/", "  "),
-                say(task, path, value),
-                interval,
-                say(task, path, chance[path]) if path in chance else "",
-            )
-        )
+    for path, value in flat.items():
+        if not is_own(path, controls):
+            continue
+        row = [path.replace("_", " ").replace("/", "  "), say(task, path, value), between(path)]
+        row.append(say(task, path, chance[path]) if path in chance else "")
+        for name in controls:
+            over = f"{OVER}{name}/{path}"
+            row.append(say(task, path, flat[f"{name}/{path}"]) if f"{name}/{path}" in flat else "")
+            row.append(f"{say(task, over, flat[over])} ({between(over)})" if over in flat and over in bounds else "")
+        out.append(tuple(row))
     return out
 
 
@@ -87,8 +105,9 @@ def table_of(result: Result | Mapping[str, Any]) -> str:
         else f"{value['name']} ({value['task']})"
     )
     head = f"{title}: {value['samples']:,} samples of {value.get('data', {}).get('uri', 'memory')}{unit}"
-    rows = [("", "value", "95% interval", "chance"), *rows_of(value)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    heads = [head for name in controls_of(dict(flatten(value["metrics"]))) for head in (name, f"gain over {name}")]
+    rows = [("", "value", "95% interval", "chance", *heads), *rows_of(value)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4 + len(heads))]
     lines = [head]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]

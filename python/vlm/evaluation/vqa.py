@@ -19,6 +19,7 @@ from vlm.evaluation.controlled import MAIN, Figures, controlled, put, ratio
 from vlm.evaluation.pictured import Pictured
 from vlm.evaluation.result import Result
 from vlm.evaluation.text_metrics import (
+    YES_NO_COUNTED,
     YES_NO_FIGURES,
     calibration_error,
     exact,
@@ -162,11 +163,11 @@ def vqa_statistics(questions: Sequence[Question], answers: Sequence[str], kinds:
 def vqa_figures(kinds: Sequence[str], yes_no: bool) -> Figures:
     """exact, KIND/exact of each kind, and yes_no/... where questions are answered yes or no."""
     paths = ["exact", *(f"{kind}/exact" for kind in kinds)]
-    counted: list[int | None] = [1 + 2 * k for k in range(len(paths))]
+    counted: list[tuple[int, ...] | None] = [(1 + 2 * k,) for k in range(len(paths))]
     columns = 2 * len(paths)
     if yes_no:
         paths += [f"yes_no/{name}" for name in YES_NO_FIGURES]
-        counted += [None] * len(YES_NO_FIGURES)
+        counted += [c and tuple(columns + k for k in c) for c in YES_NO_COUNTED]
 
     def of(sums: Floats) -> Floats:
         parts = [ratio(sums[..., k], sums[..., k + 1]) for k in range(0, columns, 2)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm.evaluation.result import flatten
-from vlm.evaluation.table import OVER, bounds_of, is_percent, say
+from vlm.evaluation.table import OVER, bounds_of, controls_of, is_own, is_percent, say
 from vlm.reporting.words import count, escape, label, number
 
 Stored = Mapping[str, Any]
@@ -26,8 +26,8 @@ def written_figures(result: Stored) -> str:
     flat = dict(flatten(result["metrics"]))
     chance = dict(flatten(result.get("chance") or {}))
     bounds = bounds_of(result.get("intervals") or {})
-    controls = [name for name in CONTROLS if any(path.startswith(f"{name}/") for path in flat)]
-    own = [path for path in flat if path.partition("/")[0] not in {*controls, *(OVER + c for c in controls)}]
+    controls = controls_of(flat)
+    own = [path for path in flat if is_own(path, controls)]
     rows: list[str] = []
     group = None
     for path in own:

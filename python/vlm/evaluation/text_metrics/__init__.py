@@ -5,6 +5,7 @@ samples needs no second look at the texts. NumPy only.
 """
 
 from vlm.evaluation.text_metrics.answers import (
+    YES_NO_COUNTED,
     YES_NO_FIGURES,
     calibration_error,
     exact,
@@ -20,6 +21,7 @@ from vlm.evaluation.text_metrics.rouge import rouge_l
 from vlm.evaluation.text_metrics.words import ngrams, words
 
 __all__ = [
+    "YES_NO_COUNTED",
     "YES_NO_FIGURES",
     "Cider",
     "ObjectNames",

@@ -29,6 +29,8 @@ Said = Literal["yes", "no", "other"]
 
 YES_NO_STATISTICS = 5
 YES_NO_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_rate")
+YES_NO_COUNTED: tuple[tuple[int, ...] | None, ...] = ((0, 1, 2, 3, 4), (0, 1), (0, 3), None, (0, 1, 2, 3, 4))
+"""The statistics that count the observations of each figure; F1 is no share of observations."""
 
 
 def normalise_answer(text: str) -> str:

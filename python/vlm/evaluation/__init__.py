@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm.config.options import Options
+from vlm.evaluation.agreement import AgreementOptions
 from vlm.evaluation.caption import CaptionOptions
 from vlm.evaluation.cost import CostOptions
 from vlm.evaluation.hallucination import HallucinationOptions
@@ -28,6 +29,7 @@ TaskOptions = Annotated[
     | CaptionOptions
     | VqaOptions
     | HallucinationOptions
+    | AgreementOptions
     | CostOptions,
     Field(discriminator="task"),
 ]
@@ -44,6 +46,7 @@ class EvaluationOptions(Options):
 
 
 __all__ = [
+    "AgreementOptions",
     "CaptionOptions",
     "CostOptions",
     "EvaluationOptions",

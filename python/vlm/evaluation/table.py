@@ -7,10 +7,12 @@ from typing import Any
 
 from vlm.evaluation.result import Result, flatten
 
-PERCENT = ("retrieval", "zero-shot", "linear-probe", "vqa", "hallucination")
+PERCENT = ("retrieval", "zero-shot", "linear-probe", "vqa", "hallucination", "agreement")
 """Tasks whose figures are percentages, but for COUNTS."""
 
-COUNTS = frozenset({"mentions", "objects_named"})
+COUNTS = frozenset({"mentions", "objects_named", "divergence"})
+"""Figures of such tasks in a unit of their own: objects a caption, nats a token."""
+
 CONTROLS = ("shuffled", "none")
 OVER = "over_"
 """Before the name of a control: the figure less the control's."""

@@ -26,6 +26,8 @@ _LABELS = {
     "bits_per_token": "bits per token",
     "nats_per_token": "nats per token",
     "exact": "right",
+    "same_answer": "the same answer",
+    "same_token": "the same token",
     "yes_no": "yes or no",
     "f1": "F1",
     "yes_rate": "share of yes",

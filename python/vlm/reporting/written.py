@@ -11,7 +11,7 @@ from vlm.reporting.words import count, escape, label, number
 
 Stored = Mapping[str, Any]
 
-WRITING = ("caption", "vqa", "hallucination")
+WRITING = ("caption", "vqa", "hallucination", "agreement")
 CONTROLS = {"shuffled": "another picture", "none": "no picture"}
 SHOWN = 10
 """Examples on the page; a result may hold more."""

@@ -201,7 +201,10 @@ def _says(run: RunRecord) -> str:
             parts.append(f'<h3>{escape(label(name))}</h3><p class="soft">{_SAYS[task]}</p><div class="examples">{drawn}</div>')
     if not parts:
         return ""
-    intro = "Within each side they are the first ones of a random draw fixed by a seed: this mixture is not how often it is right, the figures above are."
+    intro = (
+        "Within each side they are the first ones of a random draw fixed by a seed: how often it is right is said by "
+        "the figures above, not by this mixture."
+    )
     return f'<p class="intro">{intro}</p>{"".join(parts)}'
 
 

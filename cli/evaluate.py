@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.reading import Reading
     from vlm.evaluation.task import Task
 
-TASKS = ("retrieval", "zero-shot", "linear-probe", "perplexity")
+TASKS = ("retrieval", "zero-shot", "linear-probe", "perplexity", "caption", "vqa", "hallucination", "cost")
 
 _EPILOG = """\b
 MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.
@@ -23,6 +23,8 @@ Examples:
   vlm evaluate runs/emoji --task zero-shot --labels-from category --template 'a drawing of a {}'
   vlm evaluate bundle --task zero-shot --data photos/ --classes names.txt --none-below 0.4 --json
   vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' --gate 'bits_per_character<=2.5'
+  vlm evaluate runs/llava --task vqa --data 'scenes:?n=500&split=val' --control none --gate 'lower:over_none.exact>=1'
+  vlm evaluate runs/llava --task caption --data 'data/emoji/val-*.tar' --prompt 'What is this?' --limit 200
 """
 
 
@@ -55,6 +57,20 @@ Examples:
     help='below this probability the answer is "none of these"',
 )
 @click.option("--train", metavar="URI", help="linear probe: data to fit on [default: folds by concept]")
+@click.option(
+    "--prompt", metavar="TEXT", help="what the user says about each picture; for vqa with {} for the question"
+)
+@click.option(
+    "--questions-from", metavar="FIELD", help="vqa: field with the list of a sample's questions [default: questions]"
+)
+@click.option(
+    "--control",
+    "controls",
+    type=click.Choice(("shuffled", "none", "off")),
+    multiple=True,
+    help="also with another picture or without one; off: neither [default: shuffled and none for caption and vqa]",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="longest answer in tokens [default: the task's]")
 @click.option("--limit", type=click.IntRange(min=1), help="evaluate a random draw of so many samples")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, help="of intervals, folds and draws [default: 0]"
@@ -85,7 +101,7 @@ Examples:
 @click.option("--save", is_flag=True, help="store the result in the run MODEL, for vlm report")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
 def command(model: Path, as_json: bool, **given: Any) -> None:
-    """Measure a model: retrieval, zero-shot, linear probe, perplexity."""
+    """Measure a model: retrieval, zero-shot, linear probe, perplexity; captions, answers, their cost."""
     from vlm.evaluation.encoder import describe_model, open_model
     from vlm.evaluation.result import Gate, save_results, write_json
     from vlm.evaluation.session import Session
@@ -110,6 +126,7 @@ def command(model: Path, as_json: bool, **given: Any) -> None:
         bad_budget=given["bad_budget"],
         batch=given["batch"],
         progress=_bar() if wants_bar() else None,
+        written=_words() if wants_bar() else None,
     )
     result = session.run(task)  # type: ignore[arg-type]
     for line in result.bad.get("first", []):
@@ -147,14 +164,25 @@ def _task(given: dict[str, Any]) -> Task:
         "templates": given["template"] or None,
         "none_below": given["none_below"],
         "train": given["train"],
+        "prompt": given["prompt"],
+        "questions_from": given["questions_from"],
+        "controls": _controls(given["controls"]),
+        "max_new_tokens": given["max_new_tokens"],
     }
-    options = {"templates": "--template", "labels_from": "--labels-from", "none_below": "--none-below"}
+    options = {
+        "controls": "--control",
+        "max_new_tokens": "--max-new-tokens",
+        "questions_from": "--questions-from",
+        "templates": "--template",
+        "labels_from": "--labels-from",
+        "none_below": "--none-below",
+    }
     try:
         adapter: pydantic.TypeAdapter[Task] = pydantic.TypeAdapter(TaskOptions)
         return adapter.validate_python({name: value for name, value in values.items() if value is not None})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][-1])
+        name = next((str(part) for part in reversed(first["loc"]) if isinstance(part, str)), "task")
         option = options.get(name, f"--{name}")
         if first["type"] == "extra_forbidden":
             raise RequestError(f"{option} does not go with --task {given['task']}") from error
@@ -163,6 +191,15 @@ def _task(given: dict[str, Any]) -> Task:
         raise RequestError(
             message if len(first["loc"]) < 2 else f"{option}: {message}", remedy=remedy
         ) from error
+
+
+def _controls(given: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The controls asked for, None for those of the task. Raises RequestError for `off` beside another."""
+    if "off" not in given:
+        return given or None
+    if len(set(given)) > 1:
+        raise RequestError("--control off does not go with other controls")
+    return ()
 
 
 def _data(given: dict[str, Any], run: Path | None) -> tuple[str, Reading]:
@@ -199,3 +236,10 @@ def _bar() -> Any:
         click.echo(f"\r{count:,} pictures embedded", err=True, nl=False)
 
     return progress
+
+
+def _words() -> Any:
+    def written(count: int, what: str) -> None:
+        click.echo(f"\r{what}: {count:,}", err=True, nl=False)
+
+    return written

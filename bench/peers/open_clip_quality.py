@@ -18,7 +18,6 @@ import numpy as np
 
 def store(data: str, val: str, output: Path, steps: int, batch: int, seeds: int, vocabulary: int) -> None:
     """Pixels [N, 3, 64, 64], ids [N, 32], the order of every seed [steps, batch], and the evaluation pictures and texts."""
-    from vlm.data.evaluation import iterate_once
     from vlm.data.loader import build_loader, open_split
     from vlm.data.options import DataOptions
     from vlm.data.tokenizer_options import BpeTokenizer, build_tokenizer
@@ -30,14 +29,16 @@ def store(data: str, val: str, output: Path, steps: int, batch: int, seeds: int,
     source = open_split(options, "train")
     tokenizer = build_tokenizer(BpeTokenizer(vocab_size=vocabulary), options, source, max_length=32)
     preprocess = Preprocess(64)
-    pixels, ids, numbers = [], [], {}
-    for part in iterate_once(options, tokenizer=tokenizer, preprocess=preprocess, split="train"):
-        pixels.append(part["image"].values.numpy())
-        ids.append(part["text"].values.numpy())
-        for draw in part.draws.tolist():
-            numbers[draw] = len(numbers)
-    np.save(output / "pixels.npy", np.concatenate(pixels))
-    np.save(output / "ids.npy", np.concatenate(ids))
+    pixels, ids = [], []
+    numbers: dict[int, int] = {}
+    for item in EvaluationData(data).items():
+        if item.problem is not None or item.picture is None:
+            raise SystemExit(f"{item.key}: {item.problem or 'no picture'}: both sides must see the same samples")
+        numbers[int(source.ids[item.index])] = len(numbers)
+        pixels.append(preprocess.to_array(item.picture()))
+        ids.append(tokenizer.encode([item.texts[0].strip()], 32)[0][0])
+    np.save(output / "pixels.npy", np.stack(pixels))
+    np.save(output / "ids.npy", np.stack(ids))
     for seed in range(seeds):
         with build_loader(options, tokenizer=tokenizer, preprocess=preprocess, batch_size=batch, seed=seed, source=source) as loader:
             rows = [[numbers[draw] for draw in next(loader).draws.tolist()] for _ in range(steps)]

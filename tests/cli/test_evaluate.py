@@ -170,6 +170,12 @@ def test_gates(vlm, place):
             "--template",
         ),
         (("{p}/dual", "--task", "perplexity", "--data", "{p}/text.jsonl"), 2, "needs a language model"),
+        (("{p}/dual", "--task", "vqa", "--data", "scenes:?n=2"), 2, "vqa needs a model that reads pictures and writes"),
+        (("{p}/dual", "--task", "retrieval", "--data", "x", "--prompt", "x"), 2, "--prompt does not go with --task retrieval"),
+        (("{p}/dual", "--task", "cost", "--data", "x", "--questions-from", "x"), 2, "--questions-from does not go with"),
+        (("{p}/dual", "--task", "vqa", "--data", "x", "--prompt", "x"), 2, "must hold {} exactly once"),
+        (("{p}/dual", "--task", "vqa", "--data", "x", "--control", "off", "--control", "none"), 2, "--control off"),
+        (("{p}/dual", "--task", "cost", "--data", "x", "--control", "none"), 2, "--control"),
         (("{p}/dual", "--task", "retrieval"), 2, "--data URI"),
         (("{p}/dual", "--task", "retrieval", "--data", "{p}/val.tar", "--save"), 2, "--save needs a run"),
         (("{p}/none", "--task", "retrieval", "--data", "{p}/val.tar"), 3, "no such model directory"),
@@ -212,3 +218,49 @@ def test_a_bad_sample_past_the_budget_is_exit_3(vlm, place, tmp_path):
     assert code == 3
     assert "1 of 10 samples are bad" in err
     assert "bad.png" in err or "bad" in err
+
+
+@pytest.fixture
+def writer(place, tmp_path, monkeypatch):
+    """(a run whose model is one that writes, its data): the command opens a model whose answers are known."""
+    pytest.importorskip("vlm.runtime.generation")
+    pytest.importorskip("vlm.runtime.chat")
+    from tests.evaluation.colour_generator import ColourGenerator, colour_shard
+
+    monkeypatch.setattr("vlm.evaluation.encoder.open_model", lambda path, **_: ColourGenerator({"blue": "green"}))
+    return place / "run", colour_shard(tmp_path / "val.tar")
+
+
+def test_writing_tasks_and_their_options(vlm, writer):
+    run, uri = writer
+    words = (run, "--task", "vqa", "--data", uri)
+    found = evaluated(vlm, *words)
+    assert found["metrics"]["color"]["exact"] == 75
+    assert {"none", "shuffled", "over_none", "over_shuffled"} <= set(found["metrics"])
+    found = evaluated(vlm, *words, "--control", "none", "--limit", 12, "--max-new-tokens", 3, "--prompt", "{} the")
+    assert "shuffled" not in found["metrics"]
+    assert found["samples"] == 12
+    assert found["options"]["max_new_tokens"] == 3
+    assert set(evaluated(vlm, *words, "--control", "off")["metrics"]) == {"exact", "color", "exists", "yes_no"}
+    assert vlm("evaluate", *words, "--questions-from", "absent")[0] == 3
+    assert vlm("evaluate", *words, "--gate", "lower:over_none.color.exact>=0")[0] == 0
+    assert vlm("evaluate", *words, "--gate", "over_none.color.exact>=90")[0] == 5
+    caption = evaluated(vlm, run, "--task", "caption", "--data", uri, "--prompt", "describe", "--max-new-tokens", 5)
+    assert {"cider", "bleu_4", "rouge_l", "nats_per_token", "none"} <= set(caption["metrics"])
+    cost = evaluated(vlm, run, "--task", "cost", "--data", uri, "--prompt", "describe", "--limit", 2)
+    assert cost["metrics"]["measured"]["tokens_per_second"] > 0
+    code, out, _ = vlm("evaluate", *words)
+    assert code == 0
+    assert "gain over none" in out
+
+
+def test_a_saved_result_is_on_the_page(vlm, writer):
+    run, uri = writer
+    for task in ("vqa", "caption"):
+        words = ("--prompt", "describe") if task == "caption" else ()
+        code, _, err = vlm("evaluate", run, "--task", task, "--data", uri, "--save", "--max-new-tokens", 6, *words)
+        assert code == 0, err
+    assert vlm("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    assert "What it says" in page
+    assert page.count("spoken") > 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from tests.data.data_makers import Ranks, write_texts
 from vlm.config.errors import DataError
-from vlm.data import DataOptions, Tokenizer, build_loader, iterate_once, open_source, source_texts
+from vlm.data import DataOptions, Tokenizer, build_loader, open_source, source_texts
+from vlm.data.options import DocumentPacker
+from vlm.data.packing import PackedRow, append_piece
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import Layout
 
@@ -70,23 +73,19 @@ def test_segments_and_positions_restart_with_each_document(uri, tokenizer):
         assert segment.tolist() == sorted(segment.tolist())
 
 
-def test_document_rows_predict_every_token_but_the_first_once(uri, tokenizer):
-    options = DataOptions.model_validate({"val": uri, "packer": {"kind": "document", "length": 8}})
-    expected = documents(uri, tokenizer)
-    found: dict[str, list[int]] = {}
-    characters = 0
-    for batch in iterate_once(options, tokenizer=tokenizer, batch_size=7):
-        characters += sum(batch.extra["characters"])
-        for key, ids, mask in zip(batch.keys, batch["text"].values, batch["text"].mask):
-            row = ids[mask].tolist()
-            if key in found:
-                assert row[0] == found[key][-1]  # context, predicted in the row before
-                found[key] += row[1:]
-            else:
-                found[key] = row
-    assert found == expected
-    source = open_source(uri)
-    assert characters == sum(len(source.read(i).fields["text"]) for i in range(len(source)))
+@pytest.mark.parametrize("length", [2, 3, 8, 64])
+def test_document_rows_predict_every_token_but_the_first_once(uri, tokenizer, length):
+    packer = DocumentPacker(length=length)
+    for key, ids in documents(uri, tokenizer).items():
+        rows, offset = [], 0
+        while not rows or offset:
+            row = PackedRow(key, 0, 0)
+            offset = append_piece(row, ids, offset, packer)
+            assert 0 < len(row.ids) <= length
+            rows.append(row.ids)
+        # The first token of a further row is context: it was predicted in the row before.
+        assert all(later[0] == earlier[-1] for earlier, later in pairwise(rows))
+        assert rows[0] + [token for row in rows[1:] for token in row[1:]] == ids
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

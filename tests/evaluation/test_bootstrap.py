@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlm.evaluation.bootstrap import bootstrap, cluster_ids
+from vlm.evaluation.bootstrap import bootstrap, bootstrap_sums, cluster_ids
 
 
 def test_value_is_the_mean_and_bounds_match_the_normal_theory():
@@ -69,3 +69,45 @@ def test_nothing_observed_is_refused():
         bootstrap(np.zeros(0))
     with pytest.raises(ValueError, match="denominator"):
         bootstrap(np.ones(3), np.zeros(3))
+
+
+def test_sums_give_the_bounds_of_the_ratio_that_they_are():
+    generator = np.random.default_rng(5)
+    top, bottom = generator.random((40, 2)), generator.random((40, 2)) + 0.5
+    names = (np.arange(40) // 3).tolist()
+    expected = bootstrap(top, bottom, clusters=names, seed=3, resamples=300)
+    found = bootstrap_sums(
+        np.concatenate([top, bottom], axis=1),
+        lambda sums: sums[..., :2] / sums[..., 2:],
+        clusters=names,
+        seed=3,
+        resamples=300,
+    )
+    for name in ("value", "lower", "upper"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+    assert found.clusters == expected.clusters == 14
+
+
+def test_a_paired_difference_is_narrower_than_its_parts():
+    generator = np.random.default_rng(6)
+    hard = generator.random(300)  # how hard a sample is, for both
+    first, second = (hard < 0.6).astype(float), (hard + 0.02 * generator.normal(size=300) < 0.55).astype(float)
+    rows = np.stack([first, second, np.ones(300)], axis=1)
+
+    def figures(sums):
+        a, b = sums[..., 0] / sums[..., 2], sums[..., 1] / sums[..., 2]
+        return np.stack([a, b, a - b], axis=-1)
+
+    found = bootstrap_sums(rows, figures)
+    width = found.upper - found.lower
+    assert found.value[2] == pytest.approx(found.value[0] - found.value[1])
+    assert width[2] < 0.6 * width[0]
+
+
+def test_a_replicate_where_a_figure_is_not_defined_is_left_out():
+    rows = np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    with np.errstate(invalid="ignore"):
+        found = bootstrap_sums(rows, lambda sums: (sums[..., 0] / sums[..., 1])[..., None])
+    assert (found.value[0], found.lower[0], found.upper[0]) == (1, 1, 1)
+    with pytest.raises(ValueError, match="no observations"):
+        bootstrap_sums(rows[:0], lambda sums: sums)

@@ -11,11 +11,14 @@ from pydantic import TypeAdapter
 
 from vlm.config.errors import DataError, RequestError
 from vlm.evaluation import (
+    CaptionOptions,
+    CostOptions,
     EvaluationOptions,
     LinearProbeOptions,
     PerplexityOptions,
     RetrievalOptions,
     TaskOptions,
+    VqaOptions,
     ZeroShotOptions,
     evaluate,
     evaluate_in_memory,
@@ -23,7 +26,7 @@ from vlm.evaluation import (
 )
 from vlm.evaluation.encoder import of_memory
 from vlm.evaluation.reading import EvaluationData, Reading
-from vlm.evaluation.session import Session
+from vlm.evaluation.session import Session, kinds_of
 
 
 def shard(path, samples):
@@ -166,6 +169,13 @@ def test_a_task_of_the_other_kind_of_model_is_refused(tiny_dual, tiny_language):
         Session(of_memory(*tiny_dual[:2], tiny_dual[0].preprocess()), "scenes:?n=2").run(PerplexityOptions())
     with pytest.raises(RequestError, match="needs a model of pictures"):
         Session(of_memory(*tiny_language[:2], None), "scenes:?n=2").run(RetrievalOptions())
+    dual, language = of_memory(*tiny_dual[:2], tiny_dual[0].preprocess()), of_memory(*tiny_language[:2], None)
+    assert (kinds_of(dual), kinds_of(language)) == (["pictures"], ["tokens"])
+    for model, can in ((dual, "try retrieval"), (language, "try perplexity")):
+        for task in (VqaOptions(), CaptionOptions(), CostOptions()):
+            with pytest.raises(RequestError, match=f"{task.task} needs a model that reads pictures and writes") as caught:
+                Session(model, "scenes:?n=2").run(task)
+            assert can in str(caught.value)
     with pytest.raises(RequestError, match="no data"):
         Session(of_memory(*tiny_dual[:2], tiny_dual[0].preprocess()), None).run(RetrievalOptions())
 
@@ -175,6 +185,10 @@ def test_tasks_are_told_apart_by_name_and_refuse_unknown_keys():
         {"every": "25%", "tasks": [{"task": "zero-shot", "labels_from": "name"}]}
     )
     assert isinstance(options.tasks[0], ZeroShotOptions)
+    written = {"task": "vqa", "controls": ["none"], "questions_from": "asked", "balance": "yes-no"}
+    assert TypeAdapter(TaskOptions).validate_python(written) == VqaOptions(
+        controls=("none",), questions_from="asked", balance="yes-no"
+    )
     with pytest.raises(ValueError, match="extra_forbidden|Extra inputs"):
         TypeAdapter(TaskOptions).validate_python({"task": "retrieval", "cutofs": [1]})
     with pytest.raises(ValueError, match="does not match any of the expected tags"):

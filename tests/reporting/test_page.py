@@ -299,3 +299,130 @@ def test_time_counts_the_parts_of_a_resumed_run(tmp_path):
     lines = [{"step": s, "time": t, "train/loss": 1.0} for s, t in ((1, 10.0), (2, 20.0), (3, 4.0), (4, 9.0))]
     (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_run(root).seconds == 29.0
+
+
+def written(task="vqa", **changes):
+    """A result of a task that reads what a model writes, as stored."""
+    own = {"exact": 60.0, "color": {"exact": 80.0}, "yes_no": {"f1": 55.0}}
+    blind = {"exact": 35.0, "color": {"exact": 20.0}, "yes_no": {"f1": 50.0}}
+    over = {"exact": 25.0, "color": {"exact": 60.0}, "yes_no": {"f1": 5.0}}
+
+    def around(tree, by):
+        return {
+            k: around(v, by) if isinstance(v, dict) else {"lower": v - by, "upper": v + by} for k, v in tree.items()
+        }
+
+    def example(i):
+        return {
+            "direction": task,
+            "key": f"k{i}",
+            "picture": PICTURE,
+            "question": f"what is <b>{i}</b>?",
+            "answer": "red" if i % 2 else "",
+            "truth": ["red"],
+            "right": bool(i % 2),
+            "half": "better" if i % 2 else "worse",
+            "cider": 3.25,
+            "absent": [] if i % 2 else ["a <i>ghost</i>"],
+            "controls": {"none": f"blind {i}", "shuffled": ""},
+        }
+
+    return {
+        "task": task,
+        "name": task,
+        "samples": 40,
+        "metrics": {**own, "none": blind, "over_none": over},
+        "intervals": {**around(own, 4), "none": around(blind, 4), "over_none": around(over, 9)},
+        "chance": {"exact": 30.0},
+        "details": {"questions": 120, "kinds": {"color": 40}, "yes_no_questions": 50, "clusters": 8},
+        "examples": [example(i) for i in range(14)],
+        "data": {"uri": "val.tar"},
+        **changes,
+    }
+
+
+def test_controls_stand_beside_the_scores(tmp_path):
+    html = render(read_run(make(tmp_path / "run", results=[written()])))
+    page = Page(html)
+    said = [values.get("aria-label", "") for _, values in page.tags]
+    assert "right: 60.0, 95% interval 56.0 to 64.0, chance 30.0, with no picture 35.0" in said
+    assert "F1: 55.0, 95% interval 51.0 to 59.0, with no picture 50.0" in said
+    text = "".join(page.text)
+    assert "no picture 35.0 (+25.0 ✓)" in text
+    # A gain whose interval holds 0 has no tick.
+    assert "no picture 50.0 (+5.0)" in text
+    assert "it is better than itself with no picture (+25.0; +16.0 to +34.0)" in text
+    assert "40 pictures of val.tar, 120 questions, intervals over 8 concepts" in text
+    assert "without a picture" in text
+    # The controls have no rows of their own.
+    assert sum(label.startswith("right: ") for label in said) == 2
+
+
+def test_an_interval_of_the_difference_decides_the_verdict(tmp_path):
+    def verdict(low, high, task="vqa", name="exact"):
+        value = {name: 10.0}
+        changes = {
+            "metrics": {**value, "none": value, "over_none": {name: (low + high) / 2}},
+            "intervals": {"over_none": {name: {"lower": low, "upper": high}}},
+            "chance": {},
+        }
+        root = make(tmp_path / f"{task}{low}{high}", results=[written(task, **changes)])
+        return "".join(Page(render(read_run(root))).text)
+
+    assert "it is better than itself" in verdict(1, 5)
+    assert "it is worse than itself" in verdict(-5, -1)
+    assert "not told apart from itself" in verdict(-1, 5)
+    # Fewer absent objects are better.
+    assert "it is better than itself" in verdict(-5, -1, "hallucination", "absent_object_rate")
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "bad"),
+    [
+        ("vqa", "✓ right", "✗ wrong"),
+        ("caption", "✓ word for word · CIDEr 3.25", "worse half · CIDEr 3.25"),
+        ("hallucination", "✓ nothing absent named", "✗ names what is not there"),
+    ],
+)
+def test_ten_pictures_with_what_was_said_right_and_wrong(tmp_path, task, good, bad):
+    html = render(read_run(make(tmp_path / "run", results=[written(task)])))
+    page = Page(html)
+    text = "".join(page.text)
+    assert "What it says" in text
+    assert (text.count(good), text.count(bad)) == (5, 5)
+    pictures = [values for tag, values in page.tags if tag == "img"]
+    assert [values["alt"] for values in pictures] == ["red"] * 10
+    assert "what is <b>3</b>?" in text
+    assert "blind 3" in text
+    assert text.count("nothing") >= 5 + 10
+    assert text.count("a <i>ghost</i>") == 5
+    assert not page.has("script")
+
+
+def test_cost_is_told_apart_into_counted_and_measured(tmp_path):
+    result = {
+        "task": "cost",
+        "name": "cost",
+        "samples": 8,
+        "metrics": {
+            "counted": {"parameters": 5_200_000, "cache_bytes": 3 * 2**20, "prefill_flops": 2.5e9},
+            "measured": {"time_to_first_token": 0.0123, "mean_tokens_per_second": 40.0},
+        },
+        "intervals": {"measured": {"mean_tokens_per_second": {"lower": 35.0, "upper": 44.0}}},
+        "details": {"positions_by_layer": [64, 32, 16]},
+    }
+    page = Page(render(read_run(make(tmp_path / "run", results=[result, written()]))))
+    text = "".join(page.text)
+    for said in ("5.2 million", "3.00 MiB", "2.5 billion", "12.3 ms", "35.0 to 44.0", "64 in the first layer, 16 in the last"):
+        assert said in text
+    assert page.has("div", role="img", **{"aria-label": "64, 32, 16"})
+    # What it answers stands before what that costs.
+    assert text.index("120 questions") < text.index("from shapes")
+
+
+def test_a_vision_language_run_says_how_to_measure_it(tmp_path):
+    preset = PRESET.replace("dual-encoder", "vision-language")
+    text = "".join(Page(render(read_run(make(tmp_path / "run", preset=preset)))).text)
+    assert "--task vqa --save" in text
+    assert "--task cost" in text
+    assert "vlm predict" not in text

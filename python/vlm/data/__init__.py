@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm.data.evaluation import iterate_once
     from vlm.data.loader import Loader, build_loader
     from vlm.data.options import DataOptions
     from vlm.data.samples import BadSample, Sample
@@ -27,7 +26,6 @@ _PLACES = {
     "Source": "vlm.data.sources.base",
     "Tokenizer": "vlm.data.tokenizer",
     "build_loader": "vlm.data.loader",
-    "iterate_once": "vlm.data.evaluation",
     "open_source": "vlm.data.sources.uri",
     "source_texts": "vlm.data.texts",
     "texts_of": "vlm.data.texts",
@@ -41,7 +39,6 @@ __all__ = [
     "Source",
     "Tokenizer",
     "build_loader",
-    "iterate_once",
     "open_source",
     "source_texts",
     "texts_of",

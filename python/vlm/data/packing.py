@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from vlm.config.errors import DataError
 from vlm.data.captions import text_values
 from vlm.data.ledger import Ledger, Quarantine
 from vlm.data.options import ConcatPacker, DataOptions, DocumentPacker
@@ -209,25 +208,3 @@ def append_piece(row: PackedRow, ids: list[int], offset: int, packer: DocumentPa
     if after >= len(ids):
         return 0
     return after - 1 if packer.kind == "document" else after
-
-
-def document_rows(
-    source: Source, options: DataOptions, tokenizer: Tokenizer, length: int, ledger: Ledger
-) -> Iterator[tuple[PackedRow, str]]:
-    """(row, text of the document) once through a source in its own order; the text only with the first row of each."""
-    order = EpochOrder(source.ids, 0, shuffle=False)
-    documents = Documents(source, order, options, tokenizer)
-    packer = DocumentPacker(length=length)
-    for position in range(len(source)):
-        ids, text, reason, _ = documents.at(position, len(source))
-        ledger.count(0, reason, lambda position=position: source.key(position))  # type: ignore[misc]
-        if ids is None:
-            continue
-        offset, first = 0, True
-        while first or offset:
-            row = PackedRow(source.key(position), stable_id(str(int(source.ids[position])), str(offset)), 0)
-            offset = append_piece(row, ids, offset, packer)
-            yield row, text if first else ""
-            first = False
-    if not ledger.epoch_good:
-        raise DataError(f"none of the {len(source)} documents can be used", remedy="see `vlm data check`")

@@ -8,16 +8,30 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm.config.options import Options
+from vlm.evaluation.agreement import AgreementOptions
+from vlm.evaluation.caption import CaptionOptions
+from vlm.evaluation.cost import CostOptions
+from vlm.evaluation.hallucination import HallucinationOptions
 from vlm.evaluation.linear_probe import LinearProbeOptions
 from vlm.evaluation.perplexity import PerplexityOptions
 from vlm.evaluation.result import Result, save_results
 from vlm.evaluation.retrieval import RetrievalOptions
 from vlm.evaluation.session import evaluate, evaluate_in_memory, numbers_of
+from vlm.evaluation.vqa import VqaOptions
 from vlm.evaluation.zero_shot import ZeroShotOptions
 from vlm.schedules.duration import Duration
 
 TaskOptions = Annotated[
-    RetrievalOptions | ZeroShotOptions | LinearProbeOptions | PerplexityOptions, Field(discriminator="task")
+    RetrievalOptions
+    | ZeroShotOptions
+    | LinearProbeOptions
+    | PerplexityOptions
+    | CaptionOptions
+    | VqaOptions
+    | HallucinationOptions
+    | AgreementOptions
+    | CostOptions,
+    Field(discriminator="task"),
 ]
 
 
@@ -32,12 +46,17 @@ class EvaluationOptions(Options):
 
 
 __all__ = [
+    "AgreementOptions",
+    "CaptionOptions",
+    "CostOptions",
     "EvaluationOptions",
+    "HallucinationOptions",
     "LinearProbeOptions",
     "PerplexityOptions",
     "Result",
     "RetrievalOptions",
     "TaskOptions",
+    "VqaOptions",
     "ZeroShotOptions",
     "evaluate",
     "evaluate_in_memory",

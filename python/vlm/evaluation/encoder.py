@@ -1,4 +1,7 @@
-"""Models as evaluation sees them: a torch model from a directory or from memory, or a bundle without torch."""
+"""Models as evaluation sees them: a torch model from a directory or from memory, or a bundle without torch.
+
+Three kinds: what embeds pictures and texts, what scores texts, what reads pictures and writes.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +182,8 @@ class TorchLanguage:
             return torch.cat(out).numpy() if out else np.zeros(0)
 
 
-AnyModel = Embedder | LanguageScorer
+AnyModel = Embedder | LanguageScorer | Any
+"""What embeds, what scores texts, or what writes: a `vlm.runtime.generation.Generator`."""
 
 
 def of_memory(
@@ -194,6 +198,10 @@ def of_memory(
         if preprocess is None:
             raise RequestError("a model of pictures needs their preprocessing")
         return TorchEmbedder(model, tokenizer, preprocess, name=name, batch=batch)
+    if "vocabulary" in offers.get("tokens", ()) and model.preprocesses():
+        from vlm.evaluation.generator import open_generator
+
+        return open_generator(model, tokenizer, name=name)
     if "vocabulary" in offers.get("tokens", ()):
         return TorchLanguage(model, tokenizer, name=name)
     raise RequestError(f"no evaluation task can use a model of kind {model.kind!r}")

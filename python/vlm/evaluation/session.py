@@ -11,19 +11,42 @@ from vlm.evaluation.encoder import AnyModel, of_memory
 from vlm.evaluation.linear_probe import LinearProbeOptions
 from vlm.evaluation.material import BadTally, Material, collect
 from vlm.evaluation.perplexity import PerplexityOptions, perplexity
+from vlm.evaluation.pictured import Pictured, collect_pictured
 from vlm.evaluation.reading import EvaluationData, Reading
 from vlm.evaluation.result import Result
+from vlm.evaluation.writing import WritingTask
 
 if TYPE_CHECKING:
     from vlm.data.tokenizer import Tokenizer
     from vlm.evaluation import TaskOptions
+    from vlm.evaluation.task import Needs
     from vlm.models import Model
 
 BAD_BUDGET = 0.01
 
+_KINDS: dict[Needs, tuple[str, str]] = {
+    "generator": ("a model that reads pictures and writes", "this one writes: try caption, vqa, hallucination or cost"),
+    "pictures": ("a model of pictures and texts", "this model embeds pictures and texts: try retrieval or zero-shot"),
+    "tokens": ("a language model", "this one is a language model: try perplexity"),
+}
+"""What a task needs -> the model in words, and what a model of that kind can do."""
+
+
+def kinds_of(model: AnyModel) -> list[Needs]:
+    """What a model is to the tasks, by what it offers: one that writes may also embed."""
+    offers: dict[Needs, bool] = {
+        "generator": hasattr(model, "stepper"),
+        "pictures": hasattr(model, "encode_image"),
+        "tokens": hasattr(model, "tokenize") and hasattr(model, "nats"),
+    }
+    return [kind for kind, offered in offers.items() if offered]
+
 
 class Session:
-    """Evaluates tasks on one model; data that several tasks share is read and embedded once."""
+    """Evaluates tasks on one model; data that several tasks share is read and embedded once.
+
+    progress: told how many pictures are embedded; written: how many answers there are, and which.
+    """
 
     def __init__(
         self,
@@ -35,6 +58,7 @@ class Session:
         bad_budget: float = BAD_BUDGET,
         batch: int = 64,
         progress: Callable[[int], None] | None = None,
+        written: Callable[[int, str], None] | None = None,
     ) -> None:
         self.model = model
         self.reading = reading or Reading()
@@ -43,8 +67,10 @@ class Session:
         self.bad_budget = bad_budget
         self.batch = batch
         self.progress = progress
+        self.written = written
         self._open: dict[str, EvaluationData] = {}
         self._materials: dict[tuple[str, int | None, int], Material] = {}
+        self._pictured: dict[tuple[str, int | None, int], Pictured] = {}
 
     def data_of(self, uri: str | None) -> EvaluationData:
         """The data of a task. Raises RequestError when there is none."""
@@ -59,8 +85,7 @@ class Session:
 
     def material(self, data: EvaluationData, limit: int | None, seed: int) -> Material:
         """The data's pictures, embedded; the same draw is embedded once."""
-        everything = limit is None or limit >= len(data)
-        key = (data.uri, None if everything else limit, 0 if everything else seed)
+        key = self._draw(data, limit, seed)
         if key not in self._materials:
             self._materials[key] = collect(
                 self.model,  # type: ignore[arg-type]
@@ -72,22 +97,39 @@ class Session:
             )
         return self._materials[key]
 
+    def pictured(self, data: EvaluationData, limit: int | None, seed: int) -> Pictured:
+        """The data's pictures, prepared for a model that writes; the same draw is read once."""
+        key = self._draw(data, limit, seed)
+        if key not in self._pictured:
+            self._pictured[key] = collect_pictured(
+                self.model,
+                data.items(limit, seed),
+                bad=BadTally(self.bad_budget),
+                reread=data.picture,
+                progress=self.written,
+            )
+        return self._pictured[key]
+
+    @staticmethod
+    def _draw(data: EvaluationData, limit: int | None, seed: int) -> tuple[str, int | None, int]:
+        """What tells one draw of samples from another."""
+        everything = limit is None or limit >= len(data)
+        return data.uri, None if everything else limit, 0 if everything else seed
+
     def run(self, task: TaskOptions) -> Result:
         """One task. Raises RequestError when the model cannot do it, DataError when the data cannot."""
-        embeds, scores = hasattr(self.model, "encode_image"), hasattr(self.model, "nats")
-        if task.needs == "pictures" and not embeds:
-            raise RequestError(
-                f"{task.task} needs a model of pictures and texts", remedy="this one is a language model"
-            )
-        if task.needs == "tokens" and not scores:
-            raise RequestError(
-                f"{task.task} needs a language model",
-                remedy="this model embeds pictures and texts: try retrieval or zero-shot",
-            )
+        kinds = kinds_of(self.model)
+        if task.needs not in kinds:
+            remedy = "; ".join(_KINDS[kind][1] for kind in kinds)
+            raise RequestError(f"{task.task} needs {_KINDS[task.needs][0]}", remedy=remedy or None)
         data = self.data_of(task.data)
         if isinstance(task, PerplexityOptions):
             items = data.items(task.limit, task.seed)
             result = perplexity(self.model, items, task, BadTally(self.bad_budget))  # type: ignore[arg-type]
+        elif isinstance(task, WritingTask):
+            samples = self.pictured(data, task.limit, task.seed)
+            result = task.run(samples, self.batch)
+            result = replace(result, data={"sha256": samples.fingerprint}, bad=samples.bad.as_json())
         else:
             material = self.material(data, task.limit, task.seed)
             if isinstance(task, LinearProbeOptions):

@@ -9,8 +9,9 @@ from pydantic import Field
 from vlm.config.options import Options
 from vlm.evaluation.bootstrap import RESAMPLES
 
-Needs = Literal["pictures", "tokens"]
-"""pictures: an embedder and samples with pictures; tokens: a language model and texts."""
+Needs = Literal["pictures", "tokens", "generator"]
+"""pictures: an embedder and samples with pictures; tokens: a language model and texts; generator: a model that reads
+pictures and writes, and samples with pictures."""
 
 Fields = str | tuple[str, ...]
 """One data field, or several of which the first that the data has is taken."""

@@ -8,13 +8,20 @@ from typing import Any
 from vlm.evaluation.result import flatten
 from vlm.evaluation.table import PERCENT, bounds_of, share
 from vlm.reporting.words import count, escape, label, number
+from vlm.reporting.written import WRITING, cost_figures, written_figures
 
 Stored = Mapping[str, Any]
 
 
 def figures(results: Sequence[Stored]) -> str:
-    """Each figure with its interval and chance level on a common scale."""
-    return "".join(_figures(result) for result in results)
+    """Each figure with its interval and chance level on a common scale; for models that write, their controls too."""
+    return "".join(_article(result) for result in results)
+
+
+def _article(result: Stored) -> str:
+    if result["task"] in WRITING:
+        return written_figures(result)
+    return cost_figures(result) if result["task"] == "cost" else _figures(result)
 
 
 def _figures(result: Stored) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 from vlm import __version__
 from vlm.evaluation.result import flatten, write_text
-from vlm.evaluation.table import PERCENT, bounds_of, share
+from vlm.evaluation.table import OVER, bounds_of, is_percent, say
 from vlm.reporting.charts import Line, line_chart, smooth
 from vlm.reporting.findings import confusion, figures, gallery, surprise
 from vlm.reporting.record import RunRecord, read_run
-from vlm.reporting.words import count, duration, escape, label, number
+from vlm.reporting.words import count, duration, escape, label
+from vlm.reporting.written import CONTROLS, said_gallery
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -34,6 +35,7 @@ def render(run: RunRecord) -> str:
     sections = [
         ("results", "How good it is", _results),
         ("learning", "How it learned", _learning),
+        ("says", "What it says", _says),
         ("finds", "What it finds", _finds),
         ("answers", "What it answers", _answers),
         ("mixes", "What it mixes up", _mixes),
@@ -80,13 +82,17 @@ def _headline(run: RunRecord) -> str:
         "zero-shot": ("top1",),
         "linear-probe": ("top1",),
         "perplexity": ("bits_per_character", "perplexity"),
+        "vqa": ("exact",),
+        "caption": ("cider",),
+        "hallucination": ("absent_object_rate", "yes_no/f1"),
+        "cost": ("measured/tokens_per_second",),
     }
     cells = []
     for result in run.results:
         flat = dict(flatten(result["metrics"]))
         chance = dict(flatten(result.get("chance") or {}))
         bounds = bounds_of(result.get("intervals") or {})
-        percent = result["task"] in PERCENT
+        task = str(result["task"])
         for path in wanted.get(result["task"], ()):
             if path not in flat:
                 continue
@@ -96,13 +102,15 @@ def _headline(run: RunRecord) -> str:
                 if head
                 else f"{result.get('name', result['task'])}, {label(name)}"
             )
-            low, high = bounds.get(path, (flat[path], flat[path]))
-            say = share if percent else number
-            than = f", chance {say(chance[path])}" if path in chance else ""
-            unit = "<sup>%</sup>" if percent else ""
+            ends = " to ".join(say(task, path, end) for end in bounds[path]) if path in bounds else ""
+            levels = [f"chance {say(task, path, chance[path])}"] if path in chance else []
+            if f"none/{path}" in flat:
+                levels.append(f"no picture {say(task, path, flat[f'none/{path}'])}")
+            unit = "<sup>%</sup>" if is_percent(task, path) else ""
+            below = ", ".join([ends] * bool(ends) + levels)
             cells.append(
-                f'<div><dt>{escape(title)}</dt><dd><span class="big">{say(flat[path])}{unit}</span><br>'
-                f"<small>{say(low)} to {say(high)}{than}</small></dd></div>"
+                f'<div><dt>{escape(title)}</dt><dd><span class="big">{say(task, path, flat[path])}{unit}</span>'
+                + (f"<br><small>{below}</small></dd></div>" if below else "</dd></div>")
             )
     return f'<dl class="headline">{"".join(cells[:4])}</dl>' if cells else ""
 
@@ -125,8 +133,15 @@ def _results(run: RunRecord) -> str:
     key = (
         '<ul class="key"><li><span class="track"><i class="value" style="left:50%"></i></span>measured</li>'
         '<li><span class="track"><i class="interval" style="left:10%;width:80%"></i></span>95% interval</li>'
-        '<li><span class="track"><i class="chance" style="left:50%"></i></span>chance: what guessing reaches</li></ul>'
+        '<li><span class="track"><i class="chance" style="left:50%"></i></span>chance: what guessing reaches</li>'
     )
+    if any(name in result["metrics"] for result in run.results for name in CONTROLS):
+        key += (
+            '<li><span class="track"><i class="control shuffled" style="left:50%"></i></span>with another picture</li>'
+            '<li><span class="track"><i class="control none" style="left:50%"></i></span>without a picture</li>'
+            "<li>in brackets the gain over it, ✓ where its interval leaves out 0</li>"
+        )
+    key += "</ul>"
     said = "The intervals come from drawing the samples again with replacement"
     return f'<p class="intro">{said}, whole concepts at a time where several pictures share one.</p><div class="results">{figures(run.results)}</div>{key}'
 
@@ -143,7 +158,9 @@ def _learning(run: RunRecord) -> str:
         charts.insert(0, line_chart("loss", _curve(series["train/loss"])))
     for task in sorted({n.split("/")[1] for n in series if n.startswith("eval/") and len(series[n]) > 1}):
         names = [n for n in series if n.startswith(f"eval/{task}/") and len(series[n]) > 1]
-        names = [n for n in names if n.endswith(("r@1", "top1", "bits_per_character"))] or names[:4]
+        names = [n for n in names if f"/{OVER}" not in n]  # the figures and their controls say it
+        names = [n for n in names if n.endswith(("r@1", "top1", "bits_per_character", "/exact", "/cider"))] or names[:4]
+        names.sort(key=lambda n: n.count("/"))
         lines = [Line(" ".join(label(p) for p in n.split("/")[2:]), series[n]) for n in names[:5]]
         charts.append(line_chart(f"{label(task)} while training", lines))
     rates = sorted(n for n in series if n.startswith("train/lr"))
@@ -165,6 +182,30 @@ def _curve(points: list[tuple[float, float]]) -> list[Line]:
     if len(points) < 30:
         return [Line("value", points)]
     return [Line("as logged", points, faint=True), Line("average", smooth(points))]
+
+
+_SAYS = {
+    "vqa": "Questions about the evaluated pictures: as many wrong answers as right ones, where there are so many.",
+    "caption": "Captions of the evaluated pictures: in turns from the worse and the better half by CIDEr.",
+    "hallucination": "Captions of the evaluated pictures: in turns with and without an object that is not there.",
+}
+"""How the examples of each task were chosen, which is not by success."""
+
+
+def _says(run: RunRecord) -> str:
+    parts = []
+    for result in run.results:
+        task = str(result["task"])
+        if task in _SAYS and (drawn := said_gallery(result)):
+            name = str(result.get("name") or task)
+            parts.append(f'<h3>{escape(label(name))}</h3><p class="soft">{_SAYS[task]}</p><div class="examples">{drawn}</div>')
+    if not parts:
+        return ""
+    intro = (
+        "Within each side they are the first ones of a random draw fixed by a seed: how often it is right is said by "
+        "the figures above, not by this mixture."
+    )
+    return f'<p class="intro">{intro}</p>{"".join(parts)}'
 
 
 def _finds(run: RunRecord) -> str:
@@ -301,7 +342,8 @@ def _quoted(run: RunRecord) -> str:
 
 
 def _task(run: RunRecord) -> str:
-    return "perplexity" if run.setting("model.kind") == "language" else "retrieval"
+    """The task that fits the run's model."""
+    return {"language": "perplexity", "vision-language": "vqa"}.get(str(run.setting("model.kind")), "retrieval")
 
 
 def _command(text: str) -> str:
@@ -315,6 +357,12 @@ def _next(run: RunRecord) -> str:
         steps.append(
             ("Go on where it stopped.", f"vlm {run.setting('method.command', 'pretrain')} --resume {root}")
         )
+    elif _task(run) == "vqa":
+        steps += [
+            ("Ask it about other pictures.", f"vlm evaluate {root} --task vqa --data questions.jsonl --save"),
+            ("See what an answer costs.", f"vlm evaluate {root} --task cost --save"),
+            ("Write an ONNX bundle that runs without torch.", f"vlm export {root} --output bundle"),
+        ]
     elif _task(run) == "perplexity":
         steps += [
             ("Measure it on other text.", f"vlm evaluate {root} --task perplexity --data texts.jsonl.gz"),

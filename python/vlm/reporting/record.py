@@ -16,6 +16,8 @@ from vlm.evaluation.result import read_result
 MAX_METRICS = 512 * 2**20
 MAX_HEADER = 100 * 2**20
 
+_ORDER = {"retrieval": 0, "vqa": 1, "caption": 2, "hallucination": 3, "cost": 99}
+
 Series = dict[str, list[tuple[float, float]]]
 """name -> (step, value) in the order they were logged."""
 
@@ -175,8 +177,8 @@ def _results(record: RunRecord) -> None:
             record.results.append(read_result(path))
         except DataError as error:
             record.missing.append(f"{path.name}: {error.message}")
-    # Retrieval first, as the reader expects; the others by name.
-    record.results.sort(key=lambda r: (r["task"] != "retrieval", str(r.get("name", r["task"]))))
+    # What the model is for first, as the reader expects, its cost last; the others between, by name.
+    record.results.sort(key=lambda r: (_ORDER.get(r["task"], 9), str(r.get("name", r["task"]))))
 
 
 def _model(record: RunRecord) -> None:

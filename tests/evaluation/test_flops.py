@@ -1,0 +1,78 @@
+"""The formula of operations against torch's own count of what a trunk does."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlm.evaluation.flops import (
+    GeneratorShape,
+    TowerShape,
+    TrunkShape,
+    cache_bytes,
+    generator_flops,
+    layer_flops,
+    prefill_flops,
+    step_flops,
+    tower_flops,
+)
+from vlm.models.blocks import Trunk, TrunkOptions
+from vlm.ops.backend import backend
+
+TRUNKS = [
+    {"width": 24, "depth": 3, "heads": 4, "ffn_width": 40},
+    {"width": 24, "depth": 2, "heads": 6, "kv_heads": 2, "ffn_width": 56, "ffn": "gated", "bias": False, "norm": "rmsnorm"},
+    {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_width": 12, "ffn_width": 31, "rope_theta": 100.0},
+]
+
+
+def counted(model, *inputs, **given):
+    # torch counts the matrix products of attention, but not its fused kernel of the CPU.
+    with backend("torch"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs, **given)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("settings", TRUNKS)
+@pytest.mark.parametrize("positions", [1, 2, 13])
+def test_pyramiddrop_operations_of_a_trunk_are_what_torch_counts(settings, positions):
+    options = TrunkOptions(**settings)
+    expected = counted(Trunk(options), torch.randn(1, positions, options.width), causal=True)
+    assert prefill_flops(TrunkShape.of(options), [positions] * options.depth) == expected > 0
+
+
+@pytest.mark.parametrize("settings", TRUNKS)
+def test_operations_of_new_queries_over_a_context_are_what_torch_counts(settings):
+    options = TrunkOptions(**settings)
+    block = Trunk(options).blocks[0]
+    queries, keys = 1, 9
+    x, context = torch.randn(1, queries, options.width), torch.randn(1, keys, options.width)
+    attention = counted(block.attention, x, context=context)
+    # With a cache only the new positions are projected to keys and values.
+    shape = TrunkShape.of(options)
+    again = 4 * (keys - queries) * shape.width * shape.kv_heads * shape.head_width
+    feed_forward = counted(block.ffn, x)
+    assert layer_flops(shape, queries, keys) == attention - again + feed_forward
+
+
+def test_pyramiddrop_cost_follows_the_positions_that_each_layer_keeps():
+    shape = TrunkShape(8, 4, 2, 2, 4, 16)
+    full, dropped = prefill_flops(shape, [64] * 4), prefill_flops(shape, [64, 32, 16, 8])
+    assert dropped == sum(layer_flops(shape, n, n) for n in (64, 32, 16, 8)) < full
+    # 2 matrices of 2 heads of 4, float32, at 120 positions in all.
+    assert cache_bytes(shape, [64, 32, 16, 8]) == 2 * 8 * 120 * 4
+    assert cache_bytes(shape, [5] * 4, 2) == 2 * 8 * 20 * 2
+    with pytest.raises(ValueError, match="2 numbers of positions for 4 layers"):
+        prefill_flops(shape, [1, 2])
+
+
+def test_a_whole_model_by_hand():
+    shape = TrunkShape(2, 1, 1, 1, 2, 3)
+    # n = 1: projections 2*1*2*2*4 = 32, attention 4*1*1*2 = 8, feed-forward 4*1*2*3 = 24.
+    assert layer_flops(shape, 1, 1) == 64
+    tower = TowerShape(shape, 1, 12, connector=4)
+    assert tower_flops(tower, 3) == 2 * 12 * 2 + 64 + 2 * 3 * 4
+    model = GeneratorShape({"decoder": 1}, {"image": tower}, {"image": 3}, shape, 10)
+    found = generator_flops(model, {"image": 2, "image.other": 1}, [1])
+    assert found == {"vision": 2 * 136, "decoder": 64 + 40, "total": 272 + 104}
+    assert step_flops(shape, [0], 10) == 64 + 40

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.cli.output import echo_json, echo_result, log, wants_bar
-from vlm.config.errors import ExitCode, RequestError
+from vlm.config.errors import CheckpointError, ExitCode, RequestError
 
 
 @dataclass
@@ -62,16 +62,21 @@ def settings_of(preset: str | None, overrides: tuple[str, ...], resume: Path | N
 def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     """Do the job; errors go up as VlmError."""
     from vlm.training.communicators import joined
+    from vlm.training.directory import RunDirectory
     from vlm.training.preset import load_preset
     from vlm.training.run import Run
     from vlm.training.trainer import Interrupted
 
     name, _ = settings_of(job.preset, job.overrides, job.resume)
+    preset: Any = None
+    resolved: Any = None
     if name is not None:
         preset, resolved = load_preset(name, job.all_overrides())
         _check_command(job, preset)
         output = job.output or Path("runs") / preset.method.key
         if not job.dry_run:
+            if "RANK" not in os.environ:  # before a base is trained for nothing; a rank may find what rank 0 has begun
+                RunDirectory(output).refuse_used()
             try:
                 preset, resolved = _with_bases(preset, resolved, bar=wants_bar() and not job.as_json)
             except Interrupted as signal:
@@ -80,7 +85,10 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     else:
         assert job.resume is not None
         output = job.resume
-        preset, resolved = load_preset(str(output / "preset.toml")) if (output / "preset.toml").is_file() else (None, None)
+        if (output / "preset.toml").is_file():
+            preset, resolved = load_preset(str(output / "preset.toml"))
+        elif job.dry_run:
+            raise CheckpointError("not a run: preset.toml is missing", where=str(output))
     processes = job.processes or (preset.scale.processes if preset is not None else 1)
     if processes > 1 and "RANK" not in os.environ and not job.dry_run:
         from vlm.training.launch import launch

@@ -25,8 +25,8 @@ def options(**table):
     return CompanionOptions.model_validate(table)
 
 
-def made(model, tables, *, asked=None, kept=None, of_stage=None, notes=None):
-    sources = CompanionSources({name: options(**table) for name, table in tables.items()}, model, None, kept or {}, of_stage)
+def made(model, tables, *, asked=None, kept=None, notes=None):
+    sources = CompanionSources({name: options(**table) for name, table in tables.items()}, model, None, kept or {})
     asked = list(tables) if asked is None else asked
     requests = {"objective": [Request.parse(f"{name}/text.embedding") for name in asked]}
     return sources.companions(requests, (notes if notes is not None else []).append)

@@ -21,6 +21,10 @@ from vlm.types import Request
 State = Mapping[str, Tensor]
 
 
+def _no_stage(name: str) -> Model:
+    raise RequestError(f"there is no stage {name!r} before this one")
+
+
 @dataclass
 class CompanionSources(Mapping[str, Model]):
     """The companions that a stage may have, by name; looking one up makes it.
@@ -33,7 +37,7 @@ class CompanionSources(Mapping[str, Model]):
     model: Model
     cache_folder: Path | None = None
     kept: Mapping[str, State] = field(default_factory=dict)
-    of_stage: Callable[[str], Model] | None = None
+    of_stage: Callable[[str], Model] = _no_stage
     made: dict[str, Companion] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Model:
@@ -90,11 +94,9 @@ class CompanionSources(Mapping[str, Model]):
                 if table.refresh == "run" and name in self.kept:
                     load_merged(model, self.kept[name])
             elif table.stage is not None:
-                if self.of_stage is None:
-                    raise RequestError(f"companion {name!r} names stage {table.stage!r}, and there is no earlier stage")
-                model = self._named(name, lambda: self.of_stage(table.stage))  # type: ignore[misc]
+                model = self._named(name, self.of_stage, table.stage)
             else:
-                model = self._named(name, lambda: load_model(table.source))
+                model = self._named(name, load_model, table.source)
         return Companion(
             name,
             model,
@@ -106,8 +108,8 @@ class CompanionSources(Mapping[str, Model]):
             cache_folder=self.cache_folder if table.cache else None,
         )
 
-    def _named(self, name: str, load: Callable[[], Model]) -> Model:
+    def _named(self, name: str, load: Callable[[str], Model], source: str) -> Model:
         try:
-            return load()
+            return load(source)
         except VlmError as error:
             raise type(error)(f"companion {name!r}: {error.message}", where=error.where, remedy=error.remedy) from error

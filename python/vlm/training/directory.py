@@ -59,14 +59,18 @@ class RunDirectory:
     def model(self) -> Path:
         return self.root / "model"
 
-    def create(self, preset_text: str) -> None:
-        """Begin a new run. Raises RequestError when the directory already holds something."""
+    def refuse_used(self) -> None:
+        """Raises RequestError when the directory already holds something."""
         if self.root.exists() and any(self.root.iterdir()):
             raise RequestError(
                 "the output directory is not empty",
                 where=str(self.root),
                 remedy=f"continue it with --resume {self.root}, or choose another --output",
             )
+
+    def create(self, preset_text: str) -> None:
+        """Begin a new run. Raises RequestError when the directory already holds something."""
+        self.refuse_used()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.preset.write_text(preset_text, encoding="utf-8")

@@ -188,7 +188,7 @@ def _replaced(values: Any, place: tuple[str | int, ...], value: Any) -> Any:
     if not place:
         return value
     out = list(values) if isinstance(values, list) else dict(values)
-    out[place[0]] = _replaced(out[place[0]], place[1:], value)  # type: ignore[call-overload,index]
+    out[place[0]] = _replaced(out[place[0]], place[1:], value)  # type: ignore[index]
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.cli.output import echo_json, echo_result, log, wants_bar
-from vlm.config.errors import ExitCode, RequestError
+from vlm.config.errors import CheckpointError, ExitCode, RequestError
 
 
 @dataclass
@@ -62,19 +62,33 @@ def settings_of(preset: str | None, overrides: tuple[str, ...], resume: Path | N
 def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     """Do the job; errors go up as VlmError."""
     from vlm.training.communicators import joined
+    from vlm.training.directory import RunDirectory
     from vlm.training.preset import load_preset
     from vlm.training.run import Run
     from vlm.training.trainer import Interrupted
 
     name, _ = settings_of(job.preset, job.overrides, job.resume)
+    preset: Any = None
+    resolved: Any = None
     if name is not None:
         preset, resolved = load_preset(name, job.all_overrides())
         _check_command(job, preset)
         output = job.output or Path("runs") / preset.method.key
+        if not job.dry_run:
+            if "RANK" not in os.environ:  # before a base is trained for nothing; a rank may find what rank 0 has begun
+                RunDirectory(output).refuse_used()
+            try:
+                preset, resolved = _with_bases(preset, resolved, bar=wants_bar() and not job.as_json)
+            except Interrupted as signal:
+                log("interrupted while a base was trained; the same command goes on from there")
+                return signal.code
     else:
         assert job.resume is not None
         output = job.resume
-        preset, resolved = load_preset(str(output / "preset.toml")) if (output / "preset.toml").is_file() else (None, None)
+        if (output / "preset.toml").is_file():
+            preset, resolved = load_preset(str(output / "preset.toml"))
+        elif job.dry_run:
+            raise CheckpointError("not a run: preset.toml is missing", where=str(output))
     processes = job.processes or (preset.scale.processes if preset is not None else 1)
     if processes > 1 and "RANK" not in os.environ and not job.dry_run:
         from vlm.training.launch import launch
@@ -122,27 +136,48 @@ def _check_command(job: Job, preset: Any) -> None:
     )
 
 
+def _with_bases(preset: Any, resolved: Any, *, bar: bool) -> tuple[Any, Any]:
+    """The preset with directories in place of the presets that it names as models; those are trained first, once."""
+    from vlm.workflows.bases import BaseStore, own_units
+
+    units = own_units(resolved.values)
+    return _replaced(preset, resolved, BaseStore(note=log, progress=bar).ready(units)) if units else (preset, resolved)
+
+
+def _replaced(preset: Any, resolved: Any, models: dict[str, Path]) -> tuple[Any, Any]:
+    from vlm.config.load import validate
+    from vlm.workflows.bases import with_bases
+
+    placed = with_bases(resolved, models)
+    return validate(placed, type(preset)), placed
+
+
 def _dry_run(job: Job, preset: Any, resolved: Any, output: Path, settings: dict[str, Any]) -> ExitCode:
-    """Assemble the first stage in a temporary directory, measure one small update, print the plan."""
+    """Assemble every stage in a temporary directory, measure one small update of each, print the plans."""
     import tempfile
 
     from vlm.training.directory import RunDirectory
-    from vlm.training.plan import make_plan
+    from vlm.training.plan import duration
+    from vlm.training.rehearsal import plans_of
     from vlm.training.run import Run
-    from vlm.training.trainer import Cursor
+    from vlm.workflows.bases import BaseStore, own_units
 
     with tempfile.TemporaryDirectory(prefix="vlm-dry-run-") as folder:
-        training = Run(RunDirectory(Path(folder)), preset, resolved, **settings)
-        plans = []
-        for index, stage in enumerate(training.stages):
-            parts = training.assemble(stage, Cursor(stage=index), initial=True)
-            try:
-                plans.append(make_plan(parts, str(output)))
-            finally:
-                parts.loader.close()
+        bases = BaseStore(note=log).rehearsed(own_units(resolved.values), Path(folder) / "bases")
+        if bases:
+            preset, resolved = _replaced(preset, resolved, {base.key: base.model for base in bases})
+        plans = plans_of(Run(RunDirectory(Path(folder) / "run"), preset, resolved, **settings), str(output))
     if job.as_json:
-        echo_json({"preset": preset.method.key, "output": str(output), "stages": [plan.to_json() for plan in plans]})
+        told = [
+            {"preset": base.key, "output": str(base.place), "trained": base.plans is None, "seconds": base.seconds} for base in bases
+        ]
+        echo_json(
+            {"preset": preset.method.key, "output": str(output), "bases": told, "stages": [plan.to_json() for plan in plans]}
+        )
     else:
+        for base in bases:
+            state = "there already" if base.plans is None else f"would be trained first, once: about {duration(base.seconds)}"
+            echo_result(f"base {base.key}: {state} ({base.place})")
         for plan in plans:
             echo_result("\n".join(plan.lines()))
     return ExitCode.DONE

@@ -5,6 +5,7 @@ import torch
 
 from vlm.types import Batch, Layout, Pictures, Request, TokenIds, VocabularyLayout
 from vlm.types.layout import IGNORE
+from vlm.types.outputs import split_key, wanted_of
 from vlm.types.state import join_tree, split_tree
 from vlm.types.vocabulary import Span
 
@@ -78,6 +79,31 @@ def test_requests_parse_and_print_alike():
     for text in ("image.embedding", "model/image", "model/image.hidden", "model/image.embedding:3", "model/image.pixels"):
         with pytest.raises(ValueError, match="request|layer"):
             Request.parse(text)
+
+
+def test_povid_a_request_names_the_picture_stream_with_which_a_text_is_read():
+    request = Request.parse("reference/answer.preferred@image.noisy.vocabulary")
+    assert (request.companion, request.stream, request.context) == ("reference", "answer.preferred", "image.noisy")
+    assert (request.field, request.layer) == ("vocabulary", None)
+    assert (request.key, request.view) == ("answer.preferred@image.noisy", "reference/answer.preferred@image.noisy")
+    assert str(request) == "reference/answer.preferred@image.noisy.vocabulary"
+    deep = Request.parse("model/text.masked@image.hidden:12")
+    assert (deep.context, deep.layer, deep.wanted, str(deep)) == ("image", 12, "hidden:12", "model/text.masked@image.hidden:12")
+    plain = Request.parse("model/answer.preferred.vocabulary")
+    assert plain.context is None
+    assert sorted([request, deep, plain]) == sorted([plain, request, deep]) == [plain, deep, request]
+    assert wanted_of([request, plain, deep, Request.parse("model/text.masked@image.vocabulary")], "model") == {
+        "answer.preferred": {"vocabulary"},
+        "text.masked@image": {"hidden:12", "vocabulary"},
+    }
+    assert split_key("a.b@c.d") == ("a.b", "c.d")
+    assert split_key("a.b") == ("a.b", None)
+
+
+@pytest.mark.parametrize("text", ["model/@image.vocabulary", "model/text@.vocabulary", "model/a@b@c.vocabulary", "model/.vocabulary", "model/t.hidden:x"])
+def test_a_context_or_layer_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="no request|no number"):
+        Request.parse(text)
 
 
 def test_vocabulary_spans_must_tile_the_ids():

@@ -194,6 +194,30 @@ def test_a_teacher_named_by_key_is_made_once_and_serves_every_unit(make_claim, m
     assert not baseline.bases
 
 
+PART = """
+[claim.overrides.start.parts]
+vision = "siglip-tiny"
+
+[claim.bases.siglip-tiny]
+model = { embed_dim = 32, vision = { width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }, text = { width = 48, depth = 1, heads = 1, length = 8 } }
+train = { steps = 3, batch_size = 32 }
+scale = { threads = 1 }
+"""
+
+
+def test_a_part_named_by_key_is_a_base_too(make_claim, make_workspace, tmp_path):
+    path = make_claim(extends="siglip-tiny")
+    with open(path, "a") as file:
+        file.write(PART)
+    claim = claim_of(path)
+    workspace = make_workspace()
+    unit = Measure(claim, workspace).seed_unit(claim.method, 0, 1.0)
+    assert set(unit.bases) == {"siglip-tiny"}
+    workspace.unit(claim.key, unit)
+    assert phases(workspace, claim) == ["base", "seed"]
+    assert len(list((tmp_path / "store" / "bases").glob("*/model/model.safetensors"))) == 1
+
+
 def test_a_directory_as_teacher_stays_a_directory(make_claim, make_workspace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip-tiny").mkdir()

@@ -152,6 +152,16 @@ class Tokenizer:
         value = self._config.get("model_max_length")
         return int(value) if isinstance(value, int | float) and 0 < value < 1_000_000 else None
 
+    def with_special(self, tokens: Sequence[str]) -> Tokenizer:
+        """A tokenizer that has these special tokens too: the missing ones get the next ids, all others keep theirs."""
+        core = tokenizers.Tokenizer.from_str(self._core.to_str())
+        core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens])
+        named = [_content(token) for token in self._config.get("additional_special_tokens") or ()]
+        config = {**self._config}
+        if more := [*named, *(token for token in dict.fromkeys(tokens) if token not in named)]:
+            config["additional_special_tokens"] = more
+        return Tokenizer(core, config)
+
     def token_to_id(self, token: str) -> int | None:
         return self._core.token_to_id(token)
 
@@ -198,6 +208,11 @@ class Tokenizer:
         if found is None:
             raise DataError(f"{name} {token!r} is not in the vocabulary")
         return found
+
+
+def _content(token: Any) -> str:
+    """A special token as a configuration writes it: the text, or a table with the text as `content`."""
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
 def _read(path: Path) -> str:

@@ -2,32 +2,80 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vlm.config.errors import CheckpointError, RequestError
 from vlm.config.options import Options
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, VocabularyLayout
 from vlm.types.export import ExportPart
-from vlm.types.outputs import Wanted
+from vlm.types.outputs import Wanted, split_key
+
+
+class FamilyOptions(Options):
+    """What the options of a family may say of parts that come from other models (`[start.parts]`).
+
+    A family without such parts need not derive from it: these are the answers that a run then takes.
+    """
+
+    @property
+    def text_part(self) -> str | None:
+        """Name of the part whose tokenizer the run takes; None: the run makes one by `[tokenizer]`."""
+        return None
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens such as "<image>" that the tokenizer must have; the vocabulary names the id by the word inside."""
+        return ()
+
+    def with_parts(self, parts: Mapping[str, Model]) -> Any:
+        """The options with the architecture of parts that they leave open, from the models (without weights) by name of
+        the part. Raises ValueError for a part that this family has not."""
+        return self
 
 
 class Model(nn.Module):
     """A model encodes the streams of a batch and says nothing it was not asked for.
 
-    offers: the fields it can give for pictures and for tokens, checked when a preset is validated.
+    offers: the fields it can give for pictures and for tokens; whatever else an objective asks is refused before training.
+    takes_context: whether it reads a text with a picture stream that the request names.
     """
 
     kind: ClassVar[str]
     options: Options
     vocabulary: VocabularyLayout
     offers: ClassVar[dict[str, frozenset[str]]]
+    takes_context: ClassVar[bool] = False
 
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
-        """Outputs of each wanted stream. Raises KeyError for a stream that the batch lacks."""
+        """Outputs of each wanted stream, under the key it was wanted by. Raises KeyError for a stream that the batch lacks."""
         raise TypeError(f"{type(self).__name__} defines no encode")
+
+    @staticmethod
+    def split_key(key: str) -> tuple[str, str | None]:
+        """(stream, context) of a wanted key: `text@image.noisy` is the text read with the pictures of `image.noisy`."""
+        return split_key(key)
+
+    def take_part(self, name: str, source: Model) -> None:
+        """Copy the weights of the part `name` (a dotted module name) from the part of that name of another model.
+
+        Raises RequestError when either model has no such part, CheckpointError for a tensor that is missing or misshapen.
+        """
+        mine, theirs = part_of(self, name).state_dict(), part_of(source, name).state_dict()
+        between = f"part {name!r} of this {self.kind} model and of the {source.kind} model given for it differ"
+        odd = sorted(mine.keys() ^ theirs.keys())
+        if odd:
+            raise CheckpointError(f"{between}: only {'this' if odd[0] in mine else 'the given'} model has {name}.{odd[0]}")
+        for key, tensor in mine.items():
+            if tensor.shape != theirs[key].shape:
+                raise CheckpointError(f"{between}: {name}.{key} is {tuple(tensor.shape)} here and {tuple(theirs[key].shape)} there")
+        with torch.no_grad():
+            for key, tensor in mine.items():
+                tensor.copy_(theirs[key])
 
     def temperature(self) -> tuple[Tensor | None, Tensor | None]:
         """(log scale, bias) of the model's own similarity, with gradient; (None, None) for a model without one."""
@@ -59,6 +107,15 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
         return self.encode(batch, wanted)
+
+
+def part_of(model: Model, name: str) -> nn.Module:
+    """The module of a dotted name. Raises RequestError that lists the parts there are."""
+    found = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if found is None or found is model:
+        known = ", ".join(child for child, _ in model.named_children())
+        raise RequestError(f"a {model.kind} model has no part {name!r}", remedy=f"its parts: {known}")
+    return found
 
 
 class PixelNorm(nn.Module):

@@ -1,7 +1,7 @@
 """The run directory: what a run leaves behind, and where.
 
 `preset.toml` (resolved), `environment.json`, `architecture/` (config, tokenizer and preprocessing, from the start),
-`metrics.jsonl`, `checkpoints/step-N/`, `quarantine.jsonl`, `model/` (final, Hugging Face layout), `report.html`.
+`metrics.jsonl`, `checkpoints/step-N/`, `stages/` (final weights that a later stage names), `quarantine.jsonl`, `model/` (final, Hugging Face layout), `report.html`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import vlm
-from vlm.config.errors import RequestError, RunFailed
+from vlm.config.errors import CheckpointError, RequestError, RunFailed
 from vlm.data.tokenizer import Tokenizer
 from vlm.models import Model
 from vlm.models.directory import model_files, save_model
 from vlm.runtime.preprocess import Preprocess
-from vlm.training.checkpoint import publish
+from vlm.training.checkpoint import flush, publish, sha256_of
+
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,18 @@ class RunDirectory:
     def model(self) -> Path:
         return self.root / "model"
 
-    def create(self, preset_text: str) -> None:
-        """Begin a new run. Raises RequestError when the directory already holds something."""
+    def refuse_used(self) -> None:
+        """Raises RequestError when the directory already holds something."""
         if self.root.exists() and any(self.root.iterdir()):
             raise RequestError(
                 "the output directory is not empty",
                 where=str(self.root),
                 remedy=f"continue it with --resume {self.root}, or choose another --output",
             )
+
+    def create(self, preset_text: str) -> None:
+        """Begin a new run. Raises RequestError when the directory already holds something."""
+        self.refuse_used()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.preset.write_text(preset_text, encoding="utf-8")
@@ -81,6 +91,34 @@ class RunDirectory:
             save_model(model, folder, tensors)
             write_companions_of(folder, tokenizer, preprocess)
         return self.model
+
+
+    def write_stage(self, index: int, state: dict[str, Tensor]) -> dict[str, str]:
+        """Final weights of a stage, under the names of a model without adapters. Returns what `read_stage` takes."""
+        folder = self.root / "stages"
+        name = f"{index}.safetensors"
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file({key: tensor.detach().contiguous().clone() for key, tensor in state.items()}, folder / f".{name}.partial")
+            flush(folder / f".{name}.partial")
+            os.replace(folder / f".{name}.partial", folder / name)
+        except OSError as error:
+            raise RunFailed(f"cannot be written: {error.strerror or error}", where=str(folder / name)) from error
+        return self.stage_entry(index)
+
+    def stage_entry(self, index: int) -> dict[str, str]:
+        name = f"{index}.safetensors"
+        return {"file": name, "sha256": sha256_of(self.root / "stages" / name)}
+
+    def read_stage(self, entry: dict[str, str]) -> dict[str, Tensor]:
+        """The weights of an entry. Raises CheckpointError when the file is gone or altered."""
+        path = self.root / "stages" / Path(entry["file"]).name
+        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+            raise CheckpointError("is missing or altered (its hash differs); a companion has these weights", where=str(path))
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
 
 
 def write_companions_of(folder: Path, tokenizer: Tokenizer, preprocess: Preprocess | None) -> None:

@@ -22,6 +22,7 @@ from vlm.models import Model
 from vlm.objectives import Objective
 from vlm.schedules import Scalar, value_at
 from vlm.training.companions import Companions
+from vlm.training.requests import check_streams
 from vlm.types import Batch, Communicator, Context, Outputs, Stream, Terms, TokenIds, Views
 from vlm.types.outputs import wanted_of
 from vlm.types.random import draw_key
@@ -87,7 +88,9 @@ class Engine:
         self.seed = seed
         self.precision = precision
         self.requests = sorted({request for o in self.objectives for request in o.objective.requires})
+        self.asked = {o.name: o.objective.requires for o in self.objectives}
         self.wanted = wanted_of(self.requests, "model")
+        self._checked = False
         self.per_sample = [o for o in self.objectives if o.objective.scope == "sample"]
         self.per_batch = [o for o in self.objectives if o.objective.scope == "batch"]
         self._committed: list[tuple[Objective, Views, Context]] = []
@@ -98,7 +101,13 @@ class Engine:
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
     def update(self, batches: Sequence[Batch], clock: Clock) -> UpdateResult:
-        """Fill the gradients for one global update; `batches` are this rank's micro-batches."""
+        """Fill the gradients for one global update; `batches` are this rank's micro-batches.
+
+        Raises RequestError, at the first update, for an objective that asks what data or models do not give.
+        """
+        if not self._checked:
+            check_streams(self.asked, {**self.companions.models(), "model": self.model}, batches[0])
+            self._checked = True
         totals = {o.name: self._total_weight(o, batches) for o in self.per_sample}
         sums: dict[str, Tensor] = {}
         scalars: dict[str, list[tuple[float, float]]] = {}
@@ -167,9 +176,9 @@ class Engine:
         torch.manual_seed(clock.key(self.seed, "model", index, self.communicator.rank))
         views = Views()
         with self.autocast():
-            for stream, outputs in self.model.encode(batch, self.wanted).items():
-                views[f"model/{stream}"] = outputs
-        views.update(self.companions.views(batch, self.requests))
+            for key, outputs in self.model.encode(batch, self.wanted).items():
+                views[f"model/{key}"] = outputs
+        views.update(self.companions.views(batch, self.requests, self.autocast))
         return views
 
     def _context(self, batch: Batch, clock: Clock) -> Context:
@@ -271,7 +280,7 @@ def gather_streams(parts: Sequence[Stream], batches: Sequence[Batch], communicat
             pieces = [piece + offset for piece, offset in zip(pieces, offsets)]
         if isinstance(parts[0], TokenIds) and pieces[0].dim() == 2:
             longest = max(n for (n,) in communicator.gather_numbers([max(piece.shape[1] for piece in pieces)]))
-            pieces = [_padded(piece, longest) for piece in pieces]
+            pieces = [_padded(piece, longest, -1 if item.name == "segment" else 0) for piece in pieces]
         gathered[item.name] = torch.cat(communicator.gather_rows(torch.cat(pieces)))
     return type(parts[0])(**gathered)
 
@@ -353,10 +362,10 @@ class _Leaves:
         return total
 
 
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    """[n, N, ...] with the second axis filled to `length` by zeros (False)."""
+def _padded(tensor: Tensor, length: int, value: int = 0) -> Tensor:
+    """[n, N, ...] with the second axis filled to `length` by `value` (zero is False)."""
     if tensor.shape[1] == length:
         return tensor
-    out = tensor.new_zeros((tensor.shape[0], length, *tensor.shape[2:]))
+    out = tensor.new_full((tensor.shape[0], length, *tensor.shape[2:]), value)
     out[:, : tensor.shape[1]] = tensor
     return out

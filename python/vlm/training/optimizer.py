@@ -24,12 +24,14 @@ class OptimizerOptions(Options):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     momentum: float = Field(0.9, ge=0, description="sgd only")
+    reset: bool = Field(False, description="a stage begins with a new optimiser instead of the moments of the stage before")
 
 
 class NamedOptimizer:
     """A torch optimiser over named parameters; groups differ in rate factor and weight decay."""
 
     def __init__(self, options: OptimizerOptions, named: Mapping[str, nn.Parameter], rates: Sequence[RatePattern]) -> None:
+        self.options = options
         self.base_rate = options.lr
         self.named = dict(named)
         groups: dict[tuple[float, float], list[str]] = {}

@@ -103,8 +103,11 @@ def make_plan(parts: Parts, output: str) -> Plan:
         top = name.partition(".")[0]
         groups[top] = groups.get(top, 0) + parameter.numel()
     slots = 2 if parts.stage.optimizer.kind == "adamw" else 1
+    others = [member for member in parts.companions.members.values() if not member.live]
+    sizes = {member.name: 4 * sum(p.numel() for p in member.model.parameters()) for member in others}
     memory = {
         "weights": 4 * total,
+        **({"companions": sum(sizes.values())} if others else {}),
         "gradients": 4 * trainable,
         "optimiser": 4 * slots * trainable,
         "activations": round(activations / len(probe) * micro),
@@ -112,7 +115,7 @@ def make_plan(parts: Parts, output: str) -> Plan:
     }
     replays = 1 if train.accumulate == 1 or not parts.engine.per_batch else 4 / 3
     per_step = elapsed / len(probe) * share * replays
-    checkpoint = 4 * total + 4 * slots * trainable
+    checkpoint = 4 * total + 4 * slots * trainable + sum(sizes[member.name] for member in others if member.stateful)
     disk = {"checkpoints": checkpoint * max(1, train.keep or 1), "model": 4 * total}
     return Plan(
         stage=parts.stage.name,

@@ -20,7 +20,7 @@ from vlm.evaluation import EvaluationOptions
 from vlm.models import ModelOptions
 from vlm.objectives import AnyObjective
 from vlm.schedules import Duration, LearningRateOptions
-from vlm.training.companions import CompanionOptions
+from vlm.training.companion_options import CompanionOptions
 from vlm.training.optimizer import OptimizerOptions
 from vlm.tuning import TuningOptions
 
@@ -39,7 +39,8 @@ class MethodOptions(Options):
 class StartOptions(Options):
     """Where the weights come from."""
 
-    model: str | None = Field(None, description="model directory, run or Hugging Face directory to start from")
+    model: str | None = Field(None, description="model directory, run, Hugging Face directory or key of a preset to start from")
+    parts: dict[str, str] = Field({}, description="part of the model -> a model of any of these kinds that its weights come from")
 
 
 class TrainOptions(Options):
@@ -215,4 +216,13 @@ def stages_of(resolved: Resolved) -> list[Stage]:
     for index, entry in enumerate(entries):
         merged = resolved.derive(merge_tables(whole, entry), inside=("stages", index))
         stages.append(validate(merged, Stage))
+    names = [stage.name for stage in stages]
+    for stage in stages:
+        for companion, table in stage.companions.items():
+            if table.stage is not None and table.stage not in names:
+                raise resolved.error(
+                    ("companions", companion, "source"),
+                    f"companion {companion!r} of stage {stage.name!r} names a stage {table.stage!r} that does not exist",
+                    remedy=f"stages: {', '.join(names)}",
+                )
     return stages

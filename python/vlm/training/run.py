@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,30 @@ from vlm.config.writing import to_toml
 from vlm.data.loader import Loader, build_loader, open_split
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
-from vlm.data.tokenizer_options import build_tokenizer
 from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
 from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
-from vlm.models.directory import find_model_directory
 from vlm.objectives import BuildContext
+from vlm.training.assembly import build_objective, choose_trainable, steps_of
 from vlm.training.average import WeightAverage
+from vlm.training.carry import Carried
 from vlm.training.checkpoint import Checkpoints
-from vlm.training.companions import Companions
-from vlm.training.directory import RunDirectory
+from vlm.training.companion_sources import CompanionSources
+from vlm.training.directory import Note, RunDirectory
 from vlm.training.engine import Engine, Weighted
 from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of
+from vlm.training.requests import check_offers
+from vlm.training.start import Start, vocabulary_of
 from vlm.training.trainer import Cursor, Parts, Trainer
-from vlm.tuning import add_lora, lora_files, merged_state, trainable
-from vlm.types import Communicator, SingleProcess, VocabularyLayout
+from vlm.tuning import add_lora, lora_files, merged_state
+from vlm.types import Communicator, SingleProcess
 from vlm.types.random import draw_key
 from vlm.types.state import Tree
 
-Note = Callable[[str], None]
+__all__ = ["Run", "RunResult", "vocabulary_of"]
 
 
 @dataclass
@@ -119,10 +120,11 @@ class Run:
         checkpoints = Checkpoints(self.directory.checkpoints, keep=self.stages[0].train.keep)
         found = checkpoints.newest(self.note, strict=strict)
         tree: Tree | None = None
-        cursor = Cursor()
+        cursor, carried = Cursor(), Carried()
         if found is not None:
-            cursor.load_state_dict(found[1]["cursor"])
             tree = found[1]
+            cursor.load_state_dict(tree["cursor"])
+            carried.load_state_dict(tree["carried"])
             self.note(f"continuing from {checkpoints.path(found[0])}")
         root = self.directory if self.communicator.rank == 0 else None
         board = self.directory.root / "tensorboard" if self.stages[0].train.tensorboard else None
@@ -134,11 +136,10 @@ class Run:
         while not cursor.done:
             stage = self.stages[cursor.stage]
             try:
-                parts = self.assemble(stage, cursor, initial=tree is None, weights=previous)
+                parts = self.assemble(stage, cursor, initial=tree is None, weights=previous, carried=carried)
             except VlmError:
                 metrics.close()
-                if self.fresh and cursor.total == 0 and self.communicator.rank == 0:
-                    shutil.rmtree(self.directory.root)  # nothing was trained: the same command may be given again, mended
+                self._abandon(cursor)
                 raise
             trainer = Trainer(
                 parts,
@@ -154,20 +155,26 @@ class Run:
                 if tree is not None:
                     trainer.load_state_dict(tree)
                     tree = None
+                else:
+                    carried.give(parts.objectives, parts.companions, parts.optimizer)
                 trainer.run()
                 previous = self._final_state(parts)
                 if cursor.stage + 1 == len(self.stages):
                     cursor.done = True
                     trainer.save()
                 else:
+                    carried.take(parts.objectives, parts.companions, parts.optimizer)
+                    self._keep_stage(cursor.stage, previous, carried)
                     cursor.stage, cursor.step = cursor.stage + 1, 0
-            except BaseException:
+            except BaseException as error:
                 metrics.close()
+                if isinstance(error, RequestError):
+                    self._abandon(cursor)
                 raise
             finally:
                 parts.loader.close()
         if parts is None:  # resumed after the last update
-            parts = self.assemble(self.stages[-1], cursor, initial=False)
+            parts = self.assemble(self.stages[-1], cursor, initial=False, carried=carried)
             with contextlib.closing(parts.loader):
                 if tree is not None:
                     trainer = Trainer(parts, cursor, checkpoints, metrics, self.communicator, note=self.note)
@@ -176,10 +183,27 @@ class Run:
         assert previous is not None
         return self._finish(parts, previous, cursor, metrics, started)
 
+    def _abandon(self, cursor: Cursor) -> None:
+        """Take a new run's directory away again when nothing was trained: the same command may be given again, mended."""
+        if self.fresh and cursor.total == 0 and self.communicator.rank == 0:
+            shutil.rmtree(self.directory.root)
+
     def assemble(
-        self, stage: Stage, cursor: Cursor, *, initial: bool, weights: dict[str, torch.Tensor] | None = None, data: bool = True
+        self,
+        stage: Stage,
+        cursor: Cursor,
+        *,
+        initial: bool,
+        weights: dict[str, torch.Tensor] | None = None,
+        carried: Carried | None = None,
+        rehearse: bool = False,
     ) -> Parts:
-        """Everything a stage trains with. initial: fresh or published weights are wanted, not a checkpoint's."""
+        """Everything a stage trains with. initial: fresh or published weights are wanted, not a checkpoint's.
+
+        weights, carried: what the stages before left. rehearse: they have not been run (a dry run), and fresh weights
+        stand for what they would leave.
+        """
+        carried = carried if carried is not None else Carried()
         model = self.model_of(stage, initial=initial and weights is None)
         if weights is not None:
             model.load_state_dict(weights)
@@ -187,80 +211,76 @@ class Run:
         if tuning.lora is not None:
             torch.manual_seed(draw_key(seed, "lora", cursor.stage))
             add_lora(model, tuning.lora)
-        self._choose_trainable(model, stage)
+        choose_trainable(model, tuning)
         model.set_recompute(stage.train.recompute)
-        companions = Companions.build(stage.companions, model, self.directory.root / "cache")
-        torch.manual_seed(draw_key(seed, "objectives", cursor.stage))
         source = open_split(stage.data, "train")
         self.note(f"data: {stage.data.source} is {source.kind}, {len(source)} samples")
         loader = self._loader(stage, model, source)
-        classes = loader.classes().get(stage.data.label or "", ())
-        context = BuildContext(model, companions.models(), classes)
-        objectives = nn.ModuleDict({options.name: self._objective(options, context) for options in stage.objectives})
-        weighted = [Weighted(o.name, objectives[o.name], o.weight) for o in stage.objectives]  # type: ignore[arg-type]
-        engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        named |= {f"objectives.{name}": p for name, p in objectives.named_parameters() if p.requires_grad}
-        if not named:
-            raise RequestError("nothing is trainable in this stage", remedy="check tuning.train and tuning.freeze")
-        samples = None if stage.data.packer is not None else len(source)
-        return Parts(
-            stage=stage,
-            model=model,
-            engine=engine,
-            optimizer=NamedOptimizer(stage.optimizer, named, tuning.rates),
-            companions=companions,
-            loader=loader,
-            objectives=objectives,
-            average=WeightAverage(model, stage.train.average) if stage.train.average else None,
-            steps=self.steps_of(stage, samples),
-            samples=samples,
-        )
-
-    @staticmethod
-    def steps_of(stage: Stage, samples: int | None) -> int:
-        """Updates of a stage."""
-        if stage.train.steps is not None:
-            return stage.train.steps
-        if samples is None:
-            raise RequestError("train.epochs needs a source of known length", remedy="give train.steps")
-        assert stage.train.epochs is not None
-        return max(1, round(stage.train.epochs * samples / stage.train.batch_size))
+        try:
+            sources = CompanionSources(
+                stage.companions,
+                model,
+                self.directory.root / "cache",
+                carried.companions,
+                lambda name: self._stage_model(name, cursor.stage, carried, rehearse=rehearse),
+            )
+            torch.manual_seed(draw_key(seed, "objectives", cursor.stage))
+            context = BuildContext(model, sources, loader.classes().get(stage.data.label or "", ()))
+            objectives = nn.ModuleDict({options.name: build_objective(options, context) for options in stage.objectives})
+            weighted = [Weighted(o.name, objectives[o.name], o.weight) for o in stage.objectives]  # type: ignore[arg-type]
+            asked = {entry.name: entry.objective.requires for entry in weighted}
+            companions = sources.companions(asked, self.note)
+            check_offers(asked, {**companions.models(), "model": model})
+            engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
+            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            named |= {f"objectives.{name}": p for name, p in objectives.named_parameters() if p.requires_grad}
+            if not named:
+                raise RequestError("nothing is trainable in this stage", remedy="check tuning.train and tuning.freeze")
+            samples = None if stage.data.packer is not None else len(source)
+            return Parts(
+                stage=stage,
+                model=model,
+                engine=engine,
+                optimizer=NamedOptimizer(stage.optimizer, named, tuning.rates),
+                companions=companions,
+                loader=loader,
+                objectives=objectives,
+                average=WeightAverage(model, stage.train.average) if stage.train.average else None,
+                steps=steps_of(stage, samples),
+                samples=samples,
+                carried=carried,
+            )
+        except BaseException:
+            loader.close()
+            raise
 
     def model_of(self, stage: Stage, *, initial: bool) -> Model:
         """The architecture of a stage; with `initial` also its first weights."""
-        start = stage.start.model
-        own = self.directory.architecture
-        if (own / "vlm.json").is_file():
-            self.tokenizer = self.tokenizer or Tokenizer.load(own)
-        else:
-            self._write_architecture(stage)
-        assert self.tokenizer is not None
-        if not initial:
-            return load_model(own, weights=False)
-        if start is not None:
-            return load_model(start)
-        assert stage.model is not None
-        torch.manual_seed(draw_key(stage.train.seed, "init"))
-        return stage.model.build(vocabulary_of(self.tokenizer))
+        start = Start(self.directory, self.communicator, self.note)
+        self.tokenizer = self.tokenizer or start.tokenizer(stage)
+        return start.model(stage, self.tokenizer, initial=initial)
 
-    def _write_architecture(self, stage: Stage) -> None:
-        """Tokenizer and architecture, once a run; rank 0 writes, the others wait and read."""
-        own = self.directory.architecture
-        if self.communicator.rank == 0:
-            if stage.start.model is not None:
-                folder = find_model_directory(stage.start.model)
-                tokenizer, model = Tokenizer.load(folder), load_model(folder, weights=False)
-            else:
-                if stage.model is None:
-                    raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")
-                source = open_split(stage.data, "train")
-                tokenizer = build_tokenizer(stage.tokenizer, stage.data, source, max_length=stage.model.text_length)
-                self.note(f"tokenizer: {tokenizer.vocab_size} ids")
-                model = stage.model.build(vocabulary_of(tokenizer))
-            self.directory.write_architecture(model, tokenizer, model.preprocess())
-        self.communicator.barrier()
-        self.tokenizer = Tokenizer.load(own)
+    def _keep_stage(self, index: int, state: dict[str, torch.Tensor], carried: Carried) -> None:
+        """Write the final weights of a stage where a companion of a later one has them."""
+        name = self.stages[index].name
+        if any(table.stage == name for later in self.stages[index + 1 :] for table in later.companions.values()):
+            if self.communicator.rank == 0:
+                self.directory.write_stage(index, state)
+            self.communicator.barrier()
+            carried.stages[name] = self.directory.stage_entry(index)
+
+    def _stage_model(self, name: str, now: int, carried: Carried, *, rehearse: bool) -> Model:
+        """The model with the final weights of an earlier stage. Raises RequestError when it is not earlier."""
+        earlier = [stage.name for stage in self.stages[:now]]
+        if name not in earlier:
+            raise RequestError(
+                f"stage {name!r} has not been run when stage {self.stages[now].name!r} begins",
+                remedy=f"stages before it: {', '.join(earlier) or 'none'}",
+            )
+        model = load_model(self.directory.architecture, weights=False)
+        if not rehearse:
+            model.load_state_dict(self.directory.read_stage(carried.stages[name]))
+        return model
 
     def _loader(self, stage: Stage, model: Model, source: Source) -> Loader:
         """The training data as this model reads them; texts are cut at the model's own length."""
@@ -280,23 +300,6 @@ class Run:
             source=source,
             quarantine=self.directory.root if self.communicator.rank == 0 else None,
         )
-
-    def _objective(self, options: Any, context: BuildContext) -> nn.Module:
-        try:
-            return options.build(context)
-        except (ValueError, AttributeError) as error:
-            raise RequestError(f"objective {options.name!r} cannot be built: {error}") from error
-
-    def _choose_trainable(self, model: Model, stage: Stage) -> None:
-        """requires_grad by the patterns; with LoRA only adapters (and what `train` names besides) learn."""
-        plain = {name: name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-        chosen = set(trainable([n for n in plain.values() if ".lora_" not in n], stage.tuning.train, stage.tuning.freeze))
-        for name, parameter in model.named_parameters():
-            if stage.tuning.lora is None:
-                parameter.requires_grad_(plain[name] in chosen)
-            else:
-                everything = stage.tuning.train == ("*",)
-                parameter.requires_grad_(".lora_" in name or (not everything and plain[name] in chosen))
 
     def _final_state(self, parts: Parts) -> dict[str, torch.Tensor]:
         """Weights that a stage hands on: averaged if there is an average, adapters merged."""
@@ -361,7 +364,6 @@ class Run:
         result.seconds = time.monotonic() - started
         return result
 
-
     def _write_heads(self, parts: Parts) -> None:
         """Parameters that objectives own (classification heads, bridges), beside the model."""
         tensors = {name: t.detach().contiguous() for name, t in parts.objectives.state_dict().items()}
@@ -371,12 +373,5 @@ class Run:
             save_file(tensors, self.directory.root / "objectives.safetensors", metadata=metadata)
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> VocabularyLayout:
-    """One text span and the special ids that models ask for."""
-    special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    return VocabularyLayout.of_text(tokenizer.vocab_size, {name: i for name, i in special.items() if i is not None})
-
-
 def _silent(text: str) -> None:
     return None
-

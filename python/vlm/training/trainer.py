@@ -18,6 +18,7 @@ from vlm.data.loader import Loader
 from vlm.models import Model
 from vlm.schedules import in_steps, rate_factor
 from vlm.training.average import WeightAverage
+from vlm.training.carry import Carried
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.companions import Companions
 from vlm.training.engine import Clock, Engine, UpdateResult
@@ -96,6 +97,7 @@ class Parts:
     average: WeightAverage | None
     steps: int
     samples: int | None
+    carried: Carried = field(default_factory=Carried)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,6 +136,7 @@ class Trainer:
             "companions": parts.companions.state_dict(),
             "average": parts.average.state_dict() if parts.average else None,
             "loader": parts.loader.state_dict(),
+            "carried": parts.carried.state_dict(),
             "cursor": self.cursor.state_dict(),
             "metrics": {"offset": self.metrics.offset},
         }

@@ -6,7 +6,16 @@ from pydantic import Field
 
 from vlm.config.options import Options
 from vlm.tuning.freeze import RatePattern, trainable
-from vlm.tuning.lora import LoraOptions, add_lora, lora_files, merged_state
+from vlm.tuning.lora import (
+    LoraOptions,
+    adapters_off,
+    add_lora,
+    has_adapters,
+    load_merged,
+    lora_files,
+    merged_state,
+    plain_name,
+)
 
 
 class TuningOptions(Options):
@@ -18,4 +27,16 @@ class TuningOptions(Options):
     lora: LoraOptions | None = Field(None, description="low-rank adapters; all other weights of their modules are frozen")
 
 
-__all__ = ["LoraOptions", "RatePattern", "TuningOptions", "add_lora", "lora_files", "merged_state", "trainable"]
+__all__ = [
+    "LoraOptions",
+    "RatePattern",
+    "TuningOptions",
+    "adapters_off",
+    "add_lora",
+    "has_adapters",
+    "load_merged",
+    "lora_files",
+    "merged_state",
+    "plain_name",
+    "trainable",
+]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,42 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     return out
+
+
+def plain_name(name: str) -> str:
+    """The name that a tensor of a model with adapters has in the model without."""
+    return name.replace(".base_layer.", ".")
+
+
+def load_merged(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a model, which may have adapters, from a state without them; its own adapters then add nothing (B is 0)."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if ".lora_" not in name:
+                tensor.copy_(state[plain_name(name)])
+            elif ".lora_B." in name:
+                tensor.zero_()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it is without its adapters, for the time of the block; which parameters learn is as before after it."""
+    layers = list(_lora_layers(model).values())
+    learns = {parameter: parameter.requires_grad for layer in layers for parameter in layer.parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in learns.items():
+            parameter.requires_grad_(flag)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return bool(_lora_layers(model))
 
 
 def lora_files(model: nn.Module, options: LoraOptions, directory: Path) -> None:

@@ -1,8 +1,9 @@
 """Outputs, Request and Views: what a model returns, what is asked of it, and how objectives see it.
 
-A request is written `companion/stream.field`, for example `model/image.embedding`, `teacher/text.tokens`,
-`reference/image.noisy.vocabulary`: the companion ends at the first slash, the field begins after the last dot.
-Hidden states are asked for by layer: `model/image.hidden:4`. A model computes only what is asked of it.
+A request is written `companion/stream[@context].field[:layer]`, for example `model/image.embedding`,
+`teacher/text.tokens`, `reference/answer.preferred@image.noisy.vocabulary`: the companion ends at the first slash, the
+field begins after the last dot, the context (the picture stream with which a text is read) after the at sign. Hidden
+states are asked for by layer: `model/image.hidden:4`. A model computes only what is asked of it.
 """
 
 from __future__ import annotations
@@ -73,34 +74,70 @@ class Outputs:
         return self.layouts.get(layer, self.layout)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Request:
-    """One thing that an objective or evaluator needs."""
+    """One thing that an objective or evaluator needs. context: the picture stream with which a text is read, None for
+    what the model takes by itself."""
 
     companion: str
     stream: str
     field: str
     layer: int | None = None
+    context: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Request:
-        """From `companion/stream.field[:layer]`. Raises ValueError that says what was expected."""
+        """From `companion/stream[@context].field[:layer]`. Raises ValueError that says what was expected."""
         companion, slash, rest = text.partition("/")
-        stream, dot, name = rest.rpartition(".")
+        key, dot, name = rest.rpartition(".")
         name, colon, layer = name.partition(":")
-        if not (slash and dot and companion and stream) or name not in FIELDS:
-            raise ValueError(f"{text!r} is no request: expected companion/stream.field, field one of {', '.join(FIELDS)}")
+        if not (slash and dot and companion) or name not in FIELDS:
+            raise ValueError(f"{text!r} is no request: expected companion/stream[@context].field, field one of {', '.join(FIELDS)}")
         if bool(colon) != (name == "hidden"):
             raise ValueError(f"{text!r}: hidden states are asked for by layer, hidden:4, and nothing else is")
-        return cls(companion, stream, name, int(layer) if colon else None)
+        if colon and not layer.isdecimal():
+            raise ValueError(f"{text!r}: {layer!r} is no number of a layer")
+        try:
+            stream, context = split_key(key)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is no request: {error}") from None
+        return cls(companion, stream, name, int(layer) if colon else None, context)
+
+    @property
+    def key(self) -> str:
+        """`stream[@context]`: how the model is asked and its answer is named."""
+        return self.stream if self.context is None else f"{self.stream}@{self.context}"
+
+    @property
+    def view(self) -> str:
+        """`companion/stream[@context]`: the key of its outputs in the views."""
+        return f"{self.companion}/{self.key}"
+
+    @property
+    def wanted(self) -> str:
+        """The field as a model is asked for it: `vocabulary`, `hidden:4`."""
+        return self.field if self.layer is None else f"{self.field}:{self.layer}"
 
     def __str__(self) -> str:
-        layer = "" if self.layer is None else f":{self.layer}"
-        return f"{self.companion}/{self.stream}.{self.field}{layer}"
+        return f"{self.view}.{self.wanted}"
+
+    def __lt__(self, other: Request) -> bool:
+        return self._order() < other._order()
+
+    def _order(self) -> tuple[str, str, str, str, int]:
+        return self.companion, self.stream, self.context or "", self.field, -1 if self.layer is None else self.layer
 
 
 Wanted = Mapping[str, frozenset[str]]
-"""stream -> fields (`hidden:4` included), what one model is asked for in one call."""
+"""stream[@context] -> fields (`hidden:4` included), what one model is asked for in one call."""
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """`text@image.noisy` -> ("text", "image.noisy"); a plain stream has the context None. Raises ValueError for no stream."""
+    stream, at, context = key.partition("@")
+    if not stream or (at and not context) or "@" in context:
+        raise ValueError(f"{key!r} names no stream: expected stream or stream@context")
+    return stream, context or None
 
 
 def wanted_of(requests: Iterable[Request], companion: str) -> dict[str, frozenset[str]]:
@@ -108,13 +145,12 @@ def wanted_of(requests: Iterable[Request], companion: str) -> dict[str, frozense
     out: dict[str, set[str]] = {}
     for request in requests:
         if request.companion == companion:
-            name = request.field if request.layer is None else f"{request.field}:{request.layer}"
-            out.setdefault(request.stream, set()).add(name)
-    return {stream: frozenset(names) for stream, names in out.items()}
+            out.setdefault(request.key, set()).add(request.wanted)
+    return {key: frozenset(names) for key, names in out.items()}
 
 
 class Views(dict[str, Outputs]):
-    """Outputs keyed by `companion/stream`, as an objective sees them."""
+    """Outputs keyed by `companion/stream[@context]`, as an objective sees them."""
 
     def __missing__(self, key: str) -> Outputs:
         known = ", ".join(sorted(self)) or "none"

@@ -16,14 +16,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vlm.config.catalogue import list_presets
 from vlm.config.errors import RequestError
 from vlm.config.load import resolve
 from vlm.training.preset import GateOptions
+from vlm.workflows.bases import unit_of, units_of
 from vlm.workflows.carve import Carving
 from vlm.workflows.reproduce.claim import (
     Arm,
@@ -37,7 +36,7 @@ from vlm.workflows.reproduce.claim import (
 )
 from vlm.workflows.reproduce.provenance import commit
 from vlm.workflows.reproduce.statistics import CONFIDENCE, Paired
-from vlm.workflows.reproduce.unit import Unit, base_names
+from vlm.workflows.reproduce.unit import Unit, is_made
 from vlm.workflows.reproduce.workspace import Workspace
 
 TUNING_SEED = 1_000_003
@@ -128,7 +127,6 @@ class Measure:
         tune = claim.options.tune
         self.dev = Carving(tune.by, tune.dev, held_out=True)
         self.rest = Carving(tune.by, tune.dev, held_out=False)
-        self._presets = {entry.key for entry in list_presets()}
 
     def run(self) -> Measurement:
         """Every unit, then the judgement. Raises BudgetSpent with everything finished stored."""
@@ -166,7 +164,7 @@ class Measure:
 
     def _state(self, unit: Unit) -> str:
         if unit.phase == "base":
-            return "stored" if (self.workspace.folder(unit) / "model" / "model.safetensors").is_file() else "to do"
+            return "stored" if is_made(self.workspace.folder(unit)) else "to do"
         return self.workspace.state(unit)
 
     def tuning_units(self, arm: Arm) -> list[Unit]:
@@ -194,21 +192,19 @@ class Measure:
         self, name: str, phase: str, values: Values, seed: int, *, part: Carving | None, test: str,
         test_part: Carving | None, factor: float | None,
     ) -> Unit:  # fmt: skip
-        bases = {base: self.base_unit(base) for base in self._bases_of(values)}
+        bases = units_of(values, self._base_values, self._make_base)
         return Unit(name, phase, seed, values, part, test, test_part, self.claim.tasks, bases, factor)
 
-    def base_unit(self, key: str, above: tuple[str, ...] = ()) -> Unit:
+    def base_unit(self, key: str) -> Unit:
         """The unit that makes a base. Raises RequestError for bases that need each other."""
-        if key in above:
-            raise RequestError(f"bases need each other: {' -> '.join([*above, key])}")
-        values = self.claim.bases.get(key) or trained_on(resolve(key).values, self.claim.train)
-        values = with_seed(values, BASE_SEED)
-        bases = {name: self.base_unit(name, (*above, key)) for name in self._bases_of(values)}
-        return Unit(key, "base", BASE_SEED, values, self.rest, self.claim.test, None, self.claim.tasks, bases)
+        return unit_of(key, self._base_values, self._make_base)
 
-    def _bases_of(self, values: Values) -> list[str]:
-        """Presets that the values name as models; a directory of that name comes first."""
-        return sorted({name for name in base_names(values).values() if name in self._presets and not Path(name).exists()})
+    def _base_values(self, key: str) -> Values:
+        values = self.claim.bases.get(key) or trained_on(resolve(key).values, self.claim.train)
+        return with_seed(values, BASE_SEED)
+
+    def _make_base(self, key: str, values: Values, bases: dict[str, Unit]) -> Unit:
+        return Unit(key, "base", BASE_SEED, values, self.rest, self.claim.test, None, self.claim.tasks, bases)
 
     def _tuned(self, arm: Arm) -> tuple[float, dict[str, float], float]:
         """The chosen factor, the dev figure of each, and the seconds that choosing took."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from vlm.config.errors import RunFailed
-from vlm.config.load import merge_tables
 from vlm.config.writing import digest
 from vlm.data.loader import Loader
 from vlm.data.sources.base import Source
@@ -21,6 +22,7 @@ from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation import evaluate_in_memory
 from vlm.evaluation.result import flatten
 from vlm.models import Model, load_model
+from vlm.training.companion_options import STAGE
 from vlm.training.directory import RunDirectory
 from vlm.training.preset import Stage, stages_of
 from vlm.training.run import Run
@@ -36,10 +38,10 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Unit:
-    """values: the preset, in which a companion's source or `start.model` may be the name of a base.
+    """values: the preset, in which `start.model`, a part of it or a companion's source may be the name of a base.
 
-    part: what of the training data it learns from; None: all. test, test_part: what is scored. bases: the units that make
-    the models named in `values`, by name. phase: base, tune or seed, for the record alone.
+    part: what of the training data it learns from; None: all. test, test_part: what is scored; test None: nothing is.
+    bases: the units that make the models named in `values`, by name. phase: base, tune or seed, for the record alone.
     """
 
     arm: str
@@ -47,7 +49,7 @@ class Unit:
     seed: int
     values: Values
     part: Carving | None
-    test: str
+    test: str | None
     test_part: Carving | None
     tasks: tuple[Any, ...]
     bases: dict[str, Unit] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Unit:
                 "stages": [stage.model_dump(mode="json") for stage in stages],
                 "train": [_fingerprint(stage.data.source) for stage in stages],
                 "part": _as_values(self.part),
-                "test": _fingerprint(self.test),
+                "test": None if self.test is None else _fingerprint(self.test),
                 "test_part": _as_values(self.test_part),
                 "tasks": [task.model_dump(mode="json") for task in self.tasks],
                 "code": fingerprint_of_code([*stages, *self.tasks]),
@@ -89,26 +91,30 @@ class _PartRun(Run):
         return super()._loader(stage, model, self.part.of(source, stage.data.limits) if self.part else source)
 
 
-def train_unit(unit: Unit, folder: Path, models: dict[str, Path], *, keep: bool = False) -> dict[str, Any]:
+def train_unit(
+    unit: Unit, folder: Path, models: dict[str, Path], *, keep: bool = False, note: Note | None = None, progress: bool = False
+) -> dict[str, Any]:
     """Train in `folder` (continuing what a killed process left there), score, return figures and seconds.
 
-    models: directories of the bases by name. keep: leave the run there, as a base must. Raises RunFailed when a figure is
-    not a number, and what training and evaluation raise.
+    models: directories of the bases by name. keep: leave the run there, as a base must. note, progress: what the run
+    says while it goes; nothing without them. Raises RunFailed when a figure is not a number, and what training and
+    evaluation raise.
     """
     started = time.monotonic()
     values = with_models(unit.values, models)
     preset, resolved = settled(values)
     directory = RunDirectory(folder)
     resumed = (folder / "environment.json").is_file()
+    settings: dict[str, Any] = {"note": note or _silent, "progress": progress}
     if resumed:
-        run = _PartRun(directory, preset, resolved, note=_silent)
+        run = _PartRun(directory, preset, resolved, **settings)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        run = _PartRun.begin(folder, preset, resolved, note=_silent)  # type: ignore[assignment]
+        run = _PartRun.begin(folder, preset, resolved, **settings)  # type: ignore[assignment]
     run.part = unit.part
     _share_cache(folder)
     finished = run.train()
-    figures, intervals = score(unit, directory.model)
+    figures, intervals = score(unit, directory.model) if unit.test is not None else ({}, {})
     if not keep:
         shutil.rmtree(folder)
     return {
@@ -127,6 +133,7 @@ def score(unit: Unit, directory: Path) -> tuple[dict[str, float], dict[str, list
     The interval is over the test samples, by concept where several share one: what one model's figure is worth. The
     verdict rests on the spread over seeds instead.
     """
+    assert unit.test is not None
     stage = unit.stages[-1]
     data = evaluation_data(unit.test, stage.data, unit.test_part)
     results = evaluate_in_memory(load_model(directory), Tokenizer.load(directory), unit.tasks, data)
@@ -143,28 +150,46 @@ def score(unit: Unit, directory: Path) -> tuple[dict[str, float], dict[str, list
     return figures, intervals
 
 
-def with_models(values: Values, models: dict[str, Path]) -> Values:
+def with_models(values: Values, models: Mapping[str, Path]) -> Values:
     """The values with the directories of bases in place of their names."""
-    out = values
-    for name, path in base_names(values).items():
-        if path in models:
-            table: Any = str(models[path])
-            for part in reversed(name):
-                table = {part: table}
-            out = merge_tables(out, table)
+    out: Any = values
+    for place, name in base_names(values).items():
+        if name in models:
+            out = _replaced(out, place, str(models[name]))
     return out
 
 
-def base_names(values: Values) -> dict[tuple[str, ...], str]:
-    """Where a preset names another model -> the name: `start.model` and every companion's `source`."""
-    found: dict[tuple[str, ...], str] = {}
-    start = values.get("start", {}).get("model")
-    if isinstance(start, str):
-        found[("start", "model")] = start
-    for companion, table in values.get("companions", {}).items():
-        if isinstance(table.get("source"), str):
-            found[("companions", companion, "source")] = table["source"]
+def base_names(values: Values) -> dict[tuple[str | int, ...], str]:
+    """Where a preset names another model -> the name: `start.model`, every entry of `start.parts` and every companion's
+    `source`, at the top level and in its stages. The model itself (`model`) and `stage:NAME` are no names."""
+    found: dict[tuple[str | int, ...], str] = {}
+    tables: list[tuple[tuple[str | int, ...], Any]] = [((), values)]
+    tables += [(("stages", number), stage) for number, stage in enumerate(values.get("stages") or ())]
+    for place, table in tables:
+        start = _inside(table, "start")
+        named: dict[tuple[str | int, ...], Any] = {("start", "model"): start.get("model")}
+        named |= {("start", "parts", part): name for part, name in _inside(start, "parts").items()}
+        companions = _inside(table, "companions")
+        named |= {("companions", name, "source"): _inside(companions, name).get("source") for name in companions}
+        for inner, name in named.items():
+            if isinstance(name, str) and name not in ("model", "none") and not name.startswith(STAGE):
+                found[*place, *inner] = name
     return found
+
+
+def _inside(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A table in a table; an empty one where there is none, or where a stage takes it away."""
+    value = table.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _replaced(values: Any, place: tuple[str | int, ...], value: Any) -> Any:
+    """The values with another one at a place; nothing that is shared is changed."""
+    if not place:
+        return value
+    out = list(values) if isinstance(values, list) else dict(values)
+    out[place[0]] = _replaced(out[place[0]], place[1:], value)  # type: ignore[index]
+    return out
 
 
 def _share_cache(folder: Path) -> None:
@@ -177,6 +202,21 @@ def _share_cache(folder: Path) -> None:
     if not own.exists():
         own.unlink(missing_ok=True)
         own.symlink_to(shared.resolve(), target_is_directory=True)
+
+
+def is_made(folder: Path) -> bool:
+    """Whether the run of a base is finished: its model is published last, by one rename."""
+    return (folder / "model" / "model.safetensors").is_file()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time on the run of a unit; the lock ends with the process, however that ends."""
+    path = folder.with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @cache

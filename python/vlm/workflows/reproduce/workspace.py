@@ -7,17 +7,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlm.workflows.reproduce.provenance import commit, machine
 from vlm.workflows.reproduce.store import Results
-from vlm.workflows.reproduce.unit import Note, Unit, train_unit
+from vlm.workflows.reproduce.unit import Note, Unit, is_made, locked, train_unit
 
 
 class BudgetSpent(Exception):
@@ -62,7 +60,7 @@ class Workspace:
             return stored
         self._check_budget(claim, unit, expected)
         models = {name: self.base(claim, base) for name, base in unit.bases.items()}
-        with self._locked(unit):
+        with locked(self.folder(unit)):
             stored = self._stored(claim, unit)  # another process may have finished it while we waited
             if stored is not None:
                 return stored
@@ -74,8 +72,8 @@ class Workspace:
         """The model directory of a base, trained if the store does not hold it; its figures are stored too."""
         folder = self.folder(unit)
         models = {name: self.base(claim, base) for name, base in unit.bases.items()}
-        with self._locked(unit):
-            if not (folder / "model" / "model.safetensors").is_file():
+        with locked(self.folder(unit)):
+            if not is_made(folder):
                 self._check_budget(claim, unit, None)
                 self.results.add_unit(claim, self._train(claim, unit, models))
         return folder / "model"
@@ -126,12 +124,3 @@ class Workspace:
         seconds = self.expected(claim, unit) or fallback or 0.0
         if self.clock() + seconds > self.deadline:
             raise BudgetSpent(f"{unit.describe()} would take about {seconds:.0f} s more than the budget leaves")
-
-    @contextmanager
-    def _locked(self, unit: Unit) -> Iterator[None]:
-        """One process at a time on a unit; the lock ends with the process, however that ends."""
-        path = self.folder(unit).with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield

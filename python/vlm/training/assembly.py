@@ -1,0 +1,43 @@
+"""Pieces of a stage that follow from its tables: what learns, its objectives, its length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vlm.config.errors import RequestError
+from vlm.models import Model
+from vlm.objectives import BuildContext
+from vlm.training.preset import Stage
+from vlm.tuning import TuningOptions, plain_name, trainable
+
+
+def choose_trainable(model: Model, tuning: TuningOptions) -> None:
+    """requires_grad by the patterns; with LoRA only adapters (and what `train` names besides) learn."""
+    plain = {name: plain_name(name) for name, _ in model.named_parameters()}
+    chosen = set(trainable([n for n in plain.values() if ".lora_" not in n], tuning.train, tuning.freeze))
+    for name, parameter in model.named_parameters():
+        if tuning.lora is None:
+            parameter.requires_grad_(plain[name] in chosen)
+        else:
+            everything = tuning.train == ("*",)
+            parameter.requires_grad_(".lora_" in name or (not everything and plain[name] in chosen))
+
+
+def build_objective(options: Any, context: BuildContext) -> nn.Module:
+    """Raises RequestError, naming the objective, for what cannot be built."""
+    try:
+        return options.build(context)
+    except (ValueError, AttributeError) as error:
+        raise RequestError(f"objective {options.name!r} cannot be built: {error}") from error
+
+
+def steps_of(stage: Stage, samples: int | None) -> int:
+    """Updates of a stage. samples: of one pass over its data; None where that is not known."""
+    if stage.train.steps is not None:
+        return stage.train.steps
+    if samples is None:
+        raise RequestError("train.epochs needs a source of known length", remedy="give train.steps")
+    assert stage.train.epochs is not None
+    return max(1, round(stage.train.epochs * samples / stage.train.batch_size))

@@ -1,0 +1,120 @@
+"""How a run comes by its model: tokenizer and architecture once a run, and the weights that the first stage begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlm.config.errors import RequestError, VlmError
+from vlm.data.loader import open_split
+from vlm.data.tokenizer import Tokenizer
+from vlm.data.tokenizer_options import build_tokenizer
+from vlm.models import Model, load_model
+from vlm.models.directory import find_model_directory
+from vlm.training.directory import Note, RunDirectory
+from vlm.training.preset import Stage
+from vlm.types import Communicator, VocabularyLayout
+from vlm.types.random import draw_key
+
+
+@dataclass(frozen=True)
+class Start:
+    """The beginning of the run in `directory`."""
+
+    directory: RunDirectory
+    communicator: Communicator
+    note: Note
+
+    def tokenizer(self, stage: Stage) -> Tokenizer:
+        """The run's tokenizer; the first call of a run also writes the architecture: rank 0 writes, the others wait and read."""
+        own = self.directory.architecture
+        if not (own / "vlm.json").is_file():
+            if self.communicator.rank == 0:
+                tokenizer, model = self._design(stage)
+                self.directory.write_architecture(model, tokenizer, model.preprocess())
+            self.communicator.barrier()
+        return Tokenizer.load(own)
+
+    def model(self, stage: Stage, tokenizer: Tokenizer, *, initial: bool) -> Model:
+        """The model of the run; with `initial` its first weights, otherwise any.
+
+        Raises CheckpointError and RequestError for a source that cannot be read or does not fit.
+        """
+        if not initial:
+            return load_model(self.directory.architecture, weights=False)
+        parts = self._parts(stage, weights=True)
+        if stage.start.model is not None:
+            model = load_model(stage.start.model)
+        else:
+            options = self._options(stage, parts)
+            torch.manual_seed(draw_key(stage.train.seed, "init"))
+            model = options.build(vocabulary_of(tokenizer, special_tokens_of(options)))
+        for name, source in parts.items():
+            with _named(stage, name):
+                model.take_part(name, source)
+        return model
+
+    def _design(self, stage: Stage) -> tuple[Tokenizer, Model]:
+        """Tokenizer and architecture, from the model to start from or from the preset and the parts that it names."""
+        if stage.start.model is not None:
+            folder = find_model_directory(stage.start.model)
+            return Tokenizer.load(folder), load_model(folder, weights=False)
+        options = self._options(stage, self._parts(stage, weights=False))
+        text_part = getattr(options, "text_part", None)
+        if text_part in stage.start.parts:
+            with _named(stage, text_part):
+                tokenizer = Tokenizer.load(find_model_directory(stage.start.parts[text_part]))
+        else:
+            tokenizer = build_tokenizer(stage.tokenizer, stage.data, open_split(stage.data, "train"), max_length=options.text_length)
+        special = special_tokens_of(options)
+        tokenizer = tokenizer.with_special(special) if special else tokenizer
+        self.note(f"tokenizer: {tokenizer.vocab_size} ids")
+        return tokenizer, options.build(vocabulary_of(tokenizer, special))
+
+    def _options(self, stage: Stage, parts: dict[str, Model]) -> Any:
+        """The model table with what the parts bring."""
+        if stage.model is None:
+            raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")
+        with_parts = getattr(stage.model, "with_parts", None)
+        if not parts or with_parts is None:
+            return stage.model
+        try:
+            return with_parts(parts)
+        except ValueError as error:
+            raise RequestError(f"start.parts does not fit this model: {error}") from error
+
+    def _parts(self, stage: Stage, *, weights: bool) -> dict[str, Model]:
+        found = {}
+        for name, path in stage.start.parts.items():
+            with _named(stage, name):
+                found[name] = load_model(path, weights=weights)
+        return found
+
+
+class _named:
+    """Errors inside the block say which entry of `start.parts` they are about."""
+
+    def __init__(self, stage: Stage, name: str) -> None:
+        self.entry = f"start.parts.{name} = {stage.start.parts[name]}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, VlmError):
+            message = f"{error.where}: {error.message}" if error.where else error.message
+            raise type(error)(message, where=self.entry, remedy=error.remedy) from error
+
+
+def special_tokens_of(options: Any) -> tuple[str, ...]:
+    """Special tokens that a family wants; most want none and do not say so."""
+    return tuple(getattr(options, "special_tokens", ()))
+
+
+def vocabulary_of(tokenizer: Tokenizer, special_tokens: tuple[str, ...] = ()) -> VocabularyLayout:
+    """One text span and the special ids that models ask for: bos, eos, pad, and `<image>` as `image`."""
+    special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    special |= {token.strip("<|>"): tokenizer.token_to_id(token) for token in special_tokens}
+    return VocabularyLayout.of_text(tokenizer.vocab_size, {name: i for name, i in special.items() if i is not None})

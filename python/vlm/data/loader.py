@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from vlm.config.errors import DataError
 from vlm.data.collate import Row
 from vlm.data.decode import Decoded
-from vlm.data.ledger import Ledger, MixedLedger, Quarantine
-from vlm.data.mixture import Mixture, open_filtered, order_of, part_of
+from vlm.data.ledger import Quarantine
+from vlm.data.mixture import Mixture, ledger_of, open_filtered, order_of, part_of
 from vlm.data.options import DataOptions
 from vlm.data.plan import Plan, Preprocesses, Reads
 from vlm.data.pool import open_decoder
@@ -110,6 +110,7 @@ def build_loader(
             communicator=communicator,
             train=split == "train",
             quarantine=quarantine,
+            classes=classes,
         )
     if options.packer is not None:
         from vlm.data.packing import PackedLoader
@@ -153,13 +154,6 @@ def open_split(options: DataOptions, split: str) -> Source:
     if uri is None:
         raise DataError("no evaluation data", where="data.val", remedy="set data.val (or pass --val URI)")
     return open_filtered(uri, options)
-
-
-def ledger_of(source: Source, options: DataOptions) -> Ledger | MixedLedger:
-    """The account of a source, or of each source of a mixture."""
-    if isinstance(source, Mixture):
-        return MixedLedger(source.names, [len(part) for part in source.sources], options.bad_samples)
-    return Ledger(len(source), options.bad_samples)
 
 
 class SampleLoader:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config.errors import DataError
+from vlm.data.ledger import Ledger, MixedLedger
 from vlm.data.options import DataOptions
 from vlm.data.order import EpochOrder
 from vlm.data.samples import BadSample, Sample, distinct, field_at, stable_id
@@ -185,6 +186,13 @@ def parts_of(source: Source, options: DataOptions) -> list[tuple[Source, DataOpt
 def part_of(source: Source, index: int) -> int:
     """The number of the source that a sample is from; 0 without a mixture."""
     return source.place(index)[0] if isinstance(source, Mixture) else 0
+
+
+def ledger_of(source: Source, options: DataOptions) -> Ledger | MixedLedger:
+    """The account of a source, or of each source of a mixture."""
+    if isinstance(source, Mixture):
+        return MixedLedger(source.names, [len(part) for part in source.sources], options.bad_samples)
+    return Ledger(len(source), options.bad_samples)
 
 
 def open_filtered(uri: str, options: DataOptions) -> Source:

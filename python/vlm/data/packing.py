@@ -16,8 +16,8 @@ import torch
 
 from vlm.config.errors import DataError
 from vlm.data.captions import text_values
-from vlm.data.ledger import Ledger, MixedLedger, Quarantine
-from vlm.data.mixture import Mixture, order_of, part_of, parts_of
+from vlm.data.ledger import Ledger, Quarantine
+from vlm.data.mixture import ledger_of, order_of, part_of, parts_of
 from vlm.data.options import ConcatPacker, DataOptions, DocumentPacker
 from vlm.data.order import EpochOrder
 from vlm.data.samples import BadSample, clean_text, stable_id
@@ -123,9 +123,7 @@ class PackedLoader:
         self.communicator = communicator
         self._order = order_of(source, seed)
         self._documents = Documents(source, self._order, options, tokenizer)
-        self._ledger: Ledger | MixedLedger = Ledger(len(source), options.bad_samples)
-        if isinstance(source, Mixture):
-            self._ledger = MixedLedger(source.names, [len(part) for part in source.sources], options.bad_samples)
+        self._ledger = ledger_of(source, options)
         self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
         self.samples_per_epoch: int | None = (
             None  # rows are counted, and how many there are is not known beforehand

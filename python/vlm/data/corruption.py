@@ -42,7 +42,7 @@ _RELATION = re.compile(
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _KIND = {word: kind for kind in ATTRIBUTES for word in kind}
 _ENDS = frozenset(
-    "a an the of in on at to from by with without and or but is are was were has have be been being it its this that there "
+    "a an the of in on at to from by with without and or but is are was were has have be been being it its this that there "  # noqa: SIM905
     "above below behind under over near left right top bottom middle front into out inside outside beside between "
     "who which whose while as for not no only some any his her their he she they we you i my your our what how many".split()
 )

@@ -123,7 +123,7 @@ class Decoder:
         pixels = self._pixels(pictures, job)
         extra = plain_fields(fields) if spec["extra"] else None
         return Decoded(
-            pixels=pixels, texts=texts, group=group, label=label, extra=extra, conversations=self._pieces(said, len(pictures))
+            pixels=pixels, texts=texts, group=group, label=label, extra=extra, conversations=self.write(said, len(pictures))
         )
 
     def converse(self, fields: dict[str, Any], keys: dict[str, int]) -> tuple[list[Image.Image], dict[str, Said]]:
@@ -138,13 +138,13 @@ class Decoder:
         said = self._conversations.make(fields, keys, seen) if self.preprocesses else self._conversations.make(fields, keys)
         if self.preprocesses and not pictures:
             held = next((one.addresses for one in said.values() if one.addresses), [])
-            pictures = [self._opened(value) for value in pictures_in(held)]
+            pictures = self._opened_all(pictures_in(held))
             if not pictures and not self._text_only:
                 raise BadSample("missing_image", "no picture")
         return pictures, said
 
-    def _pieces(self, said: dict[str, Said], pictures: int) -> dict[str, list[Piece]]:
-        """Raises BadSample when a conversation has more or fewer placeholders than there are pictures."""
+    def write(self, said: dict[str, Said], pictures: int) -> dict[str, list[Piece]]:
+        """The pieces of each stream. Raises BadSample when one has more or fewer placeholders than there are pictures."""
         out: dict[str, list[Piece]] = {}
         for name, one in said.items():
             assert self._template is not None
@@ -186,7 +186,18 @@ class Decoder:
         column = self.spec["columns"]["image"]
         paths = AUTO_IMAGES if column == "auto" else (column,)
         value = next((v for path in paths if (v := field_at(fields, path)) is not None), None)
-        return [self._opened(one, column) for one in pictures_in(value)]
+        return self._opened_all(pictures_in(value), column)
+
+    def _opened_all(self, values: list[Any], column: str = "auto") -> list[Image.Image]:
+        """Several pictures, whose pixels together are bounded too: they are in memory at once."""
+        out: list[Image.Image] = []
+        total = 0
+        for value in values:
+            out.append(self._opened(value, column))
+            total += out[-1].width * out[-1].height
+            if total > 2 * self.limits.max_pixels:
+                raise BadSample("too_many_pictures", f"{total} pixels, expected at most {2 * self.limits.max_pixels} together")
+        return out
 
     def _opened(self, value: Any, column: str = "auto") -> Image.Image:
         if isinstance(value, Image.Image):

@@ -98,40 +98,15 @@ class Plan:
             grouped=options.group_by is not None,
             labelled=options.label is not None,
         )
-        specs = [self._spec(own, part, captions, train, extra, classes) for own, part in parts]
+        specs = [
+            decoder_spec(own, part, reads, captions, bool(self.conversations), train=train, extra=extra, classes=classes)
+            for own, part in parts
+        ]
         self.spec: dict[str, Any] = {"parts": specs} if len(specs) > 1 or specs[0]["source"] != source.spec() else specs[0]
         image = options.image
         self._varies = train and bool(reads.pictures) and (image.augment != "none" or image.flip)
         self._draws_captions = bool(specs[0]["texts"]) and options.captions.kind != "one"
         self._drawn = [[*part.conversations, *(part.noises if reads.pictures else ())] for part in tables]
-
-    def _spec(
-        self, source: Source, options: DataOptions, captions: bool, train: bool, extra: bool, classes: Sequence[str]
-    ) -> dict[str, Any]:
-        """What a Decoder needs, as JSON."""
-        template = self.reads.template
-        if template is None or "template" in options.text.model_fields_set:
-            template = TEMPLATES[options.text.template or "plain"]
-        talks = options.conversations if self.conversations else {}
-        return {
-            "source": source.spec(),
-            "limits": asdict(options.limits),
-            "pictures": {name: asdict(preprocess) for name, preprocess in self.reads.pictures.items()},
-            "image": options.image.model_dump(mode="json"),
-            "captions": options.captions.model_dump(mode="json"),
-            "columns": options.column_names,
-            "max_text": options.max_text,
-            "group_by": options.group_by,
-            "label": options.label,
-            "classes": list(classes),
-            "texts": captions or options.group_by == "text",
-            "train": train,
-            "extra": extra,
-            "conversations": {name: stream.model_dump(mode="json") for name, stream in talks.items()},
-            "noises": {name: stream.model_dump(mode="json") for name, stream in options.noises.items()},
-            "template": template.to_dict(),
-            **(stream_tables(source, options) if talks else {"nouns": {}, "weights": {}}),
-        }
 
     def job(self, index: int, epoch: int) -> Job:
         """The work of one sample, with the keys of its draws."""
@@ -156,6 +131,42 @@ class Plan:
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         return collate(rows, self.reads.tokenizer, self.shape)
+
+
+def decoder_spec(
+    source: Source,
+    options: DataOptions,
+    reads: Reads,
+    captions: bool,
+    talks: bool,
+    *,
+    train: bool,
+    extra: bool,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """What a Decoder needs, as JSON. captions, talks: whether texts of captions and of conversations are made."""
+    template = reads.template
+    if template is None or "template" in options.text.model_fields_set:
+        template = TEMPLATES[options.text.template or "plain"]
+    return {
+        "source": source.spec(),
+        "limits": asdict(options.limits),
+        "pictures": {name: asdict(preprocess) for name, preprocess in reads.pictures.items()},
+        "image": options.image.model_dump(mode="json"),
+        "captions": options.captions.model_dump(mode="json"),
+        "columns": options.column_names,
+        "max_text": options.max_text,
+        "group_by": options.group_by,
+        "label": options.label,
+        "classes": list(classes),
+        "texts": captions or options.group_by == "text",
+        "train": train,
+        "extra": extra,
+        "conversations": {n: s.model_dump(mode="json") for n, s in options.conversations.items()} if talks else {},
+        "noises": {name: stream.model_dump(mode="json") for name, stream in options.noises.items()},
+        "template": template.to_dict(),
+        **(stream_tables(source, options) if talks else {"nouns": {}, "weights": {}}),
+    }
 
 
 def with_texts(row: Row) -> Row:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +191,32 @@ def test_a_long_answer_is_cut_and_a_long_prompt_is_refused(tmp_path):
         reasons = [json.loads(line) for line in (tmp_path / str(cost) / "quarantine.jsonl").read_text().splitlines()]
         assert sorted((r["key"], r["reason"]) for r in reasons) == [("2", "too_long"), ("3", "too_long")]
         assert "of 40 positions" in reasons[0]["detail"]
+
+
+def test_pictures_of_a_sample_are_bounded_in_number_and_together(tmp_path):
+    many = {**talk(0, pictures=65), "image": ["0.png"] * 65}
+    uri = write_talks(tmp_path, [many, talk(1, pictures=3), talk(2, pictures=2)])
+    with loader_of(uri, TALK, batch_size=1, max_pixels=16 * 16, bad_samples={"budget": 0.7}, quarantine=tmp_path) as loader:
+        next(loader)
+        next(loader)
+    found = {e["key"]: (e["reason"], e["detail"]) for e in map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())}
+    assert found["1"] == ("too_many_pictures", "65, expected at most 64")
+    assert found["2"][0] == "too_many_pictures"
+    assert "768 pixels" in found["2"][1]
+
+
+def test_povid_the_preset_of_the_design_fits_the_table():
+    design = Path(__file__).parents[3] / "docs/design/presets/povid.toml"
+    if not design.is_file():
+        pytest.skip("the design is not here")
+    preset = tomllib.loads(design.read_text())
+    table = {name: value for name, value in preset["data"].items() if name != "image"}
+    table["streams"] |= preset["stages"][1]["data"]["streams"]
+    options = DataOptions.model_validate(table)
+    assert set(options.conversations) == {"answer.preferred", "answer.rejected"}
+    assert options.noises["image.noisy"].betas.from_ == -6.0
+    assert options.column_names["answer.preferred"] == "chosen"
+    assert DataOptions.model_validate(options.model_dump(mode="json", exclude_unset=True)) == options
 
 
 def test_text_that_spells_the_placeholder_stays_text(tmp_path):

@@ -22,7 +22,7 @@ def group() -> None:
 
 
 _ADDRESS = [
-    click.argument("uri", nargs=-1, required=True),
+    click.argument("uri", nargs=-1),
     click.option("--image", default="auto", show_default=True, help="Field with the picture."),
     click.option(
         "--text", default="auto", show_default=True, help="Field with the text; captions.de for nested ones."
@@ -40,15 +40,32 @@ def _addressed(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _open(uri: Sequence[str], **table: Any) -> tuple[Source, DataOptions]:
+def _open(uri: Sequence[str], *, preset: str | None = None, **table: Any) -> tuple[Source, DataOptions]:
+    """The source and its table: that of a preset where one is named, with what the command line says on top."""
+    from vlm.data.loader import open_split
     from vlm.data.options import DataOptions
-    from vlm.data.sources.uri import open_source
 
+    if not uri and preset is None:
+        raise click.UsageError("Missing argument 'URI...'.")
     if table["max_pixels"] is None:
         del table["max_pixels"]
     columns = {"image": table.pop("image"), "text": table.pop("text")}
-    options = DataOptions.model_validate({"columns": columns, **table})
-    return open_source(",".join(uri), options.limits), options
+    values: dict[str, Any] = {}
+    if preset is not None:
+        values = _table_of(preset)
+        columns = {**values.get("columns", {}), **{name: field for name, field in columns.items() if field != "auto"}}
+    if uri:
+        values = {name: value for name, value in values.items() if name != "mixture"} | {"source": ",".join(uri)}
+    options = DataOptions.model_validate({**values, "columns": columns, **table})
+    return open_split(options, "train"), options
+
+
+def _table_of(preset: str) -> dict[str, Any]:
+    """What the `[data]` table of a preset's first stage says."""
+    from vlm.training.preset import load_preset, stages_of
+
+    _, resolved = load_preset(preset)
+    return stages_of(resolved)[0].data.model_dump(exclude_unset=True)
 
 
 @group.command("check")
@@ -60,7 +77,9 @@ def _open(uri: Sequence[str], **table: Any) -> tuple[Source, DataOptions]:
     show_default=True,
     help="Share of bad samples that is still accepted.",
 )
-def check_command(uri: Sequence[str], budget: float, as_json: bool, **table: Any) -> None:
+@click.option("--preset", metavar="PRESET", help="Check as this preset reads it; without URI, its own training data.")
+@click.option("--placeholders", is_flag=True, help="Read messages, and compare the pictures they name with those there are.")
+def check_command(uri: Sequence[str], budget: float, preset: str | None, placeholders: bool, as_json: bool, **table: Any) -> None:
     """Decode every sample of URI and count what is wrong.
 
     URI is a pattern, a folder, files of one kind, or scenes:. Exit code 3 when more samples are bad than the budget
@@ -68,7 +87,11 @@ def check_command(uri: Sequence[str], budget: float, as_json: bool, **table: Any
     """
     from vlm.data.check import check
 
-    source, options = _open(uri, bad_samples={"budget": budget}, **table)
+    source, options = _open(uri, preset=preset, bad_samples={"budget": budget}, **table)
+    if placeholders and not options.conversations:
+        talk = {"text": {"kind": "conversation", "messages": "auto", "text_only": True}}
+        values = options.model_dump(exclude_unset=True)
+        options = type(options).model_validate({**values, "streams": {**values.get("streams", {}), **talk}})
     result = check(source, options, _progress(len(source)))
     if as_json:
         echo_json({"schema": 1, **result})
@@ -121,6 +144,9 @@ def _print_check(result: dict[str, Any]) -> None:
         echo_result(f"texts      {texts['count']}, {texts['distinct']} distinct; {span}")
         for repeated, count in texts["most_repeated"].items():
             echo_result(f"  {count} times: {repeated[:80]}")
+    for name, counts in result.get("placeholders", {}).items():
+        named = ", ".join(f"{count}: {samples}" for count, samples in counts.items())
+        echo_result(f"pictures named in the messages of {name}, and how many samples do: {named}")
     echo_result("fields     " + ", ".join(f"{name} ({count})" for name, count in result["fields"].items()))
 
 

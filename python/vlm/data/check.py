@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from vlm.data.captions import AUTO_TEXT, text_values
-from vlm.data.decode import AUTO_IMAGE, plain_fields
+from vlm.data.decode import AUTO_IMAGE, Decoder, plain_fields
+from vlm.data.mixture import part_of, parts_of
 from vlm.data.options import DataOptions
+from vlm.data.plan import Reads, decoder_spec
 from vlm.data.samples import BadSample, clean_text, field_at
 from vlm.data.sources.base import Source
 from vlm.data.sources.readers import JsonLinesReader, open_reader
 from vlm.runtime.pictures import BadPicture, decode_picture
+from vlm.runtime.preprocess import Preprocess
 
 _NAMED = 20
 _MAX_DISTINCT = 1_000_000
@@ -24,13 +28,50 @@ class Checker:
     """Reads samples as training would, one by one, without resizing."""
 
     def __init__(self, source: Source, options: DataOptions) -> None:
+        self.source = source
+        self._parts = [_Part(own, table) for own, table in parts_of(source, options)]
+
+    def read(self, index: int) -> Looked:
+        """Raises BadSample or BadPicture."""
+        recipe = self.source.recipe(index)
+        if len(self._parts) == 1 and self._parts[0].source is self.source:
+            return self._parts[0].read(recipe)
+        return self._parts[part_of(self.source, index)].read(recipe[1])
+
+
+@dataclass(frozen=True)
+class Looked:
+    """fields, pictures in order, the text or the last answer (None: no text), and of each conversation stream how many
+    pictures its messages name (0: the template places them)."""
+
+    fields: dict[str, Any]
+    pictures: list[Image.Image]
+    text: str | None
+    marked: dict[str, int]
+
+
+class _Part:
+    """One source with the table that holds for it."""
+
+    def __init__(self, source: Source, options: DataOptions) -> None:
         self.source, self.options = source, options
         self.reader = open_reader(source.spec(), options.limits)
+        self._decoder = None
+        if options.conversations:
+            reads = Reads(None, {"image": Preprocess(1, "squash")})
+            spec = decoder_spec(source, options, reads, False, True, train=False, extra=False, classes=())
+            self._decoder = Decoder(spec)
 
-    def read(self, index: int) -> tuple[dict[str, Any], Image.Image | None, str | None]:
-        """(fields, picture or None, text or None). Raises BadSample or BadPicture."""
-        fields = self.reader.read(self.source.recipe(index))
-        return fields, self._picture(fields), self._text(fields)
+    def read(self, recipe: Any) -> Looked:
+        if self._decoder is None:
+            fields = self.reader.read(recipe)
+            picture = self._picture(fields)
+            return Looked(fields, [] if picture is None else [picture], self._text(fields), {})
+        fields = self._decoder.reader.read(recipe)
+        pictures, said = self._decoder.converse(fields, {})
+        self._decoder.write(said, len(pictures))
+        marked = {name: sum(message.pictures for message in one.messages) for name, one in said.items()}
+        return Looked(fields, pictures, next(iter(said.values())).answer, marked)
 
     def _picture(self, fields: dict[str, Any]) -> Image.Image | None:
         column = self.options.columns.image
@@ -70,6 +111,8 @@ def check(
     lengths: list[int] = []
     captions: Counter[str] = Counter()
     lacking: dict[str, list[int]] = {"missing_image": [], "missing_text": []}
+    talks = any(table.conversations for _, table in parts_of(source, options))
+    marked: dict[str, Counter[int]] = {}
     good = 0
 
     def note(index: int, reason: str, detail: str) -> None:
@@ -81,15 +124,18 @@ def check(
         if progress is not None:
             progress(index)
         try:
-            fields, picture, text = checker.read(index)
+            seen = checker.read(index)
         except (BadSample, BadPicture) as error:
             note(index, error.reason, error.detail)
             continue
         good += 1
-        fields_seen.update(plain_fields(fields).keys())
-        if picture is None:
+        text = seen.text
+        fields_seen.update(plain_fields(seen.fields).keys())
+        for name, count in seen.marked.items():
+            marked.setdefault(name, Counter())[count] += 1
+        if not seen.pictures and not talks:
             lacking["missing_image"].append(index)
-        else:
+        for picture in seen.pictures:
             sizes[f"{picture.width}x{picture.height}"] += 1
             sides += [min(picture.size), max(picture.size)]
         if text is None:
@@ -128,7 +174,13 @@ def check(
             "most_repeated": dict(Counter(repeated).most_common(5)),
             "characters": _spread(lengths),
         },
+        **({"placeholders": {name: _named(counts) for name, counts in marked.items()}} if talks else {}),
     }
+
+
+def _named(counts: Counter[int]) -> dict[str, int]:
+    """How many samples name so many pictures in their messages; none: the template places them."""
+    return {str(count) if count else "none": samples for count, samples in sorted(counts.items())}
 
 
 def _spread(values: list[int]) -> dict[str, float] | None:
@@ -152,11 +204,12 @@ def first_samples(source: Source, options: DataOptions, count: int) -> list[dict
     for index in range(min(count, len(source))):
         entry: dict[str, Any] = {"key": source.key(index)}
         try:
-            fields, picture, text = checker.read(index)
+            seen = checker.read(index)
         except (BadSample, BadPicture) as error:
             entry |= {"bad": error.reason, "detail": error.detail}
         else:
-            entry |= {"text": text, "picture": picture, "fields": plain_fields(fields)}
+            picture = seen.pictures[0] if seen.pictures else None
+            entry |= {"text": seen.text, "picture": picture, "fields": plain_fields(seen.fields)}
         out.append(entry)
     return out
 

@@ -223,8 +223,6 @@ def test_a_bad_sample_past_the_budget_is_exit_3(vlm, place, tmp_path):
 @pytest.fixture
 def writer(place, tmp_path, monkeypatch):
     """(a run whose model is one that writes, its data): the command opens a model whose answers are known."""
-    pytest.importorskip("vlm.runtime.generation")
-    pytest.importorskip("vlm.runtime.chat")
     from tests.evaluation.colour_generator import ColourGenerator, colour_shard
 
     monkeypatch.setattr("vlm.evaluation.encoder.open_model", lambda path, **_: ColourGenerator({"blue": "green"}))

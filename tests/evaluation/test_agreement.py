@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("vlm.runtime.generation")
-pytest.importorskip("vlm.runtime.chat")
-
 from tests.evaluation.colour_generator import SURE, ColourGenerator, colour_shard
 from vlm.config.errors import RequestError
 from vlm.evaluation import AgreementOptions

@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("vlm.runtime.generation")
-pytest.importorskip("vlm.runtime.chat")
-
 from tests.evaluation.colour_generator import COLOURS, SURE, ColourGenerator, colour_shard
 from vlm.config.errors import DataError, RunFailed
 from vlm.evaluation import CaptionOptions, evaluate

@@ -2,9 +2,6 @@
 
 import pytest
 
-pytest.importorskip("vlm.runtime.generation")
-pytest.importorskip("vlm.runtime.chat")
-
 from tests.evaluation.colour_generator import ColourGenerator, colour_shard
 from vlm.config.errors import RequestError
 from vlm.evaluation import CostOptions, evaluate

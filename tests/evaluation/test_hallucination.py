@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("vlm.runtime.generation")
-pytest.importorskip("vlm.runtime.chat")
-
 from tests.evaluation.colour_generator import COLOURS, ColourGenerator, colour_shard
 from vlm.config.errors import DataError
 from vlm.evaluation import HallucinationOptions, evaluate

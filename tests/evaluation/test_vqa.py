@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("vlm.runtime.generation")
-pytest.importorskip("vlm.runtime.chat")
-
 from tests.evaluation.colour_generator import COLOURS, SURE, ColourGenerator, colour_shard, picture_fields
 from vlm.config.errors import DataError, RequestError
 from vlm.evaluation import VqaOptions, evaluate

@@ -6,8 +6,7 @@ Three kinds: what embeds pictures and texts, what scores texts, what reads pictu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,34 +15,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm.config.errors import CheckpointError, RequestError
+from vlm.evaluation.evaluating import evaluating
 from vlm.evaluation.material import Floats
 from vlm.evaluation.perplexity import Integers, LanguageScorer, Wide
 from vlm.runtime.embedder import Embedder, Form
 
 if TYPE_CHECKING:
-    import torch
-
     from vlm.data.tokenizer import Tokenizer
     from vlm.models import Model
     from vlm.runtime.pictures import PictureLimits
     from vlm.runtime.preprocess import Preprocess
 
 _LOGITS = 2**25  # vocabulary logits held at a time
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[torch.device]:
-    """Evaluation mode in float32 without gradients; the model's own mode comes back afterwards."""
-    import torch
-
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield device
-    finally:
-        model.train(training)
 
 
 def _batch(name: str, stream: Any) -> Any:
@@ -80,7 +63,7 @@ class TorchEmbedder:
         self.length: int = model.options.text.length  # type: ignore[attr-defined]
 
     def _embed(self, stream: Any) -> Floats:
-        with _evaluating(self.model) as device:
+        with evaluating(self.model) as device:
             outputs = self.model.encode(_batch("x", stream).to(device), {"x": frozenset({"embedding"})})["x"]
             embedding = outputs.embedding
             assert embedding is not None
@@ -166,7 +149,7 @@ class TorchLanguage:
         )
         wanted = torch.from_numpy(scored)
         target = torch.roll(rows, -1, dims=1)[wanted]
-        with _evaluating(self.model) as device:
+        with evaluating(self.model) as device:
             given = self.model.encode(_batch("x", stream).to(device), {"x": frozenset({"vocabulary"})})[
                 "x"
             ].vocabulary

@@ -19,12 +19,14 @@ from vlm.config.errors import CheckpointError, RequestError, VlmError
 from vlm.config.load import Resolved
 from vlm.config.writing import to_toml
 from vlm.data.loader import Loader, build_loader, open_split
+from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
 from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.objectives import BuildContext
+from vlm.runtime.chat import TEMPLATES, Template
 from vlm.training.assembly import build_objective, choose_trainable, steps_of
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
@@ -293,11 +295,13 @@ class Run:
         return build_loader(
             data,
             tokenizer=self.tokenizer,
-            preprocess=model.preprocess(),
+            preprocess=model.preprocesses() or None,
             batch_size=stage.train.batch_size,
             seed=stage.train.seed,
             communicator=self.communicator,
             source=source,
+            picture_positions=model.picture_positions,
+            template=_template_of(model, data),
             quarantine=self.directory.root if self.communicator.rank == 0 else None,
         )
 
@@ -371,6 +375,19 @@ class Run:
             classes = {name: getattr(o, "classes", None) for name, o in parts.objectives.items()}
             metadata = {name: json.dumps(list(values)) for name, values in classes.items() if values}
             save_file(tensors, self.directory.root / "objectives.safetensors", metadata=metadata)
+
+
+def _template_of(model: Model, data: DataOptions) -> Template | None:
+    """How the model's messages are written, which is also how it will be asked. Raises RequestError for data that differ."""
+    name = getattr(model.options, "template", None)
+    if name is None:
+        return None
+    if data.text.template not in (None, name):
+        raise RequestError(
+            f"data.text.template is {data.text.template!r} for a model of template {name!r}",
+            remedy=f"set model.template = {json.dumps(data.text.template)}, or leave data.text.template out",
+        )
+    return TEMPLATES[name]
 
 
 def _silent(text: str) -> None:

@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from tests.data.data_makers import WORDS, sample, write_shards
 from tests.data.talk_makers import IMAGE_ID, PRE, TOKENIZER, loader_of, talk, write_talks
 from vlm.config.errors import DataError
-from vlm.data import DataOptions, Tokenizer, build_loader, iterate_once, open_source, source_texts
+from vlm.data import DataOptions, Tokenizer, build_loader, open_source, source_texts
 from vlm.data.corruption import corrupt
+from vlm.data.streams.conversation import Conversations
+from vlm.data.streams.options import ConversationStream, Questions
 from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.pictures import decode_picture
 from vlm.runtime.preprocess import Preprocess
@@ -343,14 +345,18 @@ def test_text_alone_reads_conversations_without_pictures(tmp_path):
         assert set(next(loader)) == {"text"}
 
 
-def test_evaluation_reads_the_same_rows_in_the_order_of_the_source(tmp_path):
-    uri = write_talks(tmp_path, [talk(n) for n in range(5)])
-    options = DataOptions.model_validate({"val": uri, "streams": TALK, "text": {"length": 64}})
-    batches = list(iterate_once(options, tokenizer=TOKENIZER, preprocess={"image": PRE}, batch_size=2))
-    assert [len(b) for b in batches] == [2, 2, 1]
-    assert batches[0].extra["text"][1] == "a green thing number 1"
-    assert batches[0]["image"].slot.tolist() == [0, 0]
-    assert decoded(batches[2]["text"], 0).endswith("a old thing number 4</s>")
+@pytest.mark.parametrize("balance", ["none", "kinds", "answers"])
+def test_several_turns_ask_different_questions_and_end_with_what_there_is(balance):
+    questions = [{"kind": "ab"[n % 2], "question": f"q{n}", "answer": f"a{n}"} for n in range(5)]
+    for turns, expected in ((1, 1), (3, 3), (9, 5)):
+        stream = ConversationStream(questions=Questions(turns=turns, balance=balance))
+        said = Conversations({"text": stream}, {}, 1000).make({"questions": questions}, {"text": 7})["text"].messages
+        pairs = [(said[i].text, said[i + 1].text) for i in range(0, len(said), 2)]
+        assert len(set(pairs)) == len(pairs) == expected
+        assert all(q[1:] == a[1:] for q, a in pairs)
+        one = ConversationStream(questions=Questions(balance=balance))
+        first = Conversations({"text": one}, {}, 1000).make({"questions": questions}, {"text": 7})["text"].messages
+        assert (first[0].text, first[1].text) == pairs[0]  # more turns go on from the same draw
 
 
 def test_the_tokenizer_learns_from_what_is_said(tmp_path):

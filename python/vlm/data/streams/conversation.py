@@ -132,21 +132,23 @@ class Conversations:
             by_kind.setdefault(kind, []).append((question, answer))
         if not by_kind:
             raise BadSample("no_question", f"field {table.column}" + (f", kinds {', '.join(table.kinds)}" if table.kinds else ""))
-        everything = [(kind, *pair) for kind, pairs in by_kind.items() for pair in pairs]
-        if table.balance == "kinds":
-            shares = [1 / (len(by_kind) * len(by_kind[kind])) for kind, _, _ in everything]
-        elif table.balance == "answers":
-            weights = self.weights.get(name, {})
-            shares = [weights.get(kind, {}).get(answer, 1.0) for kind, _, answer in everything]
-        else:
-            shares = [1.0] * len(everything)
-        edges = np.cumsum(shares)
-        place = int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))
-        _, question, answer = everything[min(place, len(everything) - 1)]
-        return [
-            Message("user", (clean_text(question, self.max_text),)),
-            Message("assistant", (clean_text(answer, self.max_text),)),
-        ]
+        weights = self.weights.get(name, {})
+        left = [(kind, *pair) for kind, pairs in by_kind.items() for pair in pairs]
+        messages: list[Message] = []
+        for _ in range(min(table.turns, len(left))):
+            kinds = [kind for kind, _, _ in left]
+            if table.balance == "kinds":
+                shares = [1 / (len(set(kinds)) * kinds.count(kind)) for kind in kinds]
+            elif table.balance == "answers":
+                shares = [weights.get(kind, {}).get(answer, 1.0) for kind, _, answer in left]
+            else:
+                shares = [1.0] * len(left)
+            edges = np.cumsum(shares)
+            place = int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))
+            _, question, answer = left.pop(min(place, len(left) - 1))
+            messages.append(Message("user", (clean_text(question, self.max_text),)))
+            messages.append(Message("assistant", (clean_text(answer, self.max_text),)))
+        return messages
 
     def _region(
         self, table: Regions, fields: dict[str, Any], generator: np.random.Generator, seen: SeenBox

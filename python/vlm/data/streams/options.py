@@ -41,10 +41,11 @@ class AnswerOptions(Options):
 
 
 class Questions(Options):
-    """A list of {question, answer, kind}: one is drawn for each sample and epoch."""
+    """A list of {question, answer, kind}, of which `turns` are drawn for each sample and epoch, in drawn order."""
 
     column: str = Field("questions", description="field with the list")
     kinds: tuple[str, ...] = Field((), description="kinds of question to ask; none: all")
+    turns: int = Field(1, ge=1, le=64, description="questions asked one after another; all there are where these are fewer")
     balance: Literal["none", "kinds", "answers"] = Field(
         "kinds",
         description="none: every question alike; kinds: the kind is drawn first; answers: rare answers of a kind more often",

@@ -33,6 +33,7 @@ from vlm.models.vision_language.options import (
     VitTowerOptions,
 )
 from vlm.models.vision_language.parts import connector_of, copy_into, language_of, language_state, tower_of
+from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
 from vlm.tokens import TokensOptions
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
@@ -58,7 +59,7 @@ class VisionLanguageOptions(Options):
     language: LanguageOptions | None = Field(None, description="the language model; default: the part's")
     fusion: FusionOptions = PrefixOptions()
     tokens: TokensOptions | None = Field(None, description="drop visual positions between layers; none: keep all")
-    template: str = Field("plain", description="how messages become text")
+    template: str = Field("plain", description="how messages become text: plain, vicuna, llama3 or chatml")
     length: int = Field(gt=0, description="greatest number of positions of a row, pictures expanded")
 
     @model_validator(mode="after")
@@ -66,6 +67,8 @@ class VisionLanguageOptions(Options):
         for name in self.towers:
             if not name.isidentifier():
                 raise ValueError(f"towers.{name}: a name is made of letters, digits and _")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"unknown template {self.template!r}, expected one of {', '.join(TEMPLATES)}")
         if not any(tower.is_open for tower in self.towers.values()):
             self.grid  # noqa: B018  refuses towers that do not fit
         if self.language is not None:

@@ -100,6 +100,12 @@ def test_a_stepper_needs_a_start_and_pictures_for_its_placeholders(tokenizer):
         stepper.advance(np.array([1]))
     with pytest.raises(ValueError, match="'prompt 1': 1 picture placeholders"):
         stepper.start([asked([2]), asked([2, IMAGE])])
+    with pytest.raises(ValueError, match="no prompt"):
+        stepper.start([])
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        stepper.start([asked([2]), asked([])])
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        generator_of(language(), tokenizer).nats([asked([])], [[4, 5]])
     with pytest.raises(ValueError, match="reads no pictures"):
         generator_of(language(), tokenizer).stepper().start([asked([2], {"image": pictures(1)})])
 

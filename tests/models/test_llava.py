@@ -222,7 +222,10 @@ def test_towers_of_published_dual_encoders_are_parts(kind, tmp_path):
 
 class _Template:
     def jinja(self):
-        return "{%- for m in messages -%}{{ m.role }}: {% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}\n{%- endfor -%}"
+        return (
+            "{%- for m in messages -%}{{ m.role }}: {% for p in m.content %}"
+            "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}\n{%- endfor -%}"
+        )
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip"])

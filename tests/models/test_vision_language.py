@@ -476,3 +476,43 @@ def test_what_it_offers():
     assert out.vocabulary is None
     assert out.statistics["kept_share"].tolist() == [1, 1, 1, 1]
     assert out.layout_of(3) is out.layout
+
+
+@pytest.mark.parametrize("kind", ["prefix", "cross", "dropping"])
+def test_autocast_trains(kind):
+    tokens = {"keep": {"layers": [1, 2], "ratios": [0.5, 0.25]}} if kind == "dropping" else None
+    model = built(CROSS if kind == "cross" else PREFIX, tokens=tokens).train()
+    text = rows_of(ROWS, side="left", role=[[int(Role.INSTRUCTION)] * len(row) for row in ROWS])
+    batch = batch_of(4, text=text, image=pictures_of(COUNTS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow, layout = logits_of(model, batch)
+    narrow.float()[layout.mask].logsumexp(-1).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model.connector.projection.weight.grad.any()
+    if kind != "dropping":  # which positions stay may turn on the last bits
+        wide, _ = logits_of(model, batch)
+        assert (narrow - wide)[layout.mask].abs().max() < 0.15
+
+
+@pytest.mark.parametrize("kind", ["prefix", "cross", "dropping"])
+def test_it_learns_to_name_what_it_sees(kind):
+    """Four plain colours, four answers: chance is 1 in 4, and the text alone says nothing."""
+    tokens = {"keep": {"layers": [1], "ratios": [0.5]}} if kind == "dropping" else None
+    model = answering(CROSS if kind == "cross" else PREFIX, tokens=tokens, shake=0.0).train()
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    values = colours[:, :, None, None].expand(-1, -1, 16, 16).contiguous()
+    pictures = replace(pictures_of([1, 1, 1, 1]), values=values)
+    prompts, answers = [[2, IMAGE, 5]] * 4, [10, 11, 12, 13]
+    roles = [[int(Role.INSTRUCTION)] * 3 + [int(Role.ANSWER)]] * 4
+    batch = batch_of(4, text=rows_of([[*p, a] for p, a in zip(prompts, answers)], role=roles), image=pictures)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        logits, layout = logits_of(model, batch)
+        last = layout.mask.sum(1) - 2
+        loss = torch.nn.functional.cross_entropy(logits[torch.arange(4), last], torch.tensor(answers))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        assert model.prefill(rows_of(prompts), {"image": pictures})[0].argmax(-1).tolist() == answers

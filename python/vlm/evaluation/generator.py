@@ -50,7 +50,10 @@ class TorchStepper:
         self._cache: DecoderCache | None = None
 
     def start(self, prompts: Sequence[Asked]) -> Floats:
-        """Logits float32 [n, V] after each prompt. Raises ValueError for placeholders and pictures that do not agree."""
+        """Logits float32 [n, V] after each prompt. Raises ValueError for an empty prompt, for none at all, and for
+        placeholders and pictures that do not agree."""
+        if not prompts:
+            raise ValueError("the stepper was given no prompt")
         text, _ = rows_of([list(prompt.ids) for prompt in prompts])
         with evaluating(self.model) as device:
             pictures = {name: stream.map(lambda t: t.to(device)) for name, stream in pictures_of(prompts).items()}
@@ -252,7 +255,8 @@ def language_part(model: LanguageModel | VisionLanguageModel) -> LanguageModel:
 def rows_of(prompts: Sequence[list[int]], answers: Sequence[list[int]] | None = None) -> tuple[TokenIds, list[int]]:
     """Right-padded rows of prompts, and of their answers behind them; and how many tokens each answer has.
 
-    All of a prompt is instruction; the answer is supervised.
+    All of a prompt is instruction; the answer is supervised. Raises ValueError for an empty prompt: nothing would
+    predict the token after it.
     """
     import torch
 
@@ -261,6 +265,9 @@ def rows_of(prompts: Sequence[list[int]], answers: Sequence[list[int]] | None = 
 
     answers = [[] for _ in prompts] if answers is None else answers
     sizes = [(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)]
+    for row, (size, _) in enumerate(sizes):
+        if not size:
+            raise ValueError(f"prompt {row} is empty: a row needs at least one token, such as bos")
     shape = (len(prompts), max((p + a for p, a in sizes), default=0))
     ids, role = torch.zeros(shape, dtype=torch.int64), torch.full(shape, int(Role.CONTEXT))
     mask, supervised = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
@@ -268,7 +275,7 @@ def rows_of(prompts: Sequence[list[int]], answers: Sequence[list[int]] | None = 
         ids[row, : start + more] = torch.tensor(prompt + answer, dtype=torch.int64)
         mask[row, : start + more] = True
         role[row, :start], role[row, start : start + more] = int(Role.INSTRUCTION), int(Role.ANSWER)
-        supervised[row, start : start + more] = start > 0  # nothing predicts the first token of a row
+        supervised[row, start : start + more] = True
     stream = TokenIds(ids, mask, torch.arange(len(prompts)), supervised=supervised, role=role)
     return stream, [more for _, more in sizes]
 

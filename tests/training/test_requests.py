@@ -48,7 +48,8 @@ class Reader(Model):
 
 
 def test_what_no_stream_of_the_model_has_is_refused_with_names():
-    with pytest.raises(RequestError, match=r"'mine' asks for model/text.vocabulary.*dual-encoder.*\n.*of pictures: embedding, hidden") as caught:
+    told = r"'mine' asks for model/text.vocabulary.*dual-encoder.*\n.*of pictures: embedding, hidden"
+    with pytest.raises(RequestError, match=told) as caught:
         check_offers(asked("model/text.vocabulary"), {"model": encoder()})
     assert caught.value.exit_code is ExitCode.WRONG_REQUEST
     with pytest.raises(RequestError, match="teacher/text.embedding, and a language model has no embedding"):
@@ -157,7 +158,8 @@ def test_rows_of_text_need_not_be_one_a_sample(parts):
     ids = torch.randint(4, 50, (8, 9), generator=generator)
     mask = torch.arange(9)[None] < torch.tensor([9, 3, 2, 5, 7, 1, 4, 0])[:, None]
     text = type(whole["text"])(ids, mask, index, slot=torch.tensor([0, 1, 0, 1, 2, 0, 0, 1]))
-    batch = whole.with_streams({"text": text, "group": Labels(torch.zeros(7, dtype=torch.int64), torch.ones(7, dtype=torch.bool), torch.arange(7))})
+    groups = Labels(torch.zeros(7, dtype=torch.int64), torch.ones(7, dtype=torch.bool), torch.arange(7))
+    batch = whole.with_streams({"text": text, "group": groups})
 
     def run(count):
         engine = engine_of(Words(), [TokenCrossEntropyOptions()])

@@ -124,7 +124,8 @@ def open_stage(tmp_path, parts):
     """The toy stage with a model that leaves the shape of its vision tower open."""
     run = begin(tmp_path / "run")
     stage = run.stages[0]
-    options = OpenOptions.model_validate({**stage.model.model_dump(), "kind": "open"} | {"vision": stage.model.vision.model_copy(update={"width": 64})})
+    table = stage.model.model_dump() | {"kind": "open", "vision": stage.model.vision.model_copy(update={"width": 64})}
+    options = OpenOptions.model_validate(table)
     start = schema.StartOptions(parts={name: str(path) for name, path in parts.items()})
     return run, stage.model_copy(update={"model": options, "start": start})
 

@@ -100,7 +100,10 @@ def test_povid_a_request_names_the_picture_stream_with_which_a_text_is_read():
     assert split_key("a.b") == ("a.b", None)
 
 
-@pytest.mark.parametrize("text", ["model/@image.vocabulary", "model/text@.vocabulary", "model/a@b@c.vocabulary", "model/.vocabulary", "model/t.hidden:x"])
+@pytest.mark.parametrize(
+    "text",
+    ["model/@image.vocabulary", "model/text@.vocabulary", "model/a@b@c.vocabulary", "model/.vocabulary", "model/t.hidden:x"],
+)
 def test_a_context_or_layer_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="no request|no number"):
         Request.parse(text)

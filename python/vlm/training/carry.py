@@ -55,8 +55,9 @@ class Carried:
         return {"objectives": dict(self.objectives), "companions": dict(self.companions), "stages": dict(self.stages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.objectives, self.companions = dict(state["objectives"]), dict(state["companions"])
-        self.stages = dict(state["stages"])
+        """From a checkpoint; one of a release that carried nothing holds none of it."""
+        self.objectives, self.companions = dict(state.get("objectives", {})), dict(state.get("companions", {}))
+        self.stages = dict(state.get("stages", {}))
 
 
 def give_moments(optimizer: NamedOptimizer, moments: Mapping[str, Tree]) -> None:

@@ -42,7 +42,7 @@ class CompanionOptions(Options):
     """One table [companions.NAME]."""
 
     source: str = Field(
-        description='a model directory, the key of a preset, "model" for the model itself, or "stage:NAME" for the weights that stage ended with'
+        description='a model directory, the key of a preset, "model" for the model itself, or "stage:NAME" for what that stage ended with'
     )
     update: CompanionUpdate | None = Field(None, description="how it follows the model; none: frozen")
     adapter: Literal["off"] | None = Field(None, description="off: the model itself without its adapters")

@@ -1,7 +1,8 @@
 """The run directory: what a run leaves behind, and where.
 
 `preset.toml` (resolved), `environment.json`, `architecture/` (config, tokenizer and preprocessing, from the start),
-`metrics.jsonl`, `checkpoints/step-N/`, `stages/` (final weights that a later stage names), `quarantine.jsonl`, `model/` (final, Hugging Face layout), `report.html`.
+`metrics.jsonl`, `checkpoints/step-N/`, `stages/` (final weights that a later stage names),
+`quarantine.jsonl`, `model/` (final, Hugging Face layout), `report.html`.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Run:
         if found is not None:
             tree = found[1]
             cursor.load_state_dict(tree["cursor"])
-            carried.load_state_dict(tree["carried"])
+            carried.load_state_dict(tree.get("carried", {}))
             self.note(f"continuing from {checkpoints.path(found[0])}")
         root = self.directory if self.communicator.rank == 0 else None
         board = self.directory.root / "tensorboard" if self.stages[0].train.tensorboard else None

@@ -141,12 +141,17 @@ def test_each_source_has_its_own_columns_and_streams(mixed, tmp_path):
     mixture = {
         "talks": {"source": talks, "streams": {"text": {"kind": "conversation"}}},
         "scenes": {"source": "scenes:?n=10&size=16", "streams": {"text": {"kind": "conversation", "questions": {"kinds": ["count"]}}}},
-        "named": {"source": "scenes:?n=10&size=16&seed=1", "columns": {"text": "name"}, "streams": {"text": {"kind": "conversation", "answer": "auto"}}},
+        "named": {
+            "source": "scenes:?n=10&size=16&seed=1",
+            "columns": {"text": "name"},
+            "streams": {"text": {"kind": "conversation", "answer": "auto"}},
+        },
     }
     with loader_of(None, {}, mixture=mixture, batch_size=66) as own:
         batch = next(own)
     assert sources_of(batch.keys) == {"talks": 22, "scenes": 22, "named": 22}
-    names = {f"named/{open_source('scenes:?n=10&size=16&seed=1').key(i)}": open_source("scenes:?n=10&size=16&seed=1").read(i).fields["name"] for i in range(10)}
+    scenes = open_source("scenes:?n=10&size=16&seed=1")
+    names = {f"named/{scenes.key(i)}": scenes.read(i).fields["name"] for i in range(10)}
     for row, key in enumerate(batch.keys):
         said = TOKENIZER.decode(batch["text"].values[row][batch["text"].mask[row]].tolist())
         if key.startswith("talks/"):

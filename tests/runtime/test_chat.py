@@ -45,7 +45,8 @@ def byte_level(special=SPECIAL):
 
 
 def metaspace(special=SPECIAL):
-    core = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), *((s, -1.0) for s in special), *((c, -5.0) for c in "▁abcdefghimnorst<>/|_?:")], unk_id=0))
+    letters = [(c, -5.0) for c in "▁abcdefghimnorst<>/|_?:"]
+    core = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), *((s, -1.0) for s in special), *letters], unk_id=0))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
     core.add_special_tokens(["<unk>", *special])
@@ -232,7 +233,8 @@ def test_an_ordinary_placeholder_is_guarded_too():
 
 def test_the_placeholder_is_set_for_pictures_only():
     core = byte_level()
-    pieces = TEMPLATES["vicuna"].pieces([Message("user", (PICTURE, "is <image> a word? </s>", PICTURE)), Message("assistant", ("<image>",))], answer=True)
+    messages = [Message("user", (PICTURE, "is <image> a word? </s>", PICTURE)), Message("assistant", ("<image>",))]
+    pieces = TEMPLATES["vicuna"].pieces(messages, answer=True)
     ids, role, supervised = encoded(core, pieces)
     assert ids.count(core.token_to_id("<image>")) == 2
     assert ids.count(core.token_to_id("</s>")) == 1
@@ -295,6 +297,14 @@ def test_markers_are_split_and_their_newlines_go():
     assert split_markers("first <image> then <image>.") == ("first ", PICTURE, " then ", PICTURE, ".")
     assert split_markers(" no marker ") == ("no marker",)
     assert split_markers("") == ()
+
+
+def test_an_answer_ends_at_eos_and_at_the_end_of_the_template():
+    core = byte_level()
+    eos, end = core.token_to_id("</s>"), core.token_to_id("<|im_end|>")
+    assert TEMPLATES["plain"].end_ids(PieceIds(core), eos) == {eos}
+    assert TEMPLATES["chatml"].end_ids(PieceIds(core), eos) == {eos, end}
+    assert TEMPLATES["chatml"].end_ids(PieceIds(byte_level(SPECIAL[:3])), None) == frozenset()
 
 
 def test_a_template_survives_json():

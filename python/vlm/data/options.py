@@ -57,7 +57,10 @@ class TextOptions(Options):
     """How texts become ids."""
 
     length: int = Field(
-        32, ge=2, le=1_048_576, description="tokens of a text; a longer one is cut, keeping eos"
+        32,
+        ge=2,
+        le=1_048_576,
+        description="tokens of a text; a longer one is cut, keeping eos. Of a conversation: positions, pictures expanded",
     )
     template: str | None = Field(
         None, description="how messages are written: plain, vicuna, llama3 or chatml; none: as the model says, else plain"
@@ -105,7 +108,10 @@ Captions = Annotated[OneCaption | RandomCaption | SentenceCaptions, Field(discri
 
 
 class DocumentPacker(Options):
-    """One document a row; a longer one goes on in the next row."""
+    """One document a row; a longer one goes on in the next row.
+
+    Conversations: as many whole samples to a row as fit one after another, whichever packer; none goes on.
+    """
 
     kind: Literal["document"] = "document"
     length: int = Field(128, ge=2, le=1_048_576, description="tokens of a row")

@@ -181,7 +181,8 @@ def test_a_long_answer_is_cut_and_a_long_prompt_is_refused(tmp_path):
     late["conversations"][0]["value"], late["conversations"][2]["value"] = "what?", "<image> and this?"
     uri = write_talks(tmp_path, [long_answer, long_prompt, late])
     for cost in (1, 9):
-        with loader_of(uri, TALK, batch_size=1, picture_positions=cost, bad_samples={"budget": 0.7}, text={"length": 40}, quarantine=tmp_path / str(cost)) as loader:
+        table = {"bad_samples": {"budget": 0.7}, "text": {"length": 40}, "quarantine": tmp_path / str(cost)}
+        with loader_of(uri, TALK, batch_size=1, picture_positions=cost, **table) as loader:
             batch = next(loader)
             next(loader)
         text = batch["text"]

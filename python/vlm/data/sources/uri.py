@@ -1,7 +1,8 @@
 """One address for every source: what it is, is detected and said.
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
-`text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`); `scenes:?n=20000&seed=1&split=val&size=64` (drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles
+`text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`);
+`scenes:?n=20000&seed=1&split=val&size=64` (drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles
 what the ending does not say. Several addresses of one kind are joined by commas.
 """
 

@@ -18,7 +18,7 @@ from vlm.serving import ServerSettings
 from vlm.serving.server import bind
 
 PAGE = (Path(__file__).parents[2] / "docs/serving.md").read_text("utf-8")
-BLOCKS = {name: text for name, text in re.findall(r"^<!-- ci: (\w+) -->\n```\w+\n(.*?)\n```$", PAGE, re.MULTILINE | re.DOTALL)}
+BLOCKS = dict(re.findall(r"^<!-- ci: (\w+) -->\n```\w+\n(.*?)\n```$", PAGE, re.MULTILINE | re.DOTALL))
 DEFAULT = "127.0.0.1:8000"
 
 

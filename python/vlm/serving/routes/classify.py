@@ -9,7 +9,15 @@ from vlm.serving.engine import Engine
 from vlm.serving.errors import ApiError
 from vlm.serving.inputs import image_item, text_item
 from vlm.serving.routes.models import check_model
-from vlm.serving.schemas import EVERY_ERROR, ClassifyRequest, ClassifyResponse, ImagePart, ImageUrl, Score, errors
+from vlm.serving.schemas import (
+    EVERY_ERROR,
+    ClassifyRequest,
+    ClassifyResponse,
+    ImagePart,
+    ImageUrl,
+    Score,
+    errors,
+)
 
 
 def router(engine: Engine) -> APIRouter:

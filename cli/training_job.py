@@ -98,6 +98,8 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
             return signal.code
         if communicator.rank == 0:
             answer = result.to_json()
+            if any(option.kind == "classification" for option in training.stages[-1].objectives):
+                answer["head"] = str(output / "objectives.safetensors")
             if not job.no_report:
                 answer["report"] = _report(output)
             if job.as_json:
@@ -127,17 +129,18 @@ def _dry_run(job: Job, preset: Any, resolved: Any, output: Path, settings: dict[
     import tempfile
 
     from vlm.training.directory import RunDirectory
-    from vlm.training.plan import make_plan
+    from vlm.training.plan import make_plan, resident
     from vlm.training.run import Run
     from vlm.training.trainer import Cursor
 
+    before = resident()
     with tempfile.TemporaryDirectory(prefix="vlm-dry-run-") as folder:
         training = Run(RunDirectory(Path(folder)), preset, resolved, **settings)
         plans = []
         for index, stage in enumerate(training.stages):
             parts = training.assemble(stage, Cursor(stage=index), initial=True)
             try:
-                plans.append(make_plan(parts, str(output)))
+                plans.append(make_plan(parts, str(output), before=before))
             finally:
                 parts.loader.close()
     if job.as_json:
@@ -165,6 +168,8 @@ def _summary(answer: dict[str, Any]) -> str:
     lines = [table_of(result) for result in answer["evaluations"]]
     lines.append(f"{answer['parameters']:,} parameters, {answer['steps']} updates, {answer['seconds']:.0f} s")
     lines.append(f"model:  {answer['model']}")
+    if "head" in answer:
+        lines.append(f"head:   {answer['head']}  (vlm predict {answer['output']} IMAGE uses it; vlm evaluate --task linear-probe fits its own)")
     if answer.get("report"):
         lines.append(f"report: {answer['report']}")
     return "\n".join(lines)

@@ -74,8 +74,11 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     else:
         assert job.resume is not None
         output = job.resume
+        refuse_bundle(output)
         preset, resolved = load_preset(str(output / "preset.toml")) if (output / "preset.toml").is_file() else (None, None)
     processes = job.processes or (preset.scale.processes if preset is not None else 1)
+    if resolved is not None:
+        _check_sizes(resolved, processes)
     if processes > 1 and "RANK" not in os.environ and not job.dry_run:
         from vlm.training.launch import launch
 
@@ -122,6 +125,28 @@ def _check_command(job: Job, preset: Any) -> None:
         f"{preset.method.key} is a preset of vlm {wanted}",
         remedy=f"run: vlm {wanted} {job.preset}" + (" (or give --model DIR to finetune it)" if wanted == "pretrain" else ""),
     )
+
+
+def refuse_bundle(path: Path) -> None:
+    """A bundle holds the preset it was made by, and yet is no run. Raises RequestError."""
+    from vlm.runtime.manifest import is_bundle
+
+    if is_bundle(path):
+        raise RequestError("this is a bundle, not a run", where=str(path), remedy="give the run directory that it was exported from")
+
+
+def _check_sizes(resolved: Any, processes: int) -> None:
+    """Every process needs a sample for each of its micro-batches. Raises RequestError."""
+    from vlm.training.preset import stages_of
+
+    for stage in stages_of(resolved):
+        size, accumulate = stage.train.batch_size, stage.train.accumulate
+        if size < processes * accumulate:
+            raise RequestError(
+                f"{size} samples cannot be shared by {processes} processes of {accumulate} micro-batches",
+                where=f"stage {stage.name}: train.batch_size",
+                remedy=f"expected at least {processes * accumulate}; or use fewer processes (-n) or a smaller train.accumulate",
+            )
 
 
 def _dry_run(job: Job, preset: Any, resolved: Any, output: Path, settings: dict[str, Any]) -> ExitCode:

@@ -67,6 +67,8 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     from vlm.training.trainer import Interrupted
 
     name, _ = settings_of(job.preset, job.overrides, job.resume)
+    preset: Any = None
+    resolved: Any = None
     if name is not None:
         preset, resolved = load_preset(name, job.all_overrides())
         _check_command(job, preset)
@@ -75,7 +77,8 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
         assert job.resume is not None
         output = job.resume
         refuse_bundle(output)
-        preset, resolved = load_preset(str(output / "preset.toml")) if (output / "preset.toml").is_file() else (None, None)
+        if (output / "preset.toml").is_file():
+            preset, resolved = load_preset(str(output / "preset.toml"))
     processes = job.processes or (preset.scale.processes if preset is not None else 1)
     if resolved is not None:
         _check_sizes(resolved, processes)

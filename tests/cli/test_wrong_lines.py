@@ -54,7 +54,7 @@ def test_a_full_disk_is_called_so():
     from safetensors import SafetensorError
 
     words = "Error while serializing: I/O error: No space left on device (os error 28)"  # what safetensors says of one
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError) as caught:
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left") as caught:
         full.write(b"x")
     for error in (caught.value, SafetensorError(words), OSError(errno.ENOSPC, "No space left on device", "run/model.bin")):
         known = as_vlm_error(error)

@@ -5,6 +5,7 @@ Importing this module costs click and nothing else; a subcommand's module is imp
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-from vlm.config.errors import ExitCode, OutOfMemory, RequestError, VlmError
+from vlm.config.errors import ExitCode, OutOfMemory, RequestError, RunFailed, VlmError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("vlm.cli.train:pretrain", "Train a model from scratch by a preset."),
@@ -227,12 +228,27 @@ def as_vlm_error(error: BaseException) -> VlmError | None:
         return RequestError(
             f"this needs {error.name}, which is not installed", remedy="pip install 'vlm-forge[train]'"
         )
+    if _is_disk_full(error):
+        return RunFailed(
+            "the disk is full",
+            where=getattr(error, "filename", None),
+            remedy="make room or choose another --output; vlm pretrain --resume DIR continues a run from its last whole checkpoint",
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return RunFailed(error.strerror, where=os.fsdecode(error.filename) if not isinstance(error.filename, int) else None)
     if _is_out_of_memory(error):
         return OutOfMemory(
             str(error).strip().partition("\n")[0] or "memory ran out",
             remedy="make train.batch_size smaller or train.accumulate larger, or set train.recompute=true",
         )
     return None
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """ENOSPC, or a SafetensorError that tells of it in words only."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return type(error).__name__ == "SafetensorError" and f"(os error {errno.ENOSPC})" in str(error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

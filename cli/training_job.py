@@ -85,11 +85,14 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     else:
         assert job.resume is not None
         output = job.resume
+        refuse_bundle(output)
         if (output / "preset.toml").is_file():
             preset, resolved = load_preset(str(output / "preset.toml"))
         elif job.dry_run:
             raise CheckpointError("not a run: preset.toml is missing", where=str(output))
     processes = job.processes or (preset.scale.processes if preset is not None else 1)
+    if resolved is not None:
+        _check_sizes(resolved, processes)
     if processes > 1 and "RANK" not in os.environ and not job.dry_run:
         from vlm.training.launch import launch
 
@@ -112,6 +115,8 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
             return signal.code
         if communicator.rank == 0:
             answer = result.to_json()
+            if any(option.kind == "classification" for option in training.stages[-1].objectives):
+                answer["head"] = str(output / "objectives.safetensors")
             if not job.no_report:
                 answer["report"] = _report(output)
             if job.as_json:
@@ -152,21 +157,44 @@ def _replaced(preset: Any, resolved: Any, models: dict[str, Path]) -> tuple[Any,
     return validate(placed, type(preset)), placed
 
 
+def refuse_bundle(path: Path) -> None:
+    """A bundle holds the preset it was made by, and yet is no run. Raises RequestError."""
+    from vlm.runtime.manifest import is_bundle
+
+    if is_bundle(path):
+        raise RequestError("this is a bundle, not a run", where=str(path), remedy="give the run directory that it was exported from")
+
+
+def _check_sizes(resolved: Any, processes: int) -> None:
+    """Every process needs a sample for each of its micro-batches. Raises RequestError."""
+    from vlm.training.preset import stages_of
+
+    for stage in stages_of(resolved):
+        size, accumulate = stage.train.batch_size, stage.train.accumulate
+        if size < processes * accumulate:
+            raise RequestError(
+                f"{size} samples cannot be shared by {processes} processes of {accumulate} micro-batches",
+                where=f"stage {stage.name}: train.batch_size",
+                remedy=f"expected at least {processes * accumulate}; or use fewer processes (-n) or a smaller train.accumulate",
+            )
+
+
 def _dry_run(job: Job, preset: Any, resolved: Any, output: Path, settings: dict[str, Any]) -> ExitCode:
     """Assemble every stage in a temporary directory, measure one small update of each, print the plans."""
     import tempfile
 
     from vlm.training.directory import RunDirectory
-    from vlm.training.plan import duration
+    from vlm.training.plan import duration, resident
     from vlm.training.rehearsal import plans_of
     from vlm.training.run import Run
     from vlm.workflows.bases import BaseStore, own_units
 
+    before = resident()
     with tempfile.TemporaryDirectory(prefix="vlm-dry-run-") as folder:
         bases = BaseStore(note=log).rehearsed(own_units(resolved.values), Path(folder) / "bases")
         if bases:
             preset, resolved = _replaced(preset, resolved, {base.key: base.model for base in bases})
-        plans = plans_of(Run(RunDirectory(Path(folder) / "run"), preset, resolved, **settings), str(output))
+        plans = plans_of(Run(RunDirectory(Path(folder) / "run"), preset, resolved, **settings), str(output), before=before)
     if job.as_json:
         told = [
             {"preset": base.key, "output": str(base.place), "trained": base.plans is None, "seconds": base.seconds} for base in bases
@@ -200,6 +228,8 @@ def _summary(answer: dict[str, Any]) -> str:
     lines = [table_of(result) for result in answer["evaluations"]]
     lines.append(f"{answer['parameters']:,} parameters, {answer['steps']} updates, {answer['seconds']:.0f} s")
     lines.append(f"model:  {answer['model']}")
+    if "head" in answer:
+        lines.append(f"head:   {answer['head']}  (vlm predict {answer['output']} IMAGE uses it; vlm evaluate --task linear-probe fits its own)")
     if answer.get("report"):
         lines.append(f"report: {answer['report']}")
     return "\n".join(lines)

@@ -126,19 +126,21 @@ def _problem(
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _unknown_kind(path, annotation, resolved)
     where, value = resolved.place(path), _value_at(resolved.values, path)
+    name = "" if where.endswith(f": {name}") else name  # an override's place is its key
+    said = f"{name}: " if name else ""
     if kind in ("value_error", "assertion_error"):
         text = details["msg"].partition(", ")[2] or details["msg"]
-        return Problem(where, f"{name}: {text}" if name else text)
+        return Problem(where, said + text)
     if kind == "missing" or all(
         d["type"] == "literal_error" or d["type"].endswith(("_type", "_parsing", "from_float"))
         for d, _ in group
     ):
         near = _nearest(value, _words(annotation))
-        return Problem(where, f"{name}: expected {describe(annotation)}, got {_shown(value)}{near}")
+        return Problem(where, f"{said}expected {describe(annotation)}, got {_shown(value)}{near}")
     text = details["msg"].removeprefix("Input should ")
     text = f"must {text}" if text != details["msg"] else text[:1].lower() + text[1:]
     return Problem(
-        where, f"{name}: {text}, got {_shown(value)}" if name else text, _about(path, resolved, schema)
+        where, f"{said}{text}, got {_shown(value)}" if path else text, _about(path, resolved, schema)
     )
 
 

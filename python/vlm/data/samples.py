@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm.config.errors import DataError
 from vlm.runtime.pictures import REASONS as PICTURE_REASONS
+from vlm.runtime.pictures import Refused
 
 REASONS = {
     **PICTURE_REASONS,
@@ -46,14 +46,10 @@ REASON_CODES = {reason: code for code, reason in enumerate(REASONS, start=1)}
 REASON_OF_CODE = {code: reason for reason, code in REASON_CODES.items()}
 
 
-class BadSample(DataError):
+class BadSample(Refused):
     """A sample that was refused. `reason` is one of `REASONS`."""
 
-    def __init__(self, reason: str, detail: str = "", *, where: str | None = None) -> None:
-        self.reason = reason
-        self.detail = detail
-        text = REASONS[reason]
-        super().__init__(f"{reason}: {text} ({detail})" if detail else f"{reason}: {text}", where=where)
+    reasons = REASONS
 
 
 @dataclass(frozen=True)

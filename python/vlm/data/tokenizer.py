@@ -17,8 +17,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from vlm.config.errors import DataError
+from vlm.runtime.tokens import cut, pad, tokenizer_config, tokenizers_from
 
-_MAX_FILE = 64 * 1024 * 1024
 DEFAULT_SPECIAL = {"pad": "<pad>", "eos": "</s>", "bos": "<s>"}
 # In the order of their ids. eos must not be 2: `transformers` (and `models/towers.py`) read a CLIP config with
 # eos_token_id 2 as one of the early published ones, whose text tower pools at the greatest id instead.
@@ -109,22 +109,7 @@ class Tokenizer:
                 remedy="slow tokenizers are not read; convert once with transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
             )
-        text = _read(path)
-        try:
-            core = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises a bare Exception
-            raise DataError(f"not a tokenizer file: {error}", where=str(path)) from error
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            extra = folder / name
-            if extra.is_file():
-                try:
-                    part = json.loads(_read(extra))
-                except ValueError as error:
-                    raise DataError(f"not JSON: {error}", where=str(extra)) from error
-                if not isinstance(part, dict):
-                    raise DataError("expected a JSON object", where=str(extra))
-                config |= part
+        core, config = tokenizers_from(path), tokenizer_config(folder)
         try:
             return cls(core, config)
         except DataError as error:
@@ -178,22 +163,9 @@ class Tokenizer:
         """
         if length < 1:
             raise ValueError(f"length is {length}, expected at least 1")
-        ids = np.full((len(texts), length), self.pad_id, np.int64)
-        mask = np.zeros((len(texts), length), bool)
-        for row, encoding in enumerate(self._core.encode_batch(list(texts), add_special_tokens=add_special)):
-            tokens = encoding.ids
-            if len(tokens) > length:
-                closing = 0
-                special = encoding.special_tokens_mask
-                while add_special and closing < min(len(special), length - 1) and special[-1 - closing]:
-                    closing += 1
-                tokens = tokens[: length - closing] + tokens[len(tokens) - closing :]
-            place = (
-                slice(0, len(tokens)) if self.padding_side == "right" else slice(length - len(tokens), length)
-            )
-            ids[row, place] = tokens
-            mask[row, place] = True
-        return ids, mask
+        encodings = self._core.encode_batch(list(texts), add_special_tokens=add_special)
+        rows = [cut(e.ids, e.special_tokens_mask if add_special else (), length) for e in encodings]
+        return pad(rows, length, self.pad_id, self.padding_side)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of one row of ids; ids outside the vocabulary are left out."""
@@ -213,12 +185,3 @@ class Tokenizer:
 def _content(token: Any) -> str:
     """A special token as a configuration writes it: the text, or a table with the text as `content`."""
     return str(token.get("content")) if isinstance(token, dict) else str(token)
-
-
-def _read(path: Path) -> str:
-    if path.stat().st_size > _MAX_FILE:
-        raise DataError(f"{path.stat().st_size} bytes, expected at most {_MAX_FILE}", where=str(path))
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}", where=str(path)) from error

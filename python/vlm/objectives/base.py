@@ -69,7 +69,7 @@ class Objective(nn.Module):
 
         The default is what it requires, unchanged.
         """
-        wanted = {f"{request.companion}/{request.stream}" for request in self.requires}
+        wanted = {request.view for request in self.requires}
         return Views({key: views[key] for key in sorted(wanted)})
 
     def commit(self, views: Views, context: Context) -> None:

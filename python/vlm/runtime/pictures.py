@@ -10,8 +10,9 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import (
@@ -42,14 +43,22 @@ REASONS = {
 """Stable reasons for refusing a picture, with what they mean."""
 
 
-class BadPicture(DataError):
-    """A picture that was refused. `reason` is one of `REASONS`."""
+class Refused(DataError):
+    """Something untrusted that was refused for a stable `reason`, a key of the class's `reasons`."""
+
+    reasons: ClassVar[Mapping[str, str]]
 
     def __init__(self, reason: str, detail: str = "", *, where: str | None = None) -> None:
         self.reason = reason
         self.detail = detail
-        text = REASONS[reason]
+        text = self.reasons[reason]
         super().__init__(f"{reason}: {text} ({detail})" if detail else f"{reason}: {text}", where=where)
+
+
+class BadPicture(Refused):
+    """A picture that was refused. `reason` is one of `REASONS`."""
+
+    reasons = REASONS
 
 
 @dataclass(frozen=True)

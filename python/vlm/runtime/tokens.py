@@ -27,7 +27,7 @@ class BundleTokenizer:
         self._core.no_truncation()
         self._core.no_padding()
         self.length, self.fixed = length, fixed
-        config = _config(directory)
+        config = tokenizer_config(directory)
         self.padding_side: str = config.get("padding_side") or "right"
         self.pad_id = self._pad(config)
 
@@ -43,7 +43,7 @@ class BundleTokenizer:
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, cut to the length; a long text loses its end but keeps the closing special tokens."""
         check_texts(texts)
-        return [self._cut(e.ids, e.special_tokens_mask) for e in self._core.encode_batch(list(texts))]
+        return [cut(e.ids, e.special_tokens_mask, self.length) for e in self._core.encode_batch(list(texts))]
 
     def whole_rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, special tokens included, not cut."""
@@ -54,28 +54,35 @@ class BundleTokenizer:
         """Each id as text."""
         return [self._core.decode([int(i)], skip_special_tokens=False) for i in ids]
 
-    def _cut(self, ids: list[int], special: list[int]) -> list[int]:
-        if len(ids) <= self.length:
-            return ids
-        closing = 0
-        while closing < min(len(special), self.length - 1) and special[-1 - closing]:
-            closing += 1
-        return ids[: self.length - closing] + ids[len(ids) - closing :]
-
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n, T] int64, mask [n, T] int64), T the longest row or the fixed length."""
         width = self.length if self.fixed else max((len(row) for row in rows), default=1)
-        width = max(width, 1)
-        ids = np.full((len(rows), width), self.pad_id, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        for i, row in enumerate(rows):
-            place = slice(0, len(row)) if self.padding_side == "right" else slice(width - len(row), width)
-            ids[i, place] = row
-            mask[i, place] = 1
-        return ids, mask
+        ids, mask = pad(rows, max(width, 1), self.pad_id, self.padding_side)
+        return ids, mask.astype(np.int64)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return self.pad(self.rows(texts))
+
+
+def cut(ids: list[int], special: Sequence[int], length: int) -> list[int]:
+    """At most `length` ids: a long text loses its end, but keeps the closing ones that `special` marks."""
+    if len(ids) <= length:
+        return ids
+    closing = 0
+    while closing < min(len(special), length - 1) and special[-1 - closing]:
+        closing += 1
+    return ids[: length - closing] + ids[len(ids) - closing :]
+
+
+def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [n, width] int64, mask [n, width] bool): rows of at most `width` ids, filled on the side named right or left."""
+    ids = np.full((len(rows), width), pad_id, np.int64)
+    mask = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, place] = row
+        mask[i, place] = True
+    return ids, mask
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -104,7 +111,8 @@ def tokenizers_from(path: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(f"not a tokenizer file: {error}", where=str(path)) from error
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def tokenizer_config(directory: Path) -> dict[str, Any]:
+    """The tokenizer's settings in a directory, empty where it has none. Raises CheckpointError naming the file."""
     merged: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / name

@@ -53,6 +53,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method == "POST" and media != "application/json":
+            return error_response(415, "expected a JSON body with Content-Type: application/json", code="content_type")
         message, param = _first(error.errors())
         return error_response(400, message, code="invalid_request", param=param)
 

@@ -39,20 +39,32 @@ class ChatMessage(_Strict):
     name: str | None = None
 
 
+_PICTURE = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAIAAAB7QOjdAAAAD0lEQVR42mP4z8DAwMAAAAYBAQAJ7PpUAAAAAElFTkSuQmCC"
+"""Two pixels, for the examples of the OpenAPI document."""
+
+
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 class EmbeddingRequest(_Strict):
     """OpenAI's request, whose input may also hold pictures; or `messages`, as vLLM takes them."""
+
+    model_config = _examples({"input": ["a red circle", {"type": "image_url", "image_url": {"url": _PICTURE}}]})
 
     model: str | None = None
     input: str | Part | Annotated[list[str | Part | int | TokenIds], Field(max_length=MOST)] | None = None
     messages: Annotated[list[ChatMessage], Field(max_length=MOST)] | None = None
     modality: Literal["text", "image"] = Field(default="text", description="what plain strings of the input are")
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(default=None, gt=0)
+    dimensions: Annotated[int, Field(gt=0, strict=True)] | None = None
     user: str | None = None
 
 
 class ClassifyRequest(_Strict):
     """A picture and the labels to score it with."""
+
+    model_config = _examples({"image": _PICTURE, "labels": ["red circle", "blue square"], "template": "a photo of a {}"})
 
     model: str | None = None
     image: ImagePart | ImageUrl | str = Field(description="a data URI, or an image_url part")
@@ -105,17 +117,40 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": text}
-    for code, text in {
-        400: "the request is wrong",
-        401: "a key is needed",
-        408: "the body came too slowly",
-        413: "body or picture too large",
-        415: "media type not accepted",
-        422: "the picture cannot be read",
-        429: "too many requests",
-        503: "starting or stopping",
-        504: "the deadline passed",
-    }.items()
+class ErrorDetail(BaseModel):
+    message: str = Field(description="what is wrong, what was expected")
+    type: str
+    param: str | None = Field(description="the part of the request that is wrong, as input.3")
+    code: str = Field(description="a stable name of the error")
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is no success, as OpenAI's clients expect it."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    status: Literal["live", "ready", "starting", "failed"]
+
+
+def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The answers of a route besides its success, for the OpenAPI document."""
+    return {code: {"description": _MEANING[code], "model": ErrorResponse} for code in codes}
+
+
+_MEANING = {
+    400: "the request is wrong",
+    401: "a key is needed",
+    404: "the model is not served here",
+    408: "the body came too slowly",
+    413: "body or picture too large",
+    415: "media type not accepted",
+    422: "the picture cannot be read",
+    429: "too many requests, or the queue is full",
+    500: "the server failed",
+    503: "starting or stopping",
+    504: "the deadline passed",
 }
+EVERY_ERROR = tuple(_MEANING)
+"""What a route that takes a body may answer besides its success."""

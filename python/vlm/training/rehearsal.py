@@ -7,13 +7,16 @@ from vlm.training.run import Run
 from vlm.training.trainer import Cursor
 
 
-def plans_of(run: Run, output: str) -> list[Plan]:
-    """A plan for each stage of a run whose directory is a temporary one. output: where it would really write."""
+def plans_of(run: Run, output: str, *, before: int = 0) -> list[Plan]:
+    """A plan for each stage of a run whose directory is a temporary one. output: where it would really write.
+
+    before: bytes of the process before anything of the run was made.
+    """
     plans = []
     for index, stage in enumerate(run.stages):
         parts = run.assemble(stage, Cursor(stage=index), initial=True, rehearse=True)
         try:
-            plans.append(make_plan(parts, output))
+            plans.append(make_plan(parts, output, before=before))
         finally:
             parts.loader.close()
     return plans

@@ -9,13 +9,21 @@ from vlm.serving.engine import Engine
 from vlm.serving.errors import ApiError
 from vlm.serving.inputs import image_item, text_item
 from vlm.serving.routes.models import check_model
-from vlm.serving.schemas import ERRORS, ClassifyRequest, ClassifyResponse, ImagePart, ImageUrl, Score
+from vlm.serving.schemas import (
+    EVERY_ERROR,
+    ClassifyRequest,
+    ClassifyResponse,
+    ImagePart,
+    ImageUrl,
+    Score,
+    errors,
+)
 
 
 def router(engine: Engine) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/classify", response_model=None, responses={200: {"model": ClassifyResponse}, **ERRORS})
+    @routes.post("/v1/classify", response_model=None, responses={200: {"model": ClassifyResponse}, **errors(*EVERY_ERROR)})
     async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
         check_model(engine, body.model)
         if len(body.labels) > engine.settings.max_labels:

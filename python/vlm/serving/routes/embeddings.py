@@ -12,7 +12,7 @@ from vlm.serving.errors import ApiError
 from vlm.serving.inputs import Item, check_count, image_item, text_item
 from vlm.serving.routes.models import check_model
 from vlm.serving.schemas import (
-    ERRORS,
+    EVERY_ERROR,
     ChatMessage,
     Embedding,
     EmbeddingRequest,
@@ -20,6 +20,7 @@ from vlm.serving.schemas import (
     ImagePart,
     TextPart,
     Usage,
+    errors,
 )
 from vlm.serving.settings import ServerSettings
 
@@ -27,7 +28,7 @@ from vlm.serving.settings import ServerSettings
 def router(engine: Engine) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/embeddings", response_model=None, responses={200: {"model": EmbeddingResponse}, **ERRORS})
+    @routes.post("/v1/embeddings", response_model=None, responses={200: {"model": EmbeddingResponse}, **errors(*EVERY_ERROR)})
     async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
         check_model(engine, body.model)
         items = items_of(body, engine.settings)

@@ -6,13 +6,13 @@ from fastapi import APIRouter
 
 from vlm.serving.engine import Engine
 from vlm.serving.errors import ApiError
-from vlm.serving.schemas import ModelCard, ModelList
+from vlm.serving.schemas import ModelCard, ModelList, errors
 
 
 def router(engine: Engine) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/v1/models", response_model=None, responses={200: {"model": ModelList}})
+    @routes.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **errors(401, 500)})
     async def models() -> ModelList:
         return ModelList(data=[ModelCard(id=engine.name, created=engine.created)])
 

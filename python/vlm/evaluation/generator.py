@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlm.config.errors import RequestError
 from vlm.evaluation.evaluating import evaluating
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from vlm.data.tokenizer import Tokenizer
     from vlm.evaluation.flops import GeneratorShape
-    from vlm.models import LanguageModel, VisionLanguageModel
+    from vlm.models import LanguageModel, Model, VisionLanguageModel
     from vlm.models.decoder import DecoderCache
     from vlm.runtime.chat import Message, Template
     from vlm.runtime.generation import Negatives, Prompt
@@ -238,10 +239,16 @@ class TorchGenerator:
         return np.split(flat, np.cumsum(answered)[:-1])
 
 
-def open_generator(model: LanguageModel | VisionLanguageModel, tokenizer: Tokenizer, *, name: str = "model") -> TorchGenerator:
-    """A model with the template that its options name. Raises DataError for a template that is not known."""
+def open_generator(model: Model, tokenizer: Tokenizer, *, name: str = "model") -> TorchGenerator:
+    """A model with the template that its options name.
+
+    Raises DataError for a template that is not known, RequestError for a model that writes nothing.
+    """
+    from vlm.models import LanguageModel, VisionLanguageModel
     from vlm.runtime.chat import template_named
 
+    if not isinstance(model, LanguageModel | VisionLanguageModel):
+        raise RequestError(f"a {model.kind} model writes no text", remedy="give a language model or a vision-language model")
     return TorchGenerator(model, tokenizer, template_named(getattr(model.options, "template", "plain")), name=name)
 
 

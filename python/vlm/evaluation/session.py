@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vlm.config.errors import DataError, RequestError
 from vlm.evaluation.encoder import AnyModel, of_memory
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlm.evaluation import TaskOptions
     from vlm.evaluation.task import Needs
     from vlm.models import Model
+    from vlm.runtime.generation import Generator
 
 BAD_BUDGET = 0.01
 
@@ -102,7 +103,7 @@ class Session:
         key = self._draw(data, limit, seed)
         if key not in self._pictured:
             self._pictured[key] = collect_pictured(
-                self.model,
+                cast("Generator", self.model),
                 data.items(limit, seed),
                 bad=BadTally(self.bad_budget),
                 reread=data.picture,

@@ -63,7 +63,7 @@ def render(run: RunRecord) -> str:
 
 
 def _lead(run: RunRecord) -> str:
-    kind = str(run.setting("model.kind", "model")).replace("-", " ")
+    kind = f"{run.setting('model.kind', '')} model".strip()
     size = f" of {count(run.parameters)} parameters" if run.parameters else ""
     data = run.setting("data.source")
     on = f" on <code>{escape(str(data))}</code>" if data else ""

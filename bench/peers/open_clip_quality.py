@@ -21,6 +21,7 @@ def store(data: str, val: str, output: Path, steps: int, batch: int, seeds: int,
     from vlm.data.loader import build_loader, open_split
     from vlm.data.options import DataOptions
     from vlm.data.tokenizer_options import BpeTokenizer, build_tokenizer
+    from vlm.evaluation.material import clean
     from vlm.evaluation.reading import EvaluationData
     from vlm.runtime.preprocess import Preprocess
 
@@ -45,7 +46,7 @@ def store(data: str, val: str, output: Path, steps: int, batch: int, seeds: int,
         np.save(output / f"order-{seed}.npy", np.array(rows))
     pictures = [preprocess.to_array(item.picture()) for item in EvaluationData(val).items()]
     np.save(output / "val_pixels.npy", np.stack(pictures))
-    texts = list(dict.fromkeys(text for item in EvaluationData(val).items() for text in item.texts))
+    texts = list(dict.fromkeys(clean(text) for item in EvaluationData(val).items() for text in item.texts))
     encoded = tokenizer.encode(texts, 32)
     np.save(output / "val_ids.npy", np.asarray(encoded[0]))
     (output / "about.json").write_text(json.dumps({"vocabulary": tokenizer.vocab_size, "texts": texts, "data": data, "val": val}))
@@ -70,10 +71,11 @@ class Stored:
 def score(val: str, batches: Path, output: Path) -> dict[str, Any]:
     """The retrieval result of stored embeddings, by the same evaluation that ours goes through."""
     from vlm.evaluation import RetrievalOptions
+    from vlm.evaluation.material import clean
     from vlm.evaluation.session import Session
 
     texts = json.loads((batches / "about.json").read_text())["texts"]
-    rows = dict(zip(texts, np.load(output / "text.npy"), strict=True))
+    rows = dict(zip(map(clean, texts), np.load(output / "text.npy"), strict=True))
     return Session(Stored(np.load(output / "image.npy"), rows), val).run(RetrievalOptions()).as_json(examples=False)
 
 

@@ -23,8 +23,8 @@ def test_a_planted_loss_is_seen_and_an_arm_equals_itself(make_claim, make_worksp
     workspace = make_workspace()
     record = check_rig(claim, workspace, seeds=4)
     assert record["planted"]["verdict"] == "holds", rig_block(record)
-    assert record["self"]["verdict"] in ("not seen", "underpowered"), rig_block(record)
-    assert record["self"]["difference"]["lower"] <= 0 <= record["self"]["difference"]["upper"]
+    itself = record["self"]["difference"]
+    assert itself["lower"] <= 0 <= itself["upper"], rig_block(record)
     assert record["ok"]
     assert workspace.trained == 12  # the whole arm serves both comparisons
     assert workspace.results.latest(f"rig-{claim.key}", "real")["ok"]

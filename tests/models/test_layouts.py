@@ -10,6 +10,8 @@ from transformers import (
     CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipConfig,
     SiglipModel,
 )
@@ -31,8 +33,11 @@ def published(kind):
     elif kind == "siglip":
         model = SiglipModel(SiglipConfig(text_config=TEXT | {"projection_size": 32}, vision_config=VISION))
     else:
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                             num_key_value_heads=2, vocab_size=99, bos_token_id=1, eos_token_id=3))
+        shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                     vocab_size=99, bos_token_id=1, eos_token_id=3, pad_token_id=0)
+        model = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[kind](
+            {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**shape)
+        )
     with torch.no_grad():  # published initialisations leave many tensors at zero, which would hide a wrong name
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -74,7 +79,7 @@ def test_a_published_dual_encoder_loads_and_embeds_alike(kind, tmp_path):
     assert torch.allclose(unit(out["text"].embedding, dim=-1), expected.text_embeds, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "llama"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "llama", "qwen2"])
 def test_a_saved_model_is_the_published_one_again(kind, tmp_path):
     theirs = published(kind)
     theirs.save_pretrained(tmp_path / "published")
@@ -92,8 +97,9 @@ def test_a_saved_model_is_the_published_one_again(kind, tmp_path):
         assert torch.equal(tensor, reloaded.state_dict()[name]), name
 
 
-def test_a_published_llama_gives_the_same_logits_padded_or_not(tmp_path):
-    theirs = published("llama")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_published_language_model_gives_the_same_logits_padded_or_not(kind, tmp_path):
+    theirs = published(kind)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path).eval()
     ids, mask = tokens()
@@ -101,6 +107,26 @@ def test_a_published_llama_gives_the_same_logits_padded_or_not(tmp_path):
         out = ours.encode(batch_of(None, ids, mask), {"text": frozenset({"vocabulary"})})["text"]
         expected = theirs(input_ids=ids, attention_mask=mask.long()).logits
     assert torch.allclose(out.vocabulary.logits()[mask], expected[mask], atol=1e-5)
+    assert not torch.isclose(out.vocabulary.logits()[mask].std(), torch.tensor(0.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_rows_without_padding_give_the_very_same_logits(kind, tmp_path):
+    theirs = published(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path).eval()
+    ids = torch.randint(4, 99, (3, 12), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        out = ours.encode(batch_of(None, ids, ids > 0), {"text": frozenset({"vocabulary"})})["text"]
+        assert torch.equal(out.vocabulary.logits(), theirs(input_ids=ids).logits)
+
+
+def test_a_qwen2_that_attends_in_windows_is_refused(tmp_path):
+    published("qwen2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_sliding_window": True}))
+    with pytest.raises(CheckpointError, match="use_sliding_window = true is not supported"):
+        load_model(tmp_path)
 
 
 def test_packed_documents_do_not_see_one_another(tmp_path):

@@ -5,6 +5,7 @@ from vlm.models.catalogue import ModelOptions
 from vlm.models.directory import load_model, save_model
 from vlm.models.dual_encoder import DualEncoder, DualEncoderOptions
 from vlm.models.language import LanguageModel, LanguageOptions
+from vlm.models.vision_language import VisionLanguageModel, VisionLanguageOptions
 
 __all__ = [
     "DualEncoder",
@@ -13,6 +14,8 @@ __all__ = [
     "LanguageOptions",
     "Model",
     "ModelOptions",
+    "VisionLanguageModel",
+    "VisionLanguageOptions",
     "load_model",
     "save_model",
 ]

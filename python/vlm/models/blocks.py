@@ -36,6 +36,7 @@ class TrunkOptions(Options):
     norm: NormKind = "layernorm"
     norm_eps: float = 1e-5
     bias: bool = Field(True, description="biases in attention and feed-forward layers")
+    qkv_bias: bool | None = Field(None, description="biases of queries, keys and values (Qwen2); default: bias")
     rope_theta: float | None = Field(None, description="base of rotary positions; none: no rotary positions")
 
 
@@ -95,9 +96,10 @@ class Attention(nn.Module):
         self.kv_heads = options.kv_heads or options.heads
         self.head_width = options.head_width or options.width // options.heads
         inner, kv_inner = self.heads * self.head_width, self.kv_heads * self.head_width
-        self.q = nn.Linear(options.width, inner, bias=options.bias)
-        self.k = nn.Linear(options.width, kv_inner, bias=options.bias)
-        self.v = nn.Linear(options.width, kv_inner, bias=options.bias)
+        qkv_bias = options.bias if options.qkv_bias is None else options.qkv_bias
+        self.q = nn.Linear(options.width, inner, bias=qkv_bias)
+        self.k = nn.Linear(options.width, kv_inner, bias=qkv_bias)
+        self.v = nn.Linear(options.width, kv_inner, bias=qkv_bias)
         self.out = nn.Linear(inner, options.width, bias=options.bias)
 
     def forward(
@@ -112,15 +114,31 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, N, C] attends itself, or `context` [B, M, C]; key_mask [B, M] true where a key may be seen;
         bias broadcastable to [B, H, N, M], added to the logits."""
-        source = x if context is None else context
-        b, n, _ = x.shape
-        q = self.q(x).view(b, n, self.heads, self.head_width).transpose(1, 2)
-        k = self.k(source).view(b, -1, self.kv_heads, self.head_width).transpose(1, 2)
-        v = self.v(source).view(b, -1, self.kv_heads, self.head_width).transpose(1, 2)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+        q = self.queries(x, rotary)
+        k, v = self.keys_values(x if context is None else context, rotary)
+        return self.attend(q, k, v, causal=causal, key_mask=key_mask, bias=bias)
+
+    def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, N, C] -> queries [B, H, N, D]."""
+        q = self.q(x).view(x.shape[0], x.shape[1], self.heads, self.head_width).transpose(1, 2)
+        return q if rotary is None else rotate(q, rotary)
+
+    def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, M, C] -> keys, values [B, G, M, D]."""
+        v = self.v(x).view(x.shape[0], x.shape[1], self.kv_heads, self.head_width).transpose(1, 2)
+        return self.keys(x, rotary), v
+
+    def keys(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, M, C] -> keys [B, G, M, D]."""
+        k = self.k(x).view(x.shape[0], x.shape[1], self.kv_heads, self.head_width).transpose(1, 2)
+        return k if rotary is None else rotate(k, rotary)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """q [B, H, N, D], k, v [B, G, M, D] -> [B, N, C]; causal sees the M - N keys before the first query too."""
         y = ops.attention(q, k, v, causal=causal, key_mask=key_mask, bias=bias)
-        return self.out(y.transpose(1, 2).reshape(b, n, self.heads * self.head_width))
+        return self.out(y.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.heads * self.head_width))
 
 
 class FeedForward(nn.Module):
@@ -160,6 +178,26 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), causal=causal, key_mask=key_mask, bias=bias, rotary=rotary)
         return x + self.ffn(self.norm2(x))
 
+    def extend(
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        key_mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal block over x [B, N, C] behind `past` keys and values [B, G, P, D], which are rotated already.
+
+        rotary: of the N new positions; key_mask [B, P + N]. Returns (x, keys, values [B, G, P + N, D]).
+        """
+        y = self.norm1(x)
+        q = self.attention.queries(y, rotary)
+        k, v = self.attention.keys_values(y, rotary)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        x = x + self.attention.attend(q, k, v, causal=True, key_mask=key_mask, bias=bias)
+        return x + self.ffn(self.norm2(x)), k, v
+
 
 class Trunk(nn.Module):
     """A stack of blocks. `recompute` trades time for memory in backward."""
@@ -197,8 +235,9 @@ class Trunk(nn.Module):
         segment: Tensor | None = None,
         position: Tensor | None = None,
         collect: Collection[int] = (),
+        stop: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """x [B, N, C] -> (x after the last block, hidden states by layer).
+        """x [B, N, C] -> (x after the last block, hidden states by layer); only the first `stop` blocks if given.
 
         key_mask [B, N]; segment [B, N] packed documents, which never see one another; position [B, N] for rotary
         positions (default 0..N-1). Layer 0 is the input, layer l the output of block l.
@@ -207,14 +246,10 @@ class Trunk(nn.Module):
         if self.options.rope_theta is not None:
             if position is None:
                 position = torch.arange(x.shape[1], device=x.device)[None]
-            head = self.options.head_width or self.options.width // self.options.heads
-            rotary = rotary_tables(position, head, self.options.rope_theta)
-        bias = None
-        if segment is not None:
-            apart = segment[:, None, :, None] != segment[:, None, None, :]
-            bias = torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill_(apart, -torch.inf)
+            rotary = self.rotary(position)
+        bias = None if segment is None else segment_bias(segment, x.dtype)
         hidden = {0: x} if 0 in collect else {}
-        for layer, block in enumerate(self.blocks, start=1):
+        for layer, block in enumerate(self.blocks[:stop], start=1):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, causal, key_mask, bias, rotary, use_reentrant=False)
             else:
@@ -222,6 +257,19 @@ class Trunk(nn.Module):
             if layer in collect:
                 hidden[layer] = x
         return x, hidden
+
+    def rotary(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos, sin of positions [B, N] for this trunk's heads; None without rotary positions."""
+        if self.options.rope_theta is None:
+            return None
+        head = self.options.head_width or self.options.width // self.options.heads
+        return rotary_tables(position, head, self.options.rope_theta)
+
+
+def segment_bias(segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, N, N] for segment [B, N]: 0 within a document, -inf between two."""
+    apart = segment[:, None, :, None] != segment[:, None, None, :]
+    return torch.zeros(apart.shape, dtype=dtype, device=segment.device).masked_fill_(apart, -torch.inf)
 
 
 def layers_of(fields: Collection[str]) -> set[int]:

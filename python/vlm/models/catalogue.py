@@ -6,5 +6,6 @@ from pydantic import Field
 
 from vlm.models.dual_encoder import DualEncoderOptions
 from vlm.models.language import LanguageOptions
+from vlm.models.vision_language import VisionLanguageOptions
 
-ModelOptions = Annotated[DualEncoderOptions | LanguageOptions, Field(discriminator="kind")]
+ModelOptions = Annotated[DualEncoderOptions | LanguageOptions | VisionLanguageOptions, Field(discriminator="kind")]

@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, *, weights: bool = True) -> Model:
-    """The model of a run, of a directory we wrote, or of a published CLIP, SigLIP or Llama directory.
+    """The model of a run, of a directory we wrote, or of a published directory (CLIP, SigLIP, Llama, Qwen2, LLaVA).
 
     weights = False gives the architecture with fresh weights. Raises CheckpointError naming the file and, for
     tensors, the first missing or misshapen name.
@@ -82,9 +82,9 @@ def load_model(path: str | Path, *, weights: bool = True) -> Model:
             )
         try:
             options = layout.from_config(config)
-            pictures = directory / "preprocessor_config.json"
-            if pictures.is_file() and hasattr(options, "with_preprocess"):
-                options = options.with_preprocess(Preprocess.from_config(read_json(pictures), where=str(pictures)))
+            if hasattr(options, "with_preprocess"):
+                for where, given in _published_pictures(directory):
+                    options = options.with_preprocess(Preprocess.from_config(given, where=where))
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"cannot honour this config: {error}", where=str(directory / "config.json")) from error
         vocabulary = _published_vocabulary(config)
@@ -111,10 +111,22 @@ def _own_description(path: Path) -> tuple[Any, VocabularyLayout]:
         raise CheckpointError(f"does not describe a model: {error}", where=str(path)) from error
 
 
+def _published_pictures(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file, settings) of the preprocessing of a published directory: a file of its own, or a part of the processor's."""
+    own, processor = directory / "preprocessor_config.json", directory / "processor_config.json"
+    if own.is_file():
+        yield str(own), read_json(own)
+    elif processor.is_file():
+        given = read_json(processor).get("image_processor")
+        if isinstance(given, dict):
+            yield str(processor), given
+
+
 def _published_vocabulary(config: dict[str, Any]) -> VocabularyLayout:
     text = config.get("text_config") or config
     size = int(text.get("vocab_size", 49408))
     special = {name: text.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    special["image"] = config.get("image_token_index", config.get("image_token_id"))
     kept = {name: token for name, token in special.items() if isinstance(token, int) and 0 <= token < size}
     return VocabularyLayout.of_text(size, kept)
 
@@ -179,6 +191,9 @@ def model_files(model: Model) -> Iterator[tuple[str, dict[str, Any]]]:
     options: Any = model.options
     if layout is not None:
         yield "config.json", layout.to_config(options, model.vocabulary)
+        processor = layout.processor_config(options)
+        if processor:
+            yield "processor_config.json", processor
     else:
         yield "config.json", {"model_type": f"vlm-{model.kind}", "architectures": [type(model).__name__]}
     yield (
@@ -194,13 +209,19 @@ def model_files(model: Model) -> Iterator[tuple[str, dict[str, Any]]]:
     )
 
 
-def save_model(model: Model, directory: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
+def save_model(
+    model: Model, directory: str | Path, tensors: dict[str, Tensor] | None = None, *, template: object = None
+) -> None:
     """Write config.json, vlm.json and model.safetensors (float32). `tensors` replaces the model's own state (an
-    average of weights, merged adapters). The caller publishes the directory by renaming it."""
+    average of weights, merged adapters). template: a chat template with `jinja()`, written as chat_template.jinja.
+    The caller publishes the directory by renaming it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in model_files(model):
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    render = getattr(template, "jinja", None)
+    if callable(render):
+        (directory / "chat_template.jinja").write_text(render(), encoding="utf-8")
     state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in (tensors or model.state_dict()).items()}
     layout = published_layout(model)
     if layout is not None:

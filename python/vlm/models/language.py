@@ -5,6 +5,7 @@ n rows, T tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from vlm.config.options import Options
 from vlm.models.base import Model
 from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
-from vlm.types import Batch, Layout, Outputs, TokenIds, Vocabulary, VocabularyLayout
+from vlm.models.decoder import DecoderCache, DecoderResult, run_decoder
+from vlm.types import Batch, Layout, Outputs, Pictures, TokenIds, Vocabulary, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
 
@@ -34,6 +36,7 @@ class LanguageOptions(Options):
     norm: NormKind = "rmsnorm"
     norm_eps: float = 1e-6
     bias: bool = False
+    qkv_bias: bool | None = Field(None, description="biases of queries, keys and values (Qwen2); default: bias")
     rope_theta: float = 10000.0
     length: int = Field(gt=0, description="greatest number of tokens the positions are made for")
     vocab_size: int | None = Field(None, description="number of token ids; default: the tokenizer's")
@@ -80,25 +83,9 @@ class LanguageModel(Model):
         """[V, C]"""
         return self.tokens.weight if self.head is None else self.head.weight
 
-    def run(
-        self, ids: Tensor, *, mask: Tensor | None = None, layout: Layout | None = None, collect: set[int] | None = None
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """ids [n, T] -> (hidden after the final norm [n, T, C], hidden states by layer)."""
-        segment = position = None
-        if layout is not None:
-            position = layout.position
-            packed = (layout.segment > 0).any()
-            segment, mask = (layout.segment, None) if packed else (None, layout.mask)
-        # With right padding a causal trunk never attends padding from a valid position.
-        padded_left = mask is not None and bool((~mask[:, 0]).any())
-        x, hidden = self.trunk(
-            self.tokens(ids),
-            causal=True,
-            key_mask=mask if padded_left else None,
-            segment=segment,
-            position=position,
-            collect=collect or set(),
-        )
+    def run(self, ids: Tensor, *, collect: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Right-padded ids [n, T] -> (hidden after the final norm [n, T, C], hidden states by layer)."""
+        x, hidden = self.trunk(self.tokens(ids), causal=True, collect=collect)
         return self.post_norm(x), hidden
 
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
@@ -108,25 +95,44 @@ class LanguageModel(Model):
             stream = batch[name]
             if not isinstance(stream, TokenIds):
                 raise TypeError(f"a language model reads tokens, stream {name!r} is {type(stream).__name__}")
-            layout = Layout.of_tokens(
-                stream.values,
-                stream.mask,
-                stream.sample_index,
-                segment=stream.segment,
-                position=stream.position,
-                supervised=stream.supervised,
-                target=stream.target,
-                role=stream.role,
-            )
-            x, hidden = self.run(stream.values, layout=layout, collect=layers_of(fields))
-            out[name] = Outputs(
-                sample_index=stream.sample_index,
-                mask=stream.mask.any(1),
-                vocabulary=Vocabulary(x, self.head_weight) if "vocabulary" in fields else None,
-                hidden=hidden,
-                layout=layout,
-            )
+            layout = layout_of(stream)
+            result = run_decoder(self.trunk, self.tokens(stream.values), layout, collect=layers_of(fields))
+            out[name] = self.outputs(result, stream, fields)
         return out
+
+    def outputs(self, result: DecoderResult, stream: TokenIds, fields: frozenset[str]) -> Outputs:
+        """What was asked for of a pass over the rows of `stream`."""
+        vocabulary = Vocabulary(self.post_norm(result.x), self.head_weight) if "vocabulary" in fields else None
+        return Outputs(
+            sample_index=stream.sample_index,
+            mask=stream.mask.any(1),
+            vocabulary=vocabulary,
+            hidden=result.hidden,
+            layout=result.layout,
+            layouts=result.layouts,
+        )
+
+    def prefill(self, text: TokenIds, pictures: Mapping[str, Pictures]) -> tuple[Tensor, DecoderCache]:
+        """Prompts to (logits [n, V] of the token after each, their cache). Raises ValueError for pictures."""
+        if any(len(stream) for stream in pictures.values()):
+            raise ValueError("a language model reads no pictures")
+        result = run_decoder(self.trunk, self.tokens(text.values), layout_of(text), keep_cache=True)
+        return self.last_logits(result), _cache_of(result)
+
+    def advance(self, ids: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
+        """One more token a row, ids [n] -> (logits [n, V], the longer cache)."""
+        rows = torch.arange(len(ids), device=ids.device)
+        layout = Layout.of_tokens(ids[:, None], torch.ones_like(ids[:, None], dtype=torch.bool), rows)
+        result = run_decoder(self.trunk, self.tokens(ids[:, None]), layout, cache=cache)
+        return self.last_logits(result), _cache_of(result)
+
+    def last_logits(self, result: DecoderResult) -> Tensor:
+        """[n, V] logits at the last valid position of each row (the first position of an empty one)."""
+        mask = result.layout.mask
+        place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        at = torch.where(mask, place, 0).argmax(1)
+        x = result.x[torch.arange(len(at), device=at.device), at]
+        return self.post_norm(x) @ self.head_weight.T
 
     def export_parts(self) -> dict[str, ExportPart]:
         ids = torch.ones(2, min(self.options.length, 16), dtype=torch.int64)
@@ -146,4 +152,23 @@ class _DecoderGraph(nn.Module):
         return x @ self.model.head_weight.T
 
 
-__all__ = ["LanguageModel", "LanguageOptions", "RmsNorm"]
+def layout_of(stream: TokenIds) -> Layout:
+    """The layout of token rows without pictures."""
+    return Layout.of_tokens(
+        stream.values,
+        stream.mask,
+        stream.sample_index,
+        segment=stream.segment,
+        position=stream.position,
+        supervised=stream.supervised,
+        target=stream.target,
+        role=stream.role,
+    )
+
+
+def _cache_of(result: DecoderResult) -> DecoderCache:
+    assert result.cache is not None
+    return result.cache
+
+
+__all__ = ["LanguageModel", "LanguageOptions", "RmsNorm", "layout_of"]

@@ -121,17 +121,19 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Tensor, collect: Collection[int] = ()) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """pixels [B, 3, S, S] -> (tokens before pooling [B, N, C], pooled [B, C], hidden states)."""
-        x = self.patch(self.patches(pixels))
-        if self.class_token is not None:
-            x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self.position
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
-        x, hidden = self.trunk(x, collect=collect)
+        x, hidden = self.trunk(self.stem(pixels), collect=collect)
         if self.options.pool == "cls":
             return x, self.post_norm(x[:, 0]), hidden
         x = self.post_norm(x)
         return x, self.pool(x) if self.pool is not None else x.mean(1), hidden
+
+    def stem(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, S, S] -> what the first block reads, [B, N, C]."""
+        x = self.patch(self.patches(pixels))
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + self.position
+        return x if self.pre_norm is None else self.pre_norm(x)
 
     def project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)

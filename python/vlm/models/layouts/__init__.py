@@ -6,10 +6,11 @@ without conversion; every published directory of these layouts loads here.
 
 from vlm.models.layouts.base import PublishedLayout
 from vlm.models.layouts.clip import CLIP
-from vlm.models.layouts.llama import LLAMA
+from vlm.models.layouts.llama import LLAMA, QWEN2
+from vlm.models.layouts.llava import LLAVA
 from vlm.models.layouts.siglip import SIGLIP
 
-LAYOUTS: dict[str, PublishedLayout] = {layout.model_type: layout for layout in (CLIP, SIGLIP, LLAMA)}
+LAYOUTS: dict[str, PublishedLayout] = {layout.model_type: layout for layout in (CLIP, SIGLIP, LLAMA, QWEN2, LLAVA)}
 """By the `model_type` of config.json."""
 
-__all__ = ["CLIP", "LAYOUTS", "LLAMA", "SIGLIP", "PublishedLayout"]
+__all__ = ["CLIP", "LAYOUTS", "LLAMA", "LLAVA", "QWEN2", "SIGLIP", "PublishedLayout"]

@@ -46,6 +46,10 @@ class PublishedLayout(ABC):
     def from_config(self, config: dict[str, Any]) -> Options:
         """Our options. Raises ValueError naming a field that we cannot honour."""
 
+    def processor_config(self, options: Any) -> dict[str, Any]:
+        """processor_config.json of the published form; empty where it has none."""
+        return {}
+
     def reshape_out(self, tensors: dict[str, Tensor], options: Any) -> dict[str, Tensor]:
         """Published shapes from ours; keys are published names already."""
         return tensors

@@ -1,8 +1,8 @@
-"""The Llama layout (`LlamaForCausalLM`)."""
+"""The Llama layout (`LlamaForCausalLM`) and Qwen2's (`Qwen2ForCausalLM`): the same names, three more biases."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from vlm.config.options import Options
 from vlm.models.language import LanguageOptions
@@ -15,6 +15,10 @@ class LlamaLayout(PublishedLayout):
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
+    qkv_bias: ClassVar[bool] = False
+    absent: ClassVar[tuple[str, ...]] = ()
+    """Fields of Llama's config that this one does not have."""
+
     prefixes = (
         ("tokens.", "model.embed_tokens."),
         ("trunk.blocks.", "model.layers."),
@@ -40,11 +44,17 @@ class LlamaLayout(PublishedLayout):
             and options.ffn == "gated"
             and options.activation == "silu"
             and not options.bias
+            and bool(options.qkv_bias) == self.qkv_bias
+            and (options.head_width or options.width // options.heads) == self._head_width(options)
         )
+
+    def _head_width(self, options: LanguageOptions) -> int:
+        """The head width that the published form can say."""
+        return options.head_width or options.width // options.heads
 
     def to_config(self, options: LanguageOptions, vocabulary: VocabularyLayout) -> dict[str, Any]:
         special = vocabulary.special
-        return {
+        config = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "hidden_size": options.width,
@@ -65,6 +75,9 @@ class LlamaLayout(PublishedLayout):
             "eos_token_id": special.get("eos"),
             "pad_token_id": special.get("pad"),
         }
+        for name in self.absent:
+            del config[name]
+        return config
 
     def from_config(self, config: dict[str, Any]) -> LanguageOptions:
         rope = config.get("rope_parameters") or {}
@@ -88,7 +101,26 @@ class LlamaLayout(PublishedLayout):
             length=config.get("max_position_embeddings", 2048),
             vocab_size=config["vocab_size"],
             tie_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=self.qkv_bias or None,
         )
 
 
+class Qwen2Layout(LlamaLayout):
+    """Llama with biases of queries, keys and values. Windowed attention is not supported."""
+
+    model_type = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    qkv_bias = True
+    absent = ("head_dim", "attention_bias", "mlp_bias")
+
+    def _head_width(self, options: LanguageOptions) -> int:
+        return options.width // options.heads
+
+    def from_config(self, config: dict[str, Any]) -> LanguageOptions:
+        if config.get("use_sliding_window"):
+            raise ValueError("use_sliding_window = true is not supported")
+        return super().from_config({"max_position_embeddings": 32768, **config})
+
+
 LLAMA = LlamaLayout()
+QWEN2 = Qwen2Layout()

@@ -1,0 +1,300 @@
+"""A torch model that writes, as the decoding loop sees it: prompts to logits, token by token.
+
+n rows, V vocabulary, S side of the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vlm.evaluation.evaluating import evaluating
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm.data.tokenizer import Tokenizer
+    from vlm.evaluation.flops import GeneratorShape
+    from vlm.models import LanguageModel, VisionLanguageModel
+    from vlm.models.decoder import DecoderCache
+    from vlm.runtime.chat import Message, Template
+    from vlm.runtime.generation import Negatives, Prompt
+    from vlm.runtime.pictures import PictureLimits
+    from vlm.types import Pictures, TokenIds
+
+Floats = NDArray[np.float32]
+Prepared = Mapping[str, np.ndarray]
+"""Picture stream -> one prepared picture, uint8 [3, S, S]."""
+
+
+class Asked(Protocol):
+    """What is read of a prompt."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def pictures(self) -> Mapping[str, Sequence[np.ndarray]]: ...
+
+
+class TorchStepper:
+    """Rows of prompts of a torch model with their cache, advanced token by token. float32 logits, evaluation mode."""
+
+    def __init__(self, model: LanguageModel | VisionLanguageModel) -> None:
+        self.model = model
+        self.vocab_size = language_part(model).tokens.num_embeddings
+        self._cache: DecoderCache | None = None
+
+    def start(self, prompts: Sequence[Asked]) -> Floats:
+        """Logits float32 [n, V] after each prompt. Raises ValueError for placeholders and pictures that do not agree."""
+        text, _ = rows_of([list(prompt.ids) for prompt in prompts])
+        with evaluating(self.model) as device:
+            pictures = {name: stream.map(lambda t: t.to(device)) for name, stream in pictures_of(prompts).items()}
+            moved: Any = text.map(lambda t: t.to(device))
+            logits, self._cache = self.model.prefill(moved, pictures)  # type: ignore[arg-type]
+            return _numbers(logits)
+
+    def advance(self, ids: np.ndarray) -> Floats:
+        """One more token a row, [n] int64 -> logits float32 [n, V]. Raises RuntimeError before `start`."""
+        import torch
+
+        cache = self._started()
+        with evaluating(self.model) as device:
+            given = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(device)
+            logits, self._cache = self.model.advance(given, cache)
+            return _numbers(logits)
+
+    def reorder(self, index: np.ndarray) -> None:
+        """Rows kept, repeated or dropped: index [m] int64."""
+        import torch
+
+        cache = self._started()
+        with torch.no_grad():
+            at = torch.from_numpy(np.ascontiguousarray(index, dtype=np.int64))
+            self._cache = cache.rows(at.to(cache.next_position.device))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that are held."""
+        return 0 if self._cache is None else self._cache.bytes
+
+    def _started(self) -> DecoderCache:
+        if self._cache is None:
+            raise RuntimeError("the stepper has no rows yet: call start first")
+        return self._cache
+
+
+class TorchGenerator:
+    """A language or vision-language model with its tokenizer and template.
+
+    length: positions of prompt and answer together. batch: rows of one forward pass of `nats`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | VisionLanguageModel,
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        name: str = "model",
+        batch: int = 16,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.name = name
+        self.batch = batch
+        self.length: int = model.options.length
+        self.image_id = model.vocabulary.special.get("image")
+        self.eos_ids: frozenset[int] = _ends(template, tokenizer)
+
+    def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> dict[str, NDArray[np.uint8]]:
+        """One picture as each picture stream of the model wants it, uint8 [3, S, S]. Raises BadPicture."""
+        from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
+
+        rgb = picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
+        rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+        return {name: preprocess.to_array(rgb) for name, preprocess in self.model.preprocesses().items()}
+
+    def prompt(self, messages: Sequence[Message], pictures: Sequence[Prepared] = ()) -> Prompt:
+        """The prompt of a conversation; pictures that no message places go where the template puts them.
+
+        Raises DataError for a conversation that the template cannot write.
+        """
+        from vlm.runtime.chat import PieceIds, encode_pieces
+        from vlm.runtime.generation import Prompt
+
+        placed = self.template.with_pictures(messages, len(pictures))
+        special = () if self.image_id is None else (self.image_id,)
+        ids_of = PieceIds(self.tokenizer._core, special)
+        pieces = self.template.pieces(placed, answer=False)
+        ids, _, _ = encode_pieces(pieces, ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        streams = self.model.preprocesses()
+        return Prompt(tuple(ids), {name: tuple(picture[name] for picture in pictures) for name in streams if pictures})
+
+    def positions(self, prompt: Asked) -> int:
+        """Positions of a prompt after its pictures are expanded."""
+        each = self.model.picture_positions
+        return len(prompt.ids) + (0 if each is None else sum(i == self.image_id for i in prompt.ids) * (each - 1))
+
+    def stepper(self) -> TorchStepper:
+        return TorchStepper(self.model)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text; special tokens have none."""
+        return self.tokenizer.decode(ids)
+
+    @property
+    def negatives(self) -> Negatives | None:
+        """How contrastive decoding makes its negative prompts; None for a model without pictures."""
+        from vlm.runtime.generation import Negatives
+
+        return None if self.image_id is None else Negatives(self.image_id, self.tokenizer.pad_id)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The tokens of an answer as the template writes it, the one that ends it included."""
+        from vlm.runtime.chat import ANSWER, Piece, PieceIds, encode_pieces
+
+        special = () if self.image_id is None else (self.image_id,)
+        pieces = [Piece("text", self.template.answer_lead + text, ANSWER, True), self.template.end_piece]
+        ids_of = PieceIds(self.tokenizer._core, special)
+        return encode_pieces(pieces, ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id)[0]
+
+    def nats(self, prompts: Sequence[Asked], answers: Sequence[Sequence[int] | str]) -> list[NDArray[np.float64]]:
+        """-log p of each token of each answer after its prompt, the answer's own tokens given: float64 [len(answer)].
+
+        An answer is ids, or text that becomes ids as in `answer_ids`. float32 logits, log-sum-exp in float64. No ids
+        give an empty row.
+        """
+        rows = [self.answer_ids(answer) if isinstance(answer, str) else list(answer) for answer in answers]
+        out: list[NDArray[np.float64]] = []
+        for start in range(0, len(prompts), self.batch):
+            part = prompts[start : start + self.batch]
+            out += self._nats(part, rows[start : start + len(part)])
+        return out
+
+    def shape(self) -> GeneratorShape:
+        """Parameters of each part, towers and decoder. Gated cross blocks count as parameters alone."""
+        from vlm.evaluation.flops import GeneratorShape, TowerShape, TrunkShape
+
+        model: Any = self.model
+        language = language_part(self.model)
+        count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        towers, seen = {}, {}
+        if language is not model:
+            weights = sum(p.numel() for p in model.connector.parameters() if p.dim() >= 2)
+            for number, (name, stream) in enumerate(model.options.picture_streams().items()):
+                tower = model.options.towers[name]
+                vit = tower.vit()
+                trunk = TrunkShape.of(vit.trunk().model_copy(update={"depth": tower.stop}))
+                positions = vit.patches + vit.class_token
+                # One connector reads the towers' tokens together: it is counted with the first.
+                towers[stream] = TowerShape(trunk, positions, 3 * vit.patch_size**2, 0 if number else weights)
+                seen[stream] = 0 if number else model.picture_tokens
+        else:
+            count = {"language": sum(p.numel() for p in model.parameters())}
+        decoder = TrunkShape.of(language.options.trunk())
+        return GeneratorShape({k: v for k, v in count.items() if v}, towers, seen, decoder, language.tokens.num_embeddings)
+
+    def kept(self, prompt: Asked) -> list[int]:
+        """[L] positions that each layer of the decoder reads of a prompt, after its pictures are expanded."""
+        stepper = self.stepper()
+        stepper.start([prompt])
+        return [int(layer.mask.sum()) for layer in stepper._started().layers]
+
+    def _nats(self, prompts: Sequence[Asked], answers: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
+        import torch
+
+        from vlm.types import Batch, Vocabulary
+
+        text, answered = rows_of([list(p.ids) for p in prompts], [list(a) for a in answers])
+        count = len(prompts)
+        zeros = torch.zeros(count, dtype=torch.int64)
+        streams: dict[str, Any] = {"text": text, **pictures_of(prompts)}
+        batch = Batch(streams, [f"prompt {i}" for i in range(count)], torch.arange(count), zeros)
+        with evaluating(self.model) as device:
+            output = self.model.encode(batch.to(device), {"text": frozenset({"vocabulary"})})["text"]
+            vocabulary, layout = output.vocabulary, output.layout
+            assert vocabulary is not None
+            assert layout is not None
+            # The label of a position is its own token: its logits are those of the position before.
+            chosen = layout.label[:, 1:] >= 0
+            hidden = vocabulary.hidden[:, :-1][chosen]
+            target = layout.label[:, 1:][chosen]
+            parts = []
+            step = max(1, 2**25 // len(vocabulary.weight))
+            for begin in range(0, len(hidden), step):
+                given = Vocabulary(hidden[None, begin : begin + step], vocabulary.weight, vocabulary.bias, vocabulary.softcap)
+                logits = given.logits()[0].double()
+                parts.append(logits.logsumexp(1) - logits.gather(1, target[begin : begin + step, None])[:, 0])
+            flat = torch.cat(parts).cpu().numpy() if parts else np.zeros(0)
+        return np.split(flat, np.cumsum(answered)[:-1])
+
+
+def open_generator(model: LanguageModel | VisionLanguageModel, tokenizer: Tokenizer, *, name: str = "model") -> TorchGenerator:
+    """A model with the template that its options name. Raises DataError for a template that is not known."""
+    from vlm.runtime.chat import template_named
+
+    return TorchGenerator(model, tokenizer, template_named(getattr(model.options, "template", "plain")), name=name)
+
+
+def language_part(model: LanguageModel | VisionLanguageModel) -> LanguageModel:
+    """The language model, by itself or inside."""
+    found: Any = model
+    inner: LanguageModel = getattr(found, "language", found)
+    return inner
+
+
+def rows_of(prompts: Sequence[list[int]], answers: Sequence[list[int]] | None = None) -> tuple[TokenIds, list[int]]:
+    """Right-padded rows of prompts, and of their answers behind them; and how many tokens each answer has.
+
+    All of a prompt is instruction; the answer is supervised.
+    """
+    import torch
+
+    from vlm.types import TokenIds
+    from vlm.types.batch import Role
+
+    answers = [[] for _ in prompts] if answers is None else answers
+    sizes = [(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)]
+    shape = (len(prompts), max((p + a for p, a in sizes), default=0))
+    ids, role = torch.zeros(shape, dtype=torch.int64), torch.full(shape, int(Role.CONTEXT))
+    mask, supervised = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, (prompt, answer, (start, more)) in enumerate(zip(prompts, answers, sizes)):
+        ids[row, : start + more] = torch.tensor(prompt + answer, dtype=torch.int64)
+        mask[row, : start + more] = True
+        role[row, :start], role[row, start : start + more] = int(Role.INSTRUCTION), int(Role.ANSWER)
+        supervised[row, start : start + more] = start > 0  # nothing predicts the first token of a row
+    stream = TokenIds(ids, mask, torch.arange(len(prompts)), supervised=supervised, role=role)
+    return stream, [more for _, more in sizes]
+
+
+def pictures_of(prompts: Sequence[Asked]) -> dict[str, Pictures]:
+    """The prompts' pictures by stream, in order; streams that no prompt has are left out."""
+    import torch
+
+    from vlm.types import Pictures
+
+    out = {}
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt.pictures):
+        rows = [(row, slot, p) for row, prompt in enumerate(prompts) for slot, p in enumerate(prompt.pictures.get(name, ()))]
+        if rows:
+            index, slots, values = zip(*rows)
+            stacked = torch.from_numpy(np.stack(values))
+            out[name] = Pictures(stacked, torch.ones(len(rows), dtype=torch.bool), torch.tensor(index), torch.tensor(slots))
+    return out
+
+
+def _ends(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer: eos, and what the template writes after one."""
+    end = getattr(template, "end", "eos")
+    found = {tokenizer.eos_id} | ({tokenizer.token_to_id(end)} if end != "eos" else set())
+    return frozenset(token for token in found if token is not None)
+
+
+def _numbers(logits: torch.Tensor) -> Floats:
+    return logits.float().cpu().numpy()

@@ -1,0 +1,12 @@
+"""The `vision-language` family: towers, a connector and a language model."""
+
+from vlm.models.vision_language.model import VisionLanguageModel, VisionLanguageOptions
+from vlm.models.vision_language.options import CrossAttentionOptions, PrefixOptions, VitTowerOptions
+
+__all__ = [
+    "CrossAttentionOptions",
+    "PrefixOptions",
+    "VisionLanguageModel",
+    "VisionLanguageOptions",
+    "VitTowerOptions",
+]

@@ -1,0 +1,365 @@
+"""The `vision-language` family: pictures and texts to the vocabulary of a language model.
+
+n rows of text, T tokens, S positions after the expansion, P rows of pictures, K visual tokens of a picture, C width,
+V vocabulary. Sources: limber, infmllm, nvlm (forms D and X), pyramiddrop, povid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from vlm.config.errors import RequestError
+from vlm.config.options import Options
+from vlm.connectors import ConnectorOptions
+from vlm.models.base import Model, PixelNorm
+from vlm.models.blocks import layers_of
+from vlm.models.cross import Cross, GatedCrossBlock
+from vlm.models.decoder import DecoderCache, DecoderResult, run_decoder
+from vlm.models.dual_encoder import PictureOptions
+from vlm.models.language import LanguageModel, LanguageOptions, layout_of
+from vlm.models.towers import VisionTransformer
+from vlm.models.vision_language.expand import Visual, beside, expand, place_pictures
+from vlm.models.vision_language.options import (
+    CrossAttentionOptions,
+    FusionOptions,
+    PrefixOptions,
+    VitTowerOptions,
+)
+from vlm.models.vision_language.parts import connector_of, copy_into, language_of, language_state, tower_of
+from vlm.runtime.preprocess import Preprocess
+from vlm.tokens import TokensOptions
+from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
+from vlm.types.batch import Role
+from vlm.types.layout import Layout, Modality
+from vlm.types.outputs import Wanted
+
+IMAGE = "<image>"
+"""The token that stands for a picture; the vocabulary calls its id `image`."""
+
+
+class VisionLanguageOptions(Options):
+    """Towers, a connector, a language model, and how they meet.
+
+    Several towers read pictures of one sample; their tokens are laid side by side along the channels, so their grids
+    must agree. The first one reads the stream `image`, the others `image.NAME`.
+    """
+
+    kind: Literal["vision-language"] = "vision-language"
+    towers: dict[str, Annotated[VitTowerOptions, Field()]] = Field(min_length=1, description="name -> vision tower")
+    connector: ConnectorOptions = Field(description="from the towers' tokens to the language model's width")
+    language: LanguageOptions | None = Field(None, description="the language model; default: the part's")
+    fusion: FusionOptions = PrefixOptions()
+    tokens: TokensOptions | None = Field(None, description="drop visual positions between layers; none: keep all")
+    template: str = Field("plain", description="how messages become text")
+    length: int = Field(gt=0, description="greatest number of positions of a row, pictures expanded")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> VisionLanguageOptions:
+        for name in self.towers:
+            if not name.isidentifier():
+                raise ValueError(f"towers.{name}: a name is made of letters, digits and _")
+        if not any(tower.is_open for tower in self.towers.values()):
+            self.grid  # noqa: B018  refuses towers that do not fit
+        if self.language is not None:
+            self._check_depth(self.language)
+        if self.tokens is not None and self.fusion.kind != "prefix":
+            raise ValueError('tokens: with fusion "cross-attention" there are no visual positions to drop')
+        return self
+
+    def _check_depth(self, language: LanguageOptions) -> None:
+        if isinstance(self.fusion, CrossAttentionOptions) and self.fusion.every > language.depth:
+            raise ValueError(f"fusion.every is {self.fusion.every} for {language.depth} blocks: no gated block would stand")
+        if self.tokens is not None and max(self.tokens.keep.layers) >= language.depth:
+            raise ValueError(
+                f"tokens.keep.layers are {self.tokens.keep.layers}, expected below the language model's depth {language.depth}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the tokens that the connector reads; None where a class token is among them.
+
+        Raises ValueError when the towers' tokens do not lie on one grid.
+        """
+        shapes = {name: (tower.grid, tower.tokens) for name, tower in self.towers.items()}
+        if len(set(shapes.values())) > 1:
+            told = ", ".join(f"{name} {grid[0]} x {grid[1]} ({tokens} tokens)" for name, (grid, tokens) in shapes.items())
+            raise ValueError(f"the towers' tokens do not lie on one grid: {told}")
+        grid, tokens = next(iter(shapes.values()))
+        return grid if tokens == grid[0] * grid[1] else None
+
+    @property
+    def text_length(self) -> int:
+        """Greatest number of positions of a row."""
+        return self.length
+
+    @property
+    def text_part(self) -> str | None:
+        """The part whose tokenizer a run takes, where that part is given."""
+        return "language"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """What the tokenizer must have beside its own."""
+        return (IMAGE,)
+
+    @property
+    def part_names(self) -> str:
+        return ", ".join(["language", "connector", *(f"towers.{name}" for name in self.towers)])
+
+    def picture_streams(self, context: str = "image") -> dict[str, str]:
+        """Tower -> the picture stream that it reads."""
+        return {name: context if number == 0 else f"{context}.{name}" for number, name in enumerate(self.towers)}
+
+    def with_parts(self, parts: Mapping[str, Model]) -> VisionLanguageOptions:
+        """The options with the shapes of parts from other models, by name of the part: `towers.NAME`, `language`.
+
+        Raises ValueError for a name that is no part and for a model that has no such part.
+        """
+        towers, language, connector = dict(self.towers), self.language, self.connector
+        for name, source in parts.items():
+            head, _, tower = name.partition(".")
+            if head == "towers" and tower in towers:
+                towers[tower] = towers[tower].of_part(*tower_of(source, tower)[:2])
+            elif name == "language":
+                # The tokenizer may know more ids than the source: `filled` gives them rows.
+                language = language_of(source).options if language is None else language
+            elif name == "connector":
+                connector_of(source)
+                connector = source.options.connector  # type: ignore[attr-defined]
+            else:
+                raise ValueError(f"a vision-language model has no part {name!r} (its parts: {self.part_names})")
+        changed: dict[str, Any] = {"towers": towers, "language": language, "connector": connector}
+        return VisionLanguageOptions.model_validate({name: getattr(self, name) for name in type(self).model_fields} | changed)
+
+    def filled(self, vocabulary: VocabularyLayout) -> VisionLanguageOptions:
+        """The options with what only the tokenizer knows. Raises ValueError while a part is open."""
+        if self.language is None:
+            raise ValueError('the model has no language model: give [model.language], or "language" in [start.parts]')
+        for name, tower in self.towers.items():
+            if tower.is_open:
+                raise ValueError(f'towers.{name} has no shape: give it, or "towers.{name}" in [start.parts]')
+        size = max(self.language.vocab_size or 0, vocabulary.size)
+        return self.model_copy(update={"language": self.language.model_copy(update={"vocab_size": size})})
+
+    def with_preprocess(self, preprocess: Preprocess) -> VisionLanguageOptions:
+        """The options with a directory's own preprocessing, of the first tower."""
+        name, tower = next(iter(self.towers.items()))
+        if preprocess.size != tower.vit().image_size:
+            raise ValueError(f"pictures of {preprocess.size} pixels for a tower of {tower.image_size}")
+        own = PictureOptions(
+            resize=preprocess.resize, interpolation=preprocess.interpolation, mean=preprocess.mean, std=preprocess.std
+        )
+        return self.model_copy(update={"towers": {**self.towers, name: tower.model_copy(update={"pictures": own})}})
+
+    def build(self, vocabulary: VocabularyLayout) -> VisionLanguageModel:
+        return VisionLanguageModel(self.filled(vocabulary), vocabulary)
+
+
+class VisionLanguageModel(Model):
+    """Texts read with pictures. `text` is read with the stream `image`, `text@NAME` with the stream NAME."""
+
+    kind: ClassVar[str] = "vision-language"
+    offers: ClassVar[dict[str, frozenset[str]]] = {"tokens": frozenset({"vocabulary", "hidden", "statistics"})}
+    takes_context: ClassVar[bool] = True
+
+    def __init__(self, options: VisionLanguageOptions, vocabulary: VocabularyLayout) -> None:
+        super().__init__()
+        if "image" not in vocabulary.special:
+            raise ValueError("the vocabulary has no special token `image`: the tokenizer needs <image>")
+        if options.language is None:
+            raise ValueError("the options name no language model")
+        self.options: VisionLanguageOptions = options
+        self.vocabulary = vocabulary
+        self.pixel_norms = nn.ModuleDict(
+            {name: PixelNorm(tower.pictures.mean, tower.pictures.std) for name, tower in options.towers.items()}
+        )
+        self.towers = nn.ModuleDict({name: VisionTransformer(t.vit(), 1, project=False) for name, t in options.towers.items()})
+        width = sum(tower.vit().width for tower in options.towers.values())
+        self.connector = options.connector.build(width, options.language.width, options.grid)
+        self.language = LanguageModel(options.language, vocabulary)
+        self.cross = nn.ModuleDict()
+        if isinstance(options.fusion, CrossAttentionOptions):
+            every, trunk = options.fusion.every, options.language.trunk()
+            self.cross = nn.ModuleDict(
+                {str(layer): GatedCrossBlock(trunk) for layer in range(every, options.language.depth + 1, every)}
+            )
+
+    # What it reads
+
+    def preprocesses(self) -> dict[str, Preprocess]:
+        streams = self.options.picture_streams()
+        return {streams[name]: tower.preprocess() for name, tower in self.options.towers.items()}
+
+    def preprocess(self) -> Preprocess:
+        """How pictures of the stream `image` are prepared."""
+        return self.preprocesses()["image"]
+
+    @property
+    def picture_tokens(self) -> int:
+        """K: visual tokens of one row of pictures, after the connector."""
+        tower = next(iter(self.options.towers.values()))
+        return int(self.connector.count(tower.tokens))
+
+    @property
+    def picture_positions(self) -> int | None:
+        """Positions that the placeholder of one row of pictures becomes; None where it stays one token."""
+        return None if self.cross else self.picture_tokens
+
+    # Pictures
+
+    def visual_tokens(self, pixels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """tower -> pixels [P, 3, S, S], normalised, to (visual tokens [P, K, C], mask [P, K] or None)."""
+        parts = []
+        for name, tower in self.options.towers.items():
+            vision = self.towers[name]
+            assert isinstance(vision, VisionTransformer)
+            x, _ = vision.trunk(vision.stem(pixels[name]), stop=tower.stop)
+            if tower.norm:
+                x = vision.post_norm(x)
+            parts.append(x[:, 1:] if tower.class_token and tower.drop_class else x)
+        out: tuple[Tensor, Tensor | None] = self.connector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], None)
+        return out
+
+    def _visual(self, streams: Mapping[str, Pictures], samples: int) -> Visual:
+        """streams: tower -> its pictures, rows of all corresponding; a tower without a stream: no pictures."""
+        weight = self.language.tokens.weight
+        missing = [name for name in self.options.towers if name not in streams]
+        if missing and len(missing) < len(self.options.towers):
+            raise KeyError(f"the pictures of tower {missing[0]!r} are missing")
+        if missing or not len(next(iter(streams.values()))):
+            return Visual.none(samples, weight.shape[1], weight)
+        first = streams[next(iter(self.options.towers))]
+        for name, stream in streams.items():
+            if not torch.equal(stream.sample_index, first.sample_index):
+                raise ValueError(f"the pictures of tower {name!r} are not those of the first tower, row by row")
+        tokens, mask = self.visual_tokens({name: self.pixel_norms[name](stream.values) for name, stream in streams.items()})
+        return Visual.of(tokens, mask, first, samples)
+
+    def _visual_of_batch(self, batch: Batch, context: str) -> Visual:
+        names = self.options.picture_streams(context)
+        streams = {}
+        for tower, name in names.items():
+            if name in batch:
+                stream = batch[name]
+                if not isinstance(stream, Pictures):
+                    raise TypeError(f"the context of a text is pictures, stream {name!r} is {type(stream).__name__}")
+                streams[tower] = stream
+        return self._visual(streams, len(batch))
+
+    # Texts
+
+    def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
+        """Outputs by `stream[@context]`: `vocabulary`, `hidden:L` and `statistics`, with the layout of the expanded row.
+
+        Pictures of one context are encoded once. Statistics: `kept_share` [n], share of a row's picture positions that
+        reach the last layer, 1 without pictures. Raises KeyError for a context that the batch lacks, ValueError naming
+        the sample whose placeholders and pictures do not agree.
+        """
+        seen: dict[str | None, Visual] = {}
+        out = {}
+        for key, fields in wanted.items():
+            name, at, context = key.partition("@")
+            stream = batch[name]
+            if not isinstance(stream, TokenIds):
+                raise TypeError(f"a vision-language model reads tokens with pictures, stream {name!r} is {type(stream).__name__}")
+            if at:
+                batch[context]  # a context that was asked for by name must be there
+            context = context or "image"
+            shared = name in batch.shared
+            source = None if shared else context
+            if source not in seen:
+                rows = int(stream.sample_index.max()) + 1 if len(stream) else 0
+                weight = self.language.tokens.weight
+                seen[source] = (
+                    self._visual_of_batch(batch, context) if source is not None else Visual.none(rows, weight.shape[1], weight)
+                )
+            keys = [str(owner) for owner in range(len(seen[source].rows[0]))] if shared else batch.keys
+            result, before = self._read(stream, seen[source], keys, name, context, fields)
+            if shared:
+                del seen[source]  # owners of another shared stream are others
+            output = self.language.outputs(result, stream, fields)
+            if "statistics" in fields:
+                output = replace(output, statistics={"kept_share": _kept_share(before, result.layout)})
+            out[key] = output
+        return out
+
+    def _read(
+        self,
+        stream: TokenIds,
+        visual: Visual,
+        keys: Sequence[str],
+        name: str,
+        context: str,
+        fields: frozenset[str],
+        *,
+        keep_cache: bool = False,
+    ) -> tuple[DecoderResult, Layout]:
+        places = place_pictures(stream, self.vocabulary.special["image"], visual, keys=keys, name=name, context=context)
+        x, cross, reducer = self.language.tokens(stream.values), None, None
+        if self.cross:
+            layout, media = beside(layout_of(stream), places, visual)
+            if media is not None:
+                blocks = {int(layer): block for layer, block in self.cross.items() if isinstance(block, GatedCrossBlock)}
+                cross = Cross(blocks, media)
+        else:
+            x, layout = expand(stream, x, places, visual)
+            if self.options.tokens is not None:
+                reducer = self.options.tokens.reducer(layout)
+        result = run_decoder(
+            self.language.trunk, x, layout, keep_cache=keep_cache, reducer=reducer, cross=cross, collect=layers_of(fields)
+        )
+        return result, layout
+
+    def prefill(self, text: TokenIds, pictures: Mapping[str, Pictures]) -> tuple[Tensor, DecoderCache]:
+        """Prompts and their pictures (picture stream -> rows) to (logits [n, V] of the token after each, the cache)."""
+        samples = len(text)
+        if text.role is None:  # all of a bare prompt is instruction
+            text = replace(text, role=torch.where(text.mask, int(Role.INSTRUCTION), int(Role.CONTEXT)))
+        names = self.options.picture_streams()
+        visual = self._visual({tower: pictures[name] for tower, name in names.items() if name in pictures}, samples)
+        keys = [f"prompt {row}" for row in range(samples)]
+        result, _ = self._read(text, visual, keys, "prompt", "image", frozenset(), keep_cache=True)
+        assert result.cache is not None
+        return self.language.last_logits(result), result.cache
+
+    def advance(self, ids: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
+        """One more token a row, ids [n] -> (logits [n, V], the longer cache)."""
+        return self.language.advance(ids, cache)
+
+    # Parts from other models
+
+    def take_part(self, name: str, source: Model) -> None:
+        """Copy the weights of a part: `towers.NAME` from a dual encoder or a model of this family, `language` from a
+        language model or one of this family, `connector` from one of this family.
+
+        A language model with fewer ids gives the new ones the mean of its rows. Raises RequestError where there is no
+        such part, CheckpointError for a tensor that is missing or misshapen.
+        """
+        head, _, tower = name.partition(".")
+        if head == "towers" and tower in self.towers:
+            mine: nn.Module = self.towers[tower]
+        elif name in ("language", "connector"):
+            mine = getattr(self, name)
+        else:
+            raise RequestError(f"a vision-language model has no part {name!r}", remedy=f"its parts: {self.options.part_names}")
+        try:
+            if head == "towers":
+                state = tower_of(source, tower)[2]
+            elif name == "language":
+                state = language_state(language_of(source), self.language)
+            else:
+                state = connector_of(source).state_dict()
+        except ValueError as error:
+            raise RequestError(f"{name}: {error}") from error
+        copy_into(mine, state, name)
+
+
+def _kept_share(before: Layout, after: Layout) -> Tensor:
+    counts = [((part.modality == int(Modality.IMAGE)) & part.mask).sum(1).float() for part in (before, after)]
+    return torch.where(counts[0] > 0, counts[1] / counts[0].clamp(min=1), 1.0)

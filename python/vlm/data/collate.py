@@ -3,52 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from vlm.data.decode import Decoded
+from vlm.data.streams.encode import EncodedRow, conversation_stream
 from vlm.data.tokenizer import Tokenizer
 from vlm.types.batch import Batch, Labels, Pictures, Stream, TokenIds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One decoded sample with what identifies it."""
+    """One decoded sample with what identifies it; encoded: its conversations by stream."""
 
     key: str
     draw: int
     epoch: int
     decoded: Decoded
+    encoded: dict[str, EncodedRow] = field(default_factory=dict)
 
 
-def collate(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer | None,
-    length: int,
-    size: int | None,
-    *,
-    grouped: bool,
-    labelled: bool,
-) -> Batch:
-    """Streams `image` (uint8 [n, 3, size, size]) where size is given, `text` where a tokenizer is, `group`, `label`.
+@dataclass(frozen=True)
+class Shape:
+    """What every batch holds, whatever its samples.
 
-    A label that is none of the classes is masked.
+    pictures: picture stream -> (side, whether values are float in 0..1). length: tokens of a caption; None: no captions.
+    conversations: names of conversation streams.
+    """
+
+    pictures: Mapping[str, tuple[int, bool]]
+    length: int | None
+    conversations: Sequence[str] = ()
+    grouped: bool = False
+    labelled: bool = False
+
+
+def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> Batch:
+    """Picture streams (uint8 or float32 [n, 3, S, S]), `text` of captions, conversation streams, `group`, `label`.
+
+    Pictures beside conversations are numbered by `slot`; else each sample has one. A label that is none of the classes
+    is masked.
     """
     streams: dict[str, Stream] = {}
     everyone = torch.arange(len(rows))
-    if size is not None:
-        pixels = torch.empty((len(rows), 3, size, size), dtype=torch.uint8)
-        target = pixels.numpy()
-        for i, row in enumerate(rows):
-            target[i] = row.decoded.pixels
-        streams["image"] = Pictures(pixels, torch.ones(len(rows), dtype=torch.bool), everyone)
+    for name, (size, floating) in shape.pictures.items():
+        parts = [row.decoded.pixels[name] for row in rows]
+        streams[name] = picture_stream(parts, size, floating, bool(shape.conversations))
     if tokenizer is not None:
-        streams["text"] = text_stream(tokenizer, [row.decoded.texts for row in rows], length)
-    if grouped:
+        if shape.length is not None:
+            streams["text"] = text_stream(tokenizer, [row.decoded.texts for row in rows], shape.length)
+        for name in shape.conversations:
+            own = [(i, row.encoded[name]) for i, row in enumerate(rows) if name in row.encoded]
+            streams[name] = conversation_stream(own, tokenizer.pad_id)
+    if shape.grouped:
         values = torch.tensor([row.decoded.group or 0 for row in rows], dtype=torch.int64)
         streams["group"] = Labels(values, torch.ones(len(rows), dtype=torch.bool), everyone)
-    if labelled:
+    if shape.labelled:
         classes = torch.tensor(
             [-1 if (c := row.decoded.label) is None else c for row in rows], dtype=torch.int64
         )
@@ -64,6 +76,22 @@ def collate(
         draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
         epoch=torch.tensor([row.epoch for row in rows], dtype=torch.int64),
         extra=extra,
+    )
+
+
+def picture_stream(parts: Sequence[np.ndarray], size: int, floating: bool, numbered: bool) -> Pictures:
+    """The pictures [k, 3, size, size] of each sample as rows in order; numbered: with their `slot`."""
+    counts = [len(part) for part in parts]
+    n = sum(counts)
+    pixels = torch.empty((n, 3, size, size), dtype=torch.float32 if floating else torch.uint8)
+    if n:
+        np.concatenate(parts, out=pixels.numpy())
+    slots = [slot for count in counts for slot in range(count)]
+    return Pictures(
+        pixels,
+        torch.ones(n, dtype=torch.bool),
+        torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts, dtype=torch.int64)),
+        slot=torch.tensor(slots, dtype=torch.int64) if numbered else None,
     )
 
 

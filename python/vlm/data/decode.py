@@ -3,66 +3,89 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter
 
+from vlm.config.errors import DataError
 from vlm.data.augment import augmented
+from vlm.data.boxes import seen_box
 from vlm.data.captions import choose
+from vlm.data.noise import noisy, signal_shares
 from vlm.data.samples import BadSample, field_at, group_id
 from vlm.data.sources.readers import JsonLinesReader, open_reader
+from vlm.data.streams.conversation import Box, Conversations, Said
+from vlm.data.streams.messages import pictures_in
+from vlm.data.streams.options import ConversationStream
+from vlm.runtime.chat import Piece, Template
 from vlm.runtime.pictures import BadPicture, PictureLimits, decode_picture
 from vlm.runtime.preprocess import Preprocess
+from vlm.types.random import draw_key
 
 AUTO_IMAGE = ("image", "picture", "file_name", "filepath", "image_path")
 """Fields that hold the picture where the options do not say."""
+AUTO_IMAGES = (*AUTO_IMAGE, "images", "pictures")
+"""The same for conversations, which may have several."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to decode: where it lies, and the keys of its draws."""
+    """One sample to decode: where it lies, and the keys of its draws; stream_keys: those of `[data.streams]` by name."""
 
     recipe: Any
     image_key: int = 0
     caption_key: int = 0
+    stream_keys: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Decoded:
     """A good sample (reason is empty) or the reason why it is bad.
 
-    pixels: uint8 [3, S, S] or None. texts: by slot, None where a slot is empty. label: class. extra: fields that JSON can say, where they are asked for.
+    pixels: picture stream -> [k, 3, S, S], uint8 or float32 in 0..1, k pictures in order. texts: by slot, None where a
+    slot is empty. label: class. extra: fields that JSON can say, where they are asked for. conversations: stream -> pieces.
     """
 
     reason: str = ""
     detail: str = ""
-    pixels: np.ndarray | None = None
+    pixels: dict[str, np.ndarray] = field(default_factory=dict)
     texts: list[str | None] = field(default_factory=list)
     group: int | None = None
     label: int | None = None
     extra: dict[str, Any] | None = None
+    conversations: dict[str, list[Piece]] = field(default_factory=dict)
 
 
 class Decoder:
     """Built from one JSON value, so that a worker can build the same.
 
-    spec: `source` (of the reader), `limits`, `preprocess` (fields of Preprocess or None), `image` (ImageOptions),
-    `captions`, `columns`, `max_text`, `group_by`, `label`, `classes`, `texts` (whether texts are asked for), `train`, `extra`.
+    spec: `source` (of the reader), `limits`, `pictures` (stream -> fields of Preprocess), `image` (ImageOptions),
+    `captions`, `columns`, `max_text`, `group_by`, `label`, `classes`, `texts` (whether captions are asked for), `train`,
+    `extra`; `conversations` and `noises` (name -> table), `template`, `nouns`, `weights`.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec = spec
         self.limits = PictureLimits(**spec["limits"])
         self.reader = open_reader(spec["source"], self.limits)
-        made = spec["preprocess"]
-        self.preprocess = (
-            Preprocess(**{**made, "mean": tuple(made["mean"]), "std": tuple(made["std"])}) if made else None
-        )
+        self.preprocesses = {
+            name: Preprocess(**{**made, "mean": tuple(made["mean"]), "std": tuple(made["std"])})
+            for name, made in spec["pictures"].items()
+        }
         self._classes = {name: number for number, name in enumerate(spec["classes"])}
         image = spec["image"]
         self._varies = spec["train"] and (image["augment"] != "none" or image["flip"])
+        streams = TypeAdapter(dict[str, ConversationStream]).validate_python(spec["conversations"])
+        self._conversations = Conversations(streams, spec["columns"], spec["max_text"], spec["nouns"], spec["weights"])
+        self._template = Template.from_dict(spec["template"]) if streams else None
+        self._text_only = all(stream.text_only for stream in streams.values())
+        self._shares = {
+            name: float(signal_shares(noise["steps"], noise["betas"])[noise["step"]]) for name, noise in spec["noises"].items()
+        }
 
     def decode(self, job: Job) -> Decoded:
         """Never raises for what a sample may hold: a bad one gives its reason."""
@@ -93,15 +116,63 @@ class Decoder:
             if value is None:
                 raise BadSample("missing_field", spec["label"])
             label = self._classes.get(str(value), -1)
-        pixels = None
-        if self.preprocess is not None:
-            picture = self._picture(fields)
-            if self._varies:
-                pixels = augmented(picture, self.preprocess, spec["image"], job.image_key)
-            else:
-                pixels = self.preprocess.to_array(picture)
+        if self._template is not None:
+            pictures, said = self.converse(fields, job.stream_keys)
+        else:
+            pictures, said = [self._picture(fields)] if self.preprocesses else [], {}
+        pixels = self._pixels(pictures, job)
         extra = plain_fields(fields) if spec["extra"] else None
-        return Decoded(pixels=pixels, texts=texts, group=group, label=label, extra=extra)
+        return Decoded(
+            pixels=pixels, texts=texts, group=group, label=label, extra=extra, conversations=self._pieces(said, len(pictures))
+        )
+
+    def converse(self, fields: dict[str, Any], keys: dict[str, int]) -> tuple[list[Image.Image], dict[str, Said]]:
+        """The pictures of a sample in order and the messages of each conversation stream. Raises BadSample, BadPicture."""
+        pictures = self._pictures(fields) if self.preprocesses else []
+
+        def seen(box: Any) -> Box | None:
+            if len(pictures) != 1:
+                raise BadSample("bad_box", f"boxes of {len(pictures)} pictures, expected one")
+            return seen_box(box, *pictures[0].size, self.preprocesses["image"])
+
+        said = self._conversations.make(fields, keys, seen) if self.preprocesses else self._conversations.make(fields, keys)
+        if self.preprocesses and not pictures:
+            held = next((one.addresses for one in said.values() if one.addresses), [])
+            pictures = [self._opened(value) for value in pictures_in(held)]
+            if not pictures and not self._text_only:
+                raise BadSample("missing_image", "no picture")
+        return pictures, said
+
+    def _pieces(self, said: dict[str, Said], pictures: int) -> dict[str, list[Piece]]:
+        """Raises BadSample when a conversation has more or fewer placeholders than there are pictures."""
+        out: dict[str, list[Piece]] = {}
+        for name, one in said.items():
+            assert self._template is not None
+            try:
+                out[name] = pieces_of(one, pictures, self._template)
+            except BadSample as error:
+                raise BadSample(error.reason, f"{name}: {error.detail}") from None
+        return out
+
+    def _pixels(self, pictures: list[Image.Image], job: Job) -> dict[str, np.ndarray]:
+        """The pictures under each tower's preprocessing, all from the same draw, and the noisy ones."""
+        out: dict[str, np.ndarray] = {}
+        for name, preprocess in self.preprocesses.items():
+            rows = []
+            for slot, picture in enumerate(pictures):
+                if self._varies:
+                    key = job.image_key if slot == 0 else draw_key(job.image_key, "slot", slot)
+                    rows.append(augmented(picture, preprocess, self.spec["image"], key))
+                else:
+                    rows.append(preprocess.to_array(picture))
+            size = preprocess.size
+            out[name] = np.stack(rows) if rows else np.zeros((0, 3, size, size), np.uint8)
+        if self.preprocesses:
+            for name, noise in self.spec["noises"].items():
+                clean, key = out[noise["of"]], job.stream_keys.get(name, 0)
+                parts = [noisy(x, self._shares[name], draw_key(key, "slot", slot)) for slot, x in enumerate(clean)]
+                out[name] = np.stack(parts) if parts else clean.astype(np.float32)
+        return out
 
     def _picture(self, fields: dict[str, Any]) -> Image.Image:
         column = self.spec["columns"]["image"]
@@ -109,6 +180,15 @@ class Decoder:
         value = next((v for path in paths if (v := field_at(fields, path)) is not None), None)
         if value is None:
             raise BadSample("missing_image", "no picture" if column == "auto" else f"field {column}")
+        return self._opened(value, column)
+
+    def _pictures(self, fields: dict[str, Any]) -> list[Image.Image]:
+        column = self.spec["columns"]["image"]
+        paths = AUTO_IMAGES if column == "auto" else (column,)
+        value = next((v for path in paths if (v := field_at(fields, path)) is not None), None)
+        return [self._opened(one, column) for one in pictures_in(value)]
+
+    def _opened(self, value: Any, column: str = "auto") -> Image.Image:
         if isinstance(value, Image.Image):
             return value
         if isinstance(self.reader, JsonLinesReader):
@@ -116,6 +196,33 @@ class Decoder:
         if not isinstance(value, bytes):
             raise BadSample("missing_image", f"field {column} holds a {type(value).__name__}")
         return decode_picture(value, self.limits)
+
+
+class MixedDecoder:
+    """Decoders of the sources of a mixture. Recipe: [number of the source, its recipe]."""
+
+    def __init__(self, specs: list[dict[str, Any]]) -> None:
+        self._parts = [Decoder(spec) for spec in specs]
+
+    def decode(self, job: Job) -> Decoded:
+        part, recipe = job.recipe
+        return self._parts[part].decode(Job(recipe, job.image_key, job.caption_key, job.stream_keys))
+
+
+def decoder_of(spec: dict[str, Any]) -> Decoder | MixedDecoder:
+    """The decoder of a spec; one with `parts` is that of a mixture."""
+    return MixedDecoder(spec["parts"]) if "parts" in spec else Decoder(spec)
+
+
+def pieces_of(said: Said, pictures: int, template: Template) -> list[Piece]:
+    """The pieces of a conversation with so many pictures. Raises BadSample with both counts when they do not fit."""
+    placed = sum(message.pictures for message in said.messages)
+    if placed and placed != pictures:
+        raise BadSample("placeholder_mismatch", f"{placed} placeholders, {pictures} pictures")
+    try:
+        return template.pieces(template.with_pictures(said.messages, pictures), answer=True)
+    except DataError as error:
+        raise BadSample("bad_messages", error.message) from None
 
 
 def plain_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -131,22 +238,22 @@ def pack(results: list[Decoded]) -> tuple[bytes, bytes]:
     """Results as (JSON header, pixels one after another), to send through a pipe."""
     head, pixels = [], []
     for r in results:
-        shape = None
-        if r.pixels is not None:
-            shape = r.pixels.shape
-            pixels.append(r.pixels.tobytes())
-        head.append([r.reason, r.detail, shape, r.texts, r.group, r.label, r.extra])
+        arrays = [[name, value.dtype.str, value.shape] for name, value in r.pixels.items()]
+        pixels += [np.ascontiguousarray(value).tobytes() for value in r.pixels.values()]
+        said = {name: [[p.kind, p.text, p.role, p.supervised] for p in pieces] for name, pieces in r.conversations.items()}
+        head.append([r.reason, r.detail, arrays, r.texts, r.group, r.label, r.extra, said])
     return json.dumps(head).encode(), b"".join(pixels)
 
 
 def unpack(head: bytes, pixels: bytes) -> list[Decoded]:
     """The inverse of `pack`."""
     out, at = [], 0
-    for reason, detail, shape, texts, group, label, extra in json.loads(head):
-        values = None
-        if shape is not None:
-            count = shape[0] * shape[1] * shape[2]
-            values = np.frombuffer(pixels, np.uint8, count, at).reshape(shape)
-            at += count
-        out.append(Decoded(reason, detail, values, texts, group, label, extra))
+    for reason, detail, arrays, texts, group, label, extra, said in json.loads(head):
+        values: dict[str, np.ndarray] = {}
+        for name, kind, shape in arrays:
+            dtype, count = np.dtype(kind), math.prod(shape)
+            values[name] = np.frombuffer(pixels[at : at + count * dtype.itemsize], dtype, count).reshape(shape)
+            at += count * dtype.itemsize
+        conversations = {name: [Piece(*piece) for piece in pieces] for name, pieces in said.items()}
+        out.append(Decoded(reason, detail, values, texts, group, label, extra, conversations))
     return out

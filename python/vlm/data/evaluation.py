@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from vlm.config.errors import DataError
-from vlm.data.collate import Row, collate
-from vlm.data.decode import Job
+from vlm.data.collate import Row
 from vlm.data.ledger import Ledger
-from vlm.data.loader import decoder_spec, open_split
+from vlm.data.loader import open_split
 from vlm.data.options import DataOptions, OneCaption
 from vlm.data.packing import PackedRow, document_rows, pack_batch
+from vlm.data.plan import Plan, Preprocesses, Reads, with_texts
 from vlm.data.pool import open_decoder
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
-from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.chat import Template
 from vlm.types.batch import Batch
 
 
@@ -27,16 +27,15 @@ class EvaluationPass:
         self,
         source: Source,
         options: DataOptions,
+        reads: Reads,
         *,
-        tokenizer: Tokenizer | None,
-        preprocess: Preprocess | None,
         batch_size: int,
         limit: int | None,
         classes: Sequence[str],
     ) -> None:
-        # Evaluation never draws: one caption a sample, no augmentation.
+        # Evaluation never draws anew: one caption a sample, no augmentation, one draw of each stream for good.
         self.options = options.model_copy(update={"captions": OneCaption()})
-        self.source, self.tokenizer, self.preprocess = source, tokenizer, preprocess
+        self.source, self.reads, self.tokenizer = source, reads, reads.tokenizer
         self.batch_size, self.classes = batch_size, classes
         self.samples = len(source) if limit is None else min(limit, len(source))
         self._ledger = Ledger(len(source), options.bad_samples)
@@ -50,26 +49,14 @@ class EvaluationPass:
 
     def __iter__(self) -> Iterator[Batch]:
         self._ledger = Ledger(len(self.source), self.options.bad_samples)
-        if self.options.packer is not None and self.preprocess is None:
+        if self.options.packer is not None and not self.reads.pictures and not self.options.conversations:
             yield from self._documents()
         else:
             yield from self._samples()
 
     def _samples(self) -> Iterator[Batch]:
-        texts = self.tokenizer is not None
-        spec = decoder_spec(
-            self.source,
-            self.options,
-            preprocess=self.preprocess,
-            texts=texts,
-            train=False,
-            extra=True,
-            classes=self.classes,
-        )
-        size = self.preprocess.size if self.preprocess is not None else None
-        decoder = open_decoder(spec, self.options.workers)
-        length, grouped = self.options.text.length, self.options.group_by is not None
-        labelled = self.options.label is not None
+        plan = Plan(self.source, self.options, self.reads, seed=0, train=False, extra=True, classes=self.classes)
+        decoder = open_decoder(plan.spec, self.options.workers)
         ahead = self.options.prefetch * self.batch_size
         rows: list[Row] = []
         submitted = 0
@@ -77,24 +64,18 @@ class EvaluationPass:
             for index in range(self.samples):
                 if index >= submitted:
                     stop = min(self.samples, index + ahead)
-                    decoder.submit([(i, Job(self.source.recipe(i))) for i in range(index, stop)])
+                    decoder.submit([(i, plan.job(i, 0)) for i in range(index, stop)])
                     submitted = stop
-                result = decoder.take(index)
+                result, encoded = plan.finish(decoder.take(index))
                 self._ledger.count(0, result.reason, lambda index=index: self.source.key(index))  # type: ignore[misc]
                 if result.reason:
                     continue
-                fields = {**(result.extra or {})}
-                if result.texts:
-                    fields.setdefault("caption", result.texts[0])
-                    fields["text"] = result.texts[0]
-                rows.append(
-                    Row(self.source.key(index), int(self.source.ids[index]), 0, replace(result, extra=fields))
-                )
+                rows.append(with_texts(plan.row(index, 0, result, encoded)))
                 if len(rows) == self.batch_size:
-                    yield collate(rows, self.tokenizer, length, size, grouped=grouped, labelled=labelled)
+                    yield plan.batch(rows)
                     rows = []
             if rows:
-                yield collate(rows, self.tokenizer, length, size, grouped=grouped, labelled=labelled)
+                yield plan.batch(rows)
         finally:
             decoder.close()
         if not self._ledger.epoch_good:
@@ -130,12 +111,14 @@ def iterate_once(
     options: DataOptions,
     *,
     tokenizer: Tokenizer | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocesses = None,
     batch_size: int = 256,
     split: str = "val",
     source: Source | None = None,
     limit: int | None = None,
     classes: Sequence[str] = (),
+    picture_positions: int | None = None,
+    template: Template | None = None,
 ) -> EvaluationPass:
     """A finite pass in source order; the last batch may be smaller, bad samples are skipped within the budget.
 
@@ -143,14 +126,14 @@ def iterate_once(
     was encoded, `caption` the field of that name or else the same, and `category`, `concept`, ... as stored.
     Text alone (options.packer set): a document a row, longer ones over several rows; extra `text`, `characters` and
     `bytes` are those of the whole document at its first row, and empty or 0 at the rows that continue it.
+    Conversations: extra `text` is the last answer; preprocess, picture_positions and template as in `build_loader`.
     limit: at most so many samples (not for text alone). classes: those of the training data, for the stream `label`.
     """
     source = source if source is not None else open_split(options, split)
     return EvaluationPass(
         source,
         options,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
+        Reads.of(tokenizer, preprocess, picture_positions, template),
         batch_size=batch_size,
         limit=limit,
         classes=classes,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class Ledger:
     def bad(self) -> int:
         return sum(self.reasons.values())
 
-    def count(self, epoch: int, reason: str, key: Callable[[], str]) -> None:
-        """Note one sample; an empty reason means that it is good.
+    def count(self, epoch: int, reason: str, key: Callable[[], str], part: int = 0) -> None:
+        """Note one sample; an empty reason means that it is good. part: its source; here there is one.
 
         Raises DataError when the epoch has more bad samples than the budget allows, or nothing but bad ones.
         """
@@ -86,6 +87,42 @@ class Ledger:
     def report(self) -> dict[str, Any]:
         """Samples read, bad ones, and how many for each reason, over the whole run."""
         return {"read": self.read, "bad": self.bad, "reasons": dict(sorted(self.reasons.items()))}
+
+
+class MixedLedger:
+    """A ledger for each source of a mixture: each has its own epochs and its own budget."""
+
+    def __init__(self, names: Sequence[str], samples: Sequence[int], policy: BadSamples) -> None:
+        self.parts = {name: Ledger(count, policy) for name, count in zip(names, samples)}
+        self._ordered = list(self.parts.values())
+
+    def count(self, epoch: int, reason: str, key: Callable[[], str], part: int = 0) -> None:
+        self._ordered[part].count(epoch, reason, key)
+
+    def state_dict(self) -> Tree:
+        return {name: ledger.state_dict() for name, ledger in self.parts.items()}
+
+    def load_state_dict(self, state: Tree) -> None:
+        for name, ledger in self.parts.items():
+            ledger.load_state_dict(state[name])
+
+    def report(self) -> dict[str, Any]:
+        """The sums, and under `mixture` each source with its share of the good samples and its epoch."""
+        reasons: Counter[str] = Counter()
+        for ledger in self._ordered:
+            reasons.update(ledger.reasons)
+        good = {name: ledger.read - ledger.bad for name, ledger in self.parts.items()}
+        total = sum(good.values())
+        mixture = {
+            name: {**ledger.report(), "share": good[name] / total if total else 0.0, "epoch": ledger.epoch}
+            for name, ledger in self.parts.items()
+        }
+        return {
+            "read": sum(ledger.read for ledger in self._ordered),
+            "bad": sum(ledger.bad for ledger in self._ordered),
+            "reasons": dict(sorted(reasons.items())),
+            "mixture": mixture,
+        }
 
 
 class Quarantine:

@@ -11,32 +11,30 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from vlm.config.errors import DataError
-from vlm.data.collate import Row, collate
-from vlm.data.decode import Decoded, Job
-from vlm.data.ledger import Ledger, Quarantine
+from vlm.data.collate import Row
+from vlm.data.decode import Decoded
+from vlm.data.ledger import Quarantine
+from vlm.data.mixture import Mixture, ledger_of, open_filtered, order_of, part_of
 from vlm.data.options import DataOptions
-from vlm.data.order import EpochOrder
+from vlm.data.plan import Plan, Preprocesses, Reads
 from vlm.data.pool import open_decoder
 from vlm.data.samples import REASON_CODES, REASON_OF_CODE
 from vlm.data.sources.base import Source
-from vlm.data.sources.uri import open_source
 from vlm.data.texts import field_values
 from vlm.data.tokenizer import Tokenizer
-from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.chat import Template
 from vlm.types.batch import Batch
 from vlm.types.communicator import Communicator, SingleProcess
-from vlm.types.random import draw_key
 from vlm.types.state import Tree
 
 
 class Loader(Protocol):
     """Endless batches of this rank's share, with a cursor that a checkpoint holds.
 
-    samples_per_epoch: samples (documents for text alone) of the source, or None where rows are what is counted.
+    samples_per_epoch: samples of the source (of all sources of a mixture), or None where rows are what is counted.
     """
 
     samples_per_epoch: int | None
@@ -72,7 +70,7 @@ def build_loader(
     options: DataOptions,
     *,
     tokenizer: Tokenizer | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocesses = None,
     batch_size: int,
     seed: int = 0,
     communicator: Communicator | None = None,
@@ -80,6 +78,8 @@ def build_loader(
     source: Source | None = None,
     quarantine: str | os.PathLike[str] | None = None,
     classes: Sequence[str] | None = None,
+    picture_positions: int | None = None,
+    template: Template | None = None,
 ) -> Loader:
     """The loader of a `[data]` table: next(loader) is this rank's share of the next global batch.
 
@@ -87,12 +87,31 @@ def build_loader(
     pictures alone. split: `train`, or `val` (no augmentation). source: already open, instead of the table's address.
     quarantine: directory for `quarantine.jsonl`, which rank 0 writes. classes: of `data.label`, where they are known
     (those of the training data for `val`); else they are collected from the source.
+    preprocess: one, or one for each picture stream (`image`, `image.NAME`). picture_positions: positions that a picture
+    takes in a row once it is expanded (1 unless said): what a row's length counts. template: how messages are written,
+    where `data.text.template` does not say; else plain.
     Raises DataError (exit code 3) when data are missing, and from next() when the budget of bad samples is spent.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
     communicator = communicator if communicator is not None else SingleProcess()
     source = source if source is not None else open_split(options, split)
+    reads = Reads.of(tokenizer, preprocess, picture_positions, template)
+    talks = [*options.conversations, *(name for part in options.mixture for name in options.of_part(part).conversations)]
+    if options.packer is not None and talks:
+        from vlm.data.packing_conversations import PackedConversations
+
+        return PackedConversations(
+            source,
+            options,
+            reads,
+            batch_size=batch_size,
+            seed=seed,
+            communicator=communicator,
+            train=split == "train",
+            quarantine=quarantine,
+            classes=classes,
+        )
     if options.packer is not None:
         from vlm.data.packing import PackedLoader
 
@@ -112,8 +131,7 @@ def build_loader(
     return SampleLoader(
         source,
         options,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
+        reads,
         batch_size=batch_size,
         seed=seed,
         communicator=communicator,
@@ -124,41 +142,18 @@ def build_loader(
 
 
 def open_split(options: DataOptions, split: str) -> Source:
-    """The source of `train` or `val`. Raises DataError when the table names no `val`."""
+    """The source of `train` (a mixture where the table has one) or `val`, filtered by `where`.
+
+    Raises DataError when the table names no `val`.
+    """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, expected train or val")
+    if split == "train" and options.mixture:
+        return Mixture(options)
     uri = options.source if split == "train" else options.val
     if uri is None:
         raise DataError("no evaluation data", where="data.val", remedy="set data.val (or pass --val URI)")
-    return open_source(uri, options.limits)
-
-
-def decoder_spec(
-    source: Source,
-    options: DataOptions,
-    *,
-    preprocess: Preprocess | None,
-    texts: bool,
-    train: bool,
-    extra: bool,
-    classes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """What a Decoder needs, as JSON."""
-    return {
-        "source": source.spec(),
-        "limits": asdict(options.limits),
-        "preprocess": asdict(preprocess) if preprocess is not None else None,
-        "image": options.image.model_dump(mode="json"),
-        "captions": options.captions.model_dump(mode="json"),
-        "columns": options.columns.model_dump(mode="json"),
-        "max_text": options.max_text,
-        "group_by": options.group_by,
-        "label": options.label,
-        "classes": list(classes),
-        "texts": texts or options.group_by == "text",
-        "train": train,
-        "extra": extra,
-    }
+    return open_filtered(uri, options)
 
 
 class SampleLoader:
@@ -168,9 +163,8 @@ class SampleLoader:
         self,
         source: Source,
         options: DataOptions,
+        reads: Reads,
         *,
-        tokenizer: Tokenizer | None,
-        preprocess: Preprocess | None,
         batch_size: int,
         seed: int,
         communicator: Communicator,
@@ -178,10 +172,10 @@ class SampleLoader:
         quarantine: str | os.PathLike[str] | None,
         classes: Sequence[str] | None,
     ) -> None:
-        self.source, self.options, self.tokenizer, self.preprocess = source, options, tokenizer, preprocess
-        self.batch_size, self.seed, self.communicator = batch_size, seed, communicator
-        self._order = EpochOrder(source.ids, seed)
-        self._ledger = Ledger(len(source), options.bad_samples)
+        self.source, self.options = source, options
+        self.batch_size, self.communicator = batch_size, communicator
+        self._order = order_of(source, seed)
+        self._ledger = ledger_of(source, options)
         self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
         self.samples_per_epoch: int | None = len(source)
         if classes is None:
@@ -189,20 +183,9 @@ class SampleLoader:
         self._classes = list(classes)
         if options.label and not self._classes:
             raise DataError(f"no sample has the field {options.label!r}", where="data.label")
-        spec = decoder_spec(
-            source,
-            options,
-            preprocess=preprocess,
-            texts=tokenizer is not None,
-            train=train,
-            extra=False,
-            classes=self._classes,
-        )
-        image = options.image
-        self._varies = train and preprocess is not None and (image.augment != "none" or image.flip)
-        self._draws_captions = spec["texts"] and options.captions.kind != "one"
+        self._plan = Plan(source, options, reads, seed=seed, train=train, classes=self._classes)
         self._ahead = options.prefetch * batch_size if options.workers else 0
-        self._decoder = open_decoder(spec, options.workers)
+        self._decoder = open_decoder(self._plan.spec, options.workers)
         self._position = 0  # candidates consumed by the batches handed out
         self._submitted = 0
         self._waited = 0.0
@@ -231,26 +214,20 @@ class SampleLoader:
         while chosen < self.batch_size:
             window = range(position, position + self.batch_size - chosen)
             self._submit(window.stop + self._ahead)
-            mine = {p: self._decoder.take(p) for p in window if p % size == rank}
+            done = {p: self._plan.finish(self._decoder.take(p)) for p in window if p % size == rank}
+            mine = {p: decoded for p, (decoded, _) in done.items()}
             for p, reason in zip(window, self._reasons(window, mine)):
                 epoch, index = self._order.at(p)
-                self._ledger.count(epoch, reason, lambda index=index: self.source.key(index))  # type: ignore[misc]
+                part = part_of(self.source, index)
+                self._ledger.count(epoch, reason, lambda index=index: self.source.key(index), part)  # type: ignore[misc]
                 if reason:
                     continue
                 chosen += 1
                 if p in mine:
-                    rows.append(Row(self.source.key(index), int(self.source.ids[index]), epoch, mine[p]))
+                    rows.append(self._plan.row(index, epoch, *done[p]))
             position = window.stop
         self._position = position
-        size_of_picture = self.preprocess.size if self.preprocess is not None else None
-        batch = collate(
-            rows,
-            self.tokenizer,
-            self.options.text.length,
-            size_of_picture,
-            grouped=self.options.group_by is not None,
-            labelled=self.options.label is not None,
-        )
+        batch = self._plan.batch(rows)
         self._waited += time.perf_counter() - started
         return batch
 
@@ -261,10 +238,7 @@ class SampleLoader:
         for p in range(self._submitted, until):
             if p % size == rank:
                 epoch, index = self._order.at(p)
-                draw = int(self.source.ids[index])
-                image_key = draw_key(self.seed, "augment", draw, epoch) if self._varies else 0
-                caption_key = draw_key(self.seed, "caption", draw, epoch) if self._draws_captions else 0
-                jobs.append((p, Job(self.source.recipe(index), image_key, caption_key)))
+                jobs.append((p, self._plan.job(index, epoch)))
         if jobs:
             self._decoder.submit(jobs)
         self._submitted = max(self._submitted, until)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from fractions import Fraction
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
+from vlm.data.streams.options import ConversationStream, DiffusionNoise, StreamOptions, check_streams
+from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.pictures import PictureLimits
 
 
 class Columns(Options):
-    """Which fields hold the picture and the text. `auto`: `image`; then `txt`, `caption`, `text` in this order."""
+    """Which fields hold the picture and the text. `auto`: `image`; then `txt`, `caption`, `text` in this order.
+
+    A further key is a name that a stream reads (`answer.preferred`), its value the field that holds it.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
 
     image: str = Field("auto", description="field with the picture, or auto")
     text: str = Field(
@@ -50,6 +59,15 @@ class TextOptions(Options):
     length: int = Field(
         32, ge=2, le=1_048_576, description="tokens of a text; a longer one is cut, keeping eos"
     )
+    template: str | None = Field(
+        None, description="how messages are written: plain, vicuna, llama3 or chatml; none: as the model says, else plain"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> TextOptions:
+        if self.template is not None and self.template not in TEMPLATES:
+            raise ValueError(f"unknown template {self.template!r}, expected one of {', '.join(TEMPLATES)}")
+        return self
 
 
 class OneCaption(Options):
@@ -116,12 +134,29 @@ class BadSamples(Options):
         return 0 if self.policy == "stop" else int(self.budget * samples + 1e-9)
 
 
+Where = dict[str, str | tuple[str, ...]]
+"""Field -> pattern, or patterns of which one must fit; `*` and `?` as in file names, case counts."""
+
+
+class MixturePart(Options):
+    """One source of a mixture. What is not given is that of the `[data]` table."""
+
+    source: str = Field(description="training data, an address like data.source")
+    weight: float = Field(1.0, gt=0, le=1e6, description="share of the samples, relative to the other weights")
+    columns: Columns | None = Field(None, description="which fields hold the picture and the text")
+    streams: dict[str, StreamOptions] = Field({}, description="streams added or replaced by name")
+    where: Where | None = Field(None, description="samples to keep, by field")
+
+
 class DataOptions(Options):
     """The `[data]` table."""
 
     source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines or scenes:")
     val: str | None = Field(None, description="evaluation data, an address like source")
+    mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
+    where: Where = Field({}, description="samples to keep: field = pattern, or patterns of which one must fit")
     columns: Columns = Columns()
+    streams: dict[str, StreamOptions] = Field({}, description="further streams of the batch by name")
     group_by: str | None = Field(
         None, description="field (or text) whose equal values are positives of each other: stream group"
     )
@@ -142,6 +177,65 @@ class DataOptions(Options):
     max_pixels: int = Field(64 * 2**20, ge=1, le=2**31, description="pixels of a picture, from its header")
     max_bytes: int = Field(32 * 2**20, ge=1, le=2**31, description="bytes of an encoded picture")
     max_text: int = Field(1_000_000, ge=1, le=16 * 2**20, description="characters of a text")
+
+    @model_validator(mode="after")
+    def _fit(self) -> DataOptions:
+        if self.mixture and "source" in self.model_fields_set:
+            raise ValueError("source and mixture are two ways to say the same; leave one out")
+        tables = [self, *(self.of_part(name) for name in self.mixture)]
+        for table in tables:
+            table.check_streams()
+        read = {name for table in tables for name in table.columns_read}
+        columns = [self.columns, *(part.columns for part in self.mixture.values() if part.columns is not None)]
+        unread = sorted({name for table in columns for name in table.model_extra or {}} - read)
+        if unread:
+            raise ValueError(f"columns.{unread[0]}: no stream reads it (expected image, text, or a name that a stream reads)")
+        return self
+
+    def check_streams(self) -> None:
+        """Raises ValueError when streams do not fit each other or the rest of the table."""
+        check_streams(self.streams)
+        if any(stream.regions is not None for stream in self.conversations.values()) and (
+            self.image.augment != "none" or self.image.flip
+        ):
+            raise ValueError("boxes as text need pictures as they are: image.augment none and no flip")
+
+    def of_part(self, name: str) -> DataOptions:
+        """The table as it holds for one source of the mixture. Its `mixture` is empty."""
+        part = self.mixture[name]
+        return self.model_copy(
+            update={
+                "mixture": {},
+                "source": part.source,
+                "columns": self.columns if part.columns is None else part.columns,
+                "streams": {**self.streams, **part.streams},
+                "where": self.where if part.where is None else part.where,
+            }
+        )
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """Name in the mixture -> its share of the samples, exact; they sum to 1."""
+        weights = {name: Fraction(part.weight) for name, part in self.mixture.items()}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    @property
+    def conversations(self) -> dict[str, ConversationStream]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, ConversationStream)}
+
+    @property
+    def noises(self) -> dict[str, DiffusionNoise]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, DiffusionNoise)}
+
+    @property
+    def columns_read(self) -> set[str]:
+        """Names of fields that conversation streams read."""
+        return {name for stream in self.conversations.values() for name in stream.columns}
+
+    @property
+    def column_names(self) -> dict[str, Any]:
+        """`columns` as one dictionary: name -> field."""
+        return self.columns.model_dump()
 
     @property
     def limits(self) -> PictureLimits:

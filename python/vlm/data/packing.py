@@ -17,6 +17,7 @@ import torch
 from vlm.config.errors import DataError
 from vlm.data.captions import text_values
 from vlm.data.ledger import Ledger, Quarantine
+from vlm.data.mixture import ledger_of, order_of, part_of, parts_of
 from vlm.data.options import ConcatPacker, DataOptions, DocumentPacker
 from vlm.data.order import EpochOrder
 from vlm.data.samples import BadSample, clean_text, stable_id
@@ -48,6 +49,7 @@ class Documents:
 
     def __init__(self, source: Source, order: EpochOrder, options: DataOptions, tokenizer: Tokenizer) -> None:
         self.source, self.order, self.options, self.tokenizer = source, order, options, tokenizer
+        self._columns = [part.columns.text for _, part in parts_of(source, options)]
         self.reader = open_reader(source.spec(), options.limits)
         self._ready: dict[int, tuple[list[int] | None, str, str, str]] = {}
 
@@ -59,8 +61,9 @@ class Documents:
             good: list[tuple[int, str]] = []
             for p in range(position, stop):
                 try:
-                    fields = self.reader.fields(self.source.recipe(self.order.at(p)[1]))
-                    value = text_values(fields, self.options.columns.text)[0]
+                    index = self.order.at(p)[1]
+                    fields = self.reader.fields(self.source.recipe(index))
+                    value = text_values(fields, self._columns[part_of(self.source, index)])[0]
                     good.append((p, clean_text(value, self.options.max_text)))
                 except (BadSample, BadPicture) as error:
                     self._ready[p] = (None, "", error.reason, error.detail)
@@ -118,9 +121,9 @@ class PackedLoader:
         self.packer: DocumentPacker | ConcatPacker = options.packer
         self.source, self.tokenizer, self.batch_size = source, tokenizer, batch_size
         self.communicator = communicator
-        self._order = EpochOrder(source.ids, seed)
+        self._order = order_of(source, seed)
         self._documents = Documents(source, self._order, options, tokenizer)
-        self._ledger = Ledger(len(source), options.bad_samples)
+        self._ledger = ledger_of(source, options)
         self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
         self.samples_per_epoch: int | None = (
             None  # rows are counted, and how many there are is not known beforehand
@@ -165,7 +168,8 @@ class PackedLoader:
             if self._offset == 0:
                 if reason:
                     self._quarantine.add(self.source.key(index), reason, detail)
-                self._ledger.count(epoch, reason, lambda index=index: self.source.key(index))  # type: ignore[misc]
+                part = part_of(self.source, index)
+                self._ledger.count(epoch, reason, lambda index=index: self.source.key(index), part)  # type: ignore[misc]
             if ids is None:
                 self._document += 1
                 continue

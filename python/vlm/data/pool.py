@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm.config.errors import RunFailed
-from vlm.data.decode import Decoded, Decoder, Job, unpack
+from vlm.data.decode import Decoded, Job, decoder_of, unpack
 from vlm.data.worker import FRAME, read_frame
 
 CHUNK = 8
@@ -27,7 +27,7 @@ class InlineDecoder:
     """Decodes when asked, in this process."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self._decoder = Decoder(spec)
+        self._decoder = decoder_of(spec)
         self._jobs: dict[int, Job] = {}
 
     def submit(self, jobs: Sequence[tuple[int, Job]]) -> None:
@@ -143,7 +143,7 @@ class WorkerPool:
             worker = self._workers[self._turn]
             positions = [position for position, _ in part]
             worker.pending.append(positions)
-            worker.send(json.dumps([[j.recipe, j.image_key, j.caption_key] for _, j in part]).encode())
+            worker.send(json.dumps([[j.recipe, j.image_key, j.caption_key, j.stream_keys] for _, j in part]).encode())
             for position in positions:
                 self._owner[position] = self._turn
             self._turn = (self._turn + 1) % len(self._workers)

@@ -31,6 +31,13 @@ REASONS = {
     "missing_text": "the sample has no text",
     "missing_field": "the sample lacks a field that the options name",
     "remote": "the picture is a remote address; download it beforehand",
+    "bad_messages": "the messages are not of LLaVA's or OpenAI's form",
+    "placeholder_mismatch": "the messages name more or fewer pictures than the sample has",
+    "too_many_pictures": "the sample has more pictures than the limit",
+    "too_long": "prompt and pictures leave no room for an answer",
+    "no_corruption": "no rule can make the answer wrong",
+    "no_question": "the sample has no question of the kinds asked for",
+    "bad_box": "not a box [x0, y0, x1, y1] of shares from 0 to 1",
 }
 """Stable reasons for refusing a sample, with what they mean."""
 

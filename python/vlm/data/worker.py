@@ -45,12 +45,12 @@ def main() -> None:
     # Results keep the real stdout for themselves; whatever a library prints goes to stderr.
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    from vlm.data.decode import Decoder, Job, pack
+    from vlm.data.decode import Job, decoder_of, pack
 
     first = read_frame(source)
     if first is None:
         return
-    decoder = Decoder(json.loads(first[0]))
+    decoder = decoder_of(json.loads(first[0]))
     while (frame := read_frame(source)) is not None:
         jobs = [Job(*values) for values in json.loads(frame[0])]
         head, pixels = pack([decoder.decode(job) for job in jobs])

@@ -34,7 +34,7 @@ class JsonLinesSource:
         self.root = os.path.dirname(os.path.abspath(self.paths[0]))
         self._reader = JsonLinesReader(self.root, limits)
         for path in self.paths:
-            self._files.append(_open(path))
+            self._files.append(self._opened(path))
         self._starts: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
         ids: list[int] = []
@@ -45,6 +45,10 @@ class JsonLinesSource:
             ids += hashes
         self._first = np.cumsum([0] + [len(rows) for rows in self._rows])
         self.ids = distinct(np.asarray(ids, np.int64))
+
+    def _opened(self, path: str) -> int:
+        """A descriptor of the lines of a file."""
+        return open_plain(path)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -82,7 +86,7 @@ class JsonLinesSource:
         }
 
 
-def _open(path: str) -> int:
+def open_plain(path: str) -> int:
     """A descriptor of the file, or of its unpacked content in an unnamed temporary file."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

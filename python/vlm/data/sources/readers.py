@@ -48,7 +48,22 @@ def open_reader(spec: dict[str, Any], limits: PictureLimits) -> Reader:
         from vlm.data.scenes.reader import SceneReader
 
         return SceneReader(spec)
+    if kind == "mixture":
+        return MixedReader([open_reader(part, limits) for part in spec["parts"]])
     raise ValueError(f"no reader of kind {kind!r}")
+
+
+class MixedReader:
+    """Recipe: [number of the source, its recipe]."""
+
+    def __init__(self, parts: list[Reader]) -> None:
+        self.parts = parts
+
+    def read(self, recipe: Any) -> dict[str, Any]:
+        return self.parts[recipe[0]].read(recipe[1])
+
+    def fields(self, recipe: Any) -> dict[str, Any]:
+        return self.parts[recipe[0]].fields(recipe[1])
 
 
 def parse_object(raw: bytes | str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One address for every source: what it is, is detected and said.
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
-`text.jsonl.gz`; `scenes:?n=20000&seed=1&split=val&size=64` (drawn). A prefix (`wds:`, `folder:`, `jsonl:`) settles
+`text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`); `scenes:?n=20000&seed=1&split=val&size=64` (drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles
 what the ending does not say. Several addresses of one kind are joined by commas.
 """
 
@@ -15,14 +15,15 @@ from vlm.config.errors import DataError
 from vlm.data.scenes.source import ScenesSource
 from vlm.data.sources.base import Source
 from vlm.data.sources.folder import FolderSource
+from vlm.data.sources.json_array import JsonArraySource
 from vlm.data.sources.json_lines import JsonLinesSource
 from vlm.data.sources.webdataset import WebDatasetSource
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 
-_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|text|scenes):(?!//)")
+_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes):(?!//)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
-_KNOWN = "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), or scenes:"
+_KNOWN = "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), or scenes:"
 
 
 def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
@@ -53,6 +54,8 @@ def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
         if len(files) != 1 or not os.path.isdir(files[0]):
             raise DataError(f"expected one folder, found {len(files)} files", where=uri)
         source = FolderSource(files[0], limits)
+    elif prefix == "json":
+        source = JsonArraySource(files, limits)
     else:
         source = JsonLinesSource(files, limits)
     if not len(source):
@@ -143,9 +146,11 @@ def _detect(files: list[str], uri: str) -> str:
         )
     if all(name.lower().endswith((".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")) for name in files):
         return "jsonl"
+    if all(name.lower().endswith((".json", ".json.gz")) for name in files):
+        return "json"
     if all(name.lower().endswith(".tar") for name in files):
         return "wds"
-    odd = next(n for n in files if not n.lower().endswith((".tar", ".jsonl", ".jsonl.gz")))
+    odd = next(n for n in files if not n.lower().endswith((".tar", ".jsonl", ".jsonl.gz", ".json", ".json.gz")))
     if odd.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise DataError(
             "the archive is compressed", where=odd, remedy="decompress it: samples are read from its middle"

@@ -1,0 +1,207 @@
+"""Conversations packed into rows: whole samples one after another while they fit, pictures counted at their full width.
+
+Every rank decodes every sample, so that rows do not depend on the number of ranks; it keeps its own rows.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm.config.errors import DataError
+from vlm.data.collate import Row, picture_stream
+from vlm.data.ledger import Quarantine
+from vlm.data.mixture import ledger_of, order_of, part_of
+from vlm.data.options import DataOptions
+from vlm.data.plan import Plan, Reads
+from vlm.data.pool import open_decoder
+from vlm.data.samples import stable_id
+from vlm.data.sources.base import Source
+from vlm.data.streams.encode import EncodedRow, conversation_stream
+from vlm.types.batch import Batch, Stream
+from vlm.types.communicator import Communicator
+from vlm.types.state import Tree
+
+_AHEAD = 32
+
+
+@dataclass
+class PackedSamples:
+    """Samples that share a row, and the positions that they take."""
+
+    rows: list[Row] = field(default_factory=list)
+    positions: int = 0
+
+    @property
+    def key(self) -> str:
+        """The first sample's key and how many more there are."""
+        return self.rows[0].key + (f" +{len(self.rows) - 1}" if len(self.rows) > 1 else "")
+
+    @property
+    def joined(self) -> EncodedRow:
+        parts = [row.encoded["text"] for row in self.rows]
+        return EncodedRow(
+            [i for part in parts for i in part.ids],
+            [i for part in parts for i in part.role],
+            [i for part in parts for i in part.supervised],
+            sum(part.pictures for part in parts),
+            self.positions,
+        )
+
+
+class PackedConversations:
+    """Endless batches of packed rows of the stream `text`, with the pictures of each row numbered by `slot`."""
+
+    def __init__(
+        self,
+        source: Source,
+        options: DataOptions,
+        reads: Reads,
+        *,
+        batch_size: int,
+        seed: int,
+        communicator: Communicator,
+        train: bool,
+        quarantine: str | os.PathLike[str] | None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        """Raises DataError where packing has no meaning: other streams than one conversation `text`."""
+        assert options.packer is not None
+        if reads.tokenizer is None:
+            raise DataError("data.packer needs a tokenizer")
+        if options.group_by is not None or options.label is not None:
+            raise DataError("a packed row has no group and no label", where="data.packer", remedy="leave data.packer out")
+        self._plan = Plan(source, options, reads, seed=seed, train=train, classes=classes or ())
+        if list(self._plan.conversations) != ["text"]:
+            raise DataError(
+                f"the packer packs the conversation stream text alone, found {', '.join(self._plan.conversations)}",
+                where="data.packer",
+                remedy="leave data.packer out",
+            )
+        self.source, self.length, self.pad_id = source, options.packer.length, reads.tokenizer.pad_id
+        self.batch_size, self.communicator = batch_size, communicator
+        self._order = order_of(source, seed)
+        self._ledger = ledger_of(source, options)
+        self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
+        self._decoder = open_decoder(self._plan.spec, options.workers)
+        self._ahead = _AHEAD if options.workers else 1
+        self.samples_per_epoch: int | None = None  # rows are counted, and how many there are is not known beforehand
+        self._sample = 0  # position of the sample that the next row begins with
+        self._row = 0
+        self._submitted = 0
+        self._waiting: Row | None = None  # the sample at `_sample`, if it was read already and did not fit
+        self._waited = 0.0
+
+    def __iter__(self) -> PackedConversations:
+        return self
+
+    def __enter__(self) -> PackedConversations:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        return {}
+
+    def close(self) -> None:
+        """End the workers. The loader cannot be used afterwards; its state can still be read."""
+        self._decoder.close()
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        packed = []
+        for _ in range(self.batch_size):
+            row = self._next_row()
+            if self._row % self.communicator.size == self.communicator.rank:
+                packed.append(row)
+            self._row += 1
+        batch = self._batch(packed)
+        self._waited += time.perf_counter() - started
+        return batch
+
+    def _next_row(self) -> PackedSamples:
+        """The next samples that fit together. `_sample` is left at the first that does not."""
+        packed = PackedSamples()
+        while True:
+            row = self._waiting if self._waiting is not None else self._read(self._sample)
+            self._waiting = None
+            if row is not None:
+                own = row.encoded["text"].positions
+                if packed.rows and packed.positions + own > self.length:
+                    self._waiting = row
+                    return packed
+                packed.rows.append(row)
+                packed.positions += own
+            self._sample += 1
+
+    def _read(self, position: int) -> Row | None:
+        """The sample at a position of the endless order, or None for a bad one, which is counted and named."""
+        if position >= self._submitted:
+            jobs = []
+            for p in range(position, position + self._ahead):
+                epoch, index = self._order.at(p)
+                jobs.append((p, self._plan.job(index, epoch)))
+            self._decoder.submit(jobs)
+            self._submitted = position + self._ahead
+        epoch, index = self._order.at(position)
+        decoded, encoded = self._plan.finish(self._decoder.take(position))
+        if decoded.reason:
+            self._quarantine.add(self.source.key(index), decoded.reason, decoded.detail)
+        self._ledger.count(epoch, decoded.reason, lambda: self.source.key(index), part_of(self.source, index))
+        return None if decoded.reason else self._plan.row(index, epoch, decoded, encoded)
+
+    def _batch(self, packed: Sequence[PackedSamples]) -> Batch:
+        text = conversation_stream([(i, row.joined) for i, row in enumerate(packed)], self.pad_id)
+        segment = np.full(text.values.shape, -1, np.int64)
+        position = np.zeros(text.values.shape, np.int64)
+        for i, row in enumerate(packed):
+            at = 0
+            for number, sample in enumerate(row.rows):
+                k = len(sample.encoded["text"].ids)
+                segment[i, at : at + k] = number
+                position[i, at : at + k] = np.arange(k)
+                at += k
+        streams: dict[str, Stream] = {}
+        for name, (size, floating) in self._plan.shape.pictures.items():
+            empty = np.zeros((0, 3, size, size), np.float32 if floating else np.uint8)
+            parts = [np.concatenate([empty, *(s.decoded.pixels[name] for s in row.rows)]) for row in packed]
+            streams[name] = picture_stream(parts, size, floating, True)
+        streams["text"] = replace(text, segment=torch.from_numpy(segment), position=torch.from_numpy(position))
+        draws = [stable_id(*(str(row.draw) for row in samples.rows)) for samples in packed]
+        return Batch(
+            streams=streams,
+            keys=[row.key for row in packed],
+            draws=torch.tensor(draws, dtype=torch.int64),
+            epoch=torch.tensor([row.rows[0].epoch for row in packed], dtype=torch.int64),
+        )
+
+    def state_dict(self) -> Tree:
+        return {
+            "sample": self._sample,
+            "waiting": self._waiting is not None,
+            "row": self._row,
+            "data": self._order.identity(),
+            "ledger": self._ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: Tree) -> None:
+        self._order.check(state["data"])
+        self._decoder.forget()
+        self._sample = self._submitted = int(state["sample"])
+        self._row = int(state["row"])
+        self._waiting = None
+        self._ledger.load_state_dict(state["ledger"])
+        if state["waiting"]:
+            self._waiting = self._read(self._sample)
+            self._ledger.load_state_dict(state["ledger"])  # it was counted when it was read the first time
+
+    def report(self) -> dict[str, Any]:
+        epoch = self._sample // len(self.source)
+        return {**self._ledger.report(), "waited": self._waited, "epoch": epoch}

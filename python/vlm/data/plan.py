@@ -1,0 +1,173 @@
+"""From a `[data]` table and what a model reads to jobs, specs of decoders, encoded rows and batches.
+
+The part that training, packing and evaluation share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vlm.config.errors import DataError
+from vlm.data.collate import Row, Shape, collate
+from vlm.data.decode import Decoded, Job
+from vlm.data.mixture import part_of, parts_of
+from vlm.data.options import DataOptions
+from vlm.data.sources.base import Source
+from vlm.data.streams.encode import ConversationEncoder, EncodedRow, encoded_or_reason
+from vlm.data.streams.tables import stream_tables
+from vlm.data.tokenizer import Tokenizer
+from vlm.runtime.chat import TEMPLATES, Template
+from vlm.runtime.preprocess import Preprocess
+from vlm.types.batch import Batch
+from vlm.types.random import draw_key
+
+Preprocesses = Preprocess | Mapping[str, Preprocess] | None
+
+
+def by_stream(preprocess: Preprocesses) -> dict[str, Preprocess]:
+    """Picture stream -> preprocessing; one alone is that of `image`."""
+    if preprocess is None:
+        return {}
+    return {"image": preprocess} if isinstance(preprocess, Preprocess) else dict(preprocess)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a model reads: its tokenizer, the preprocessing of each picture stream, positions of a picture, template."""
+
+    tokenizer: Tokenizer | None
+    pictures: Mapping[str, Preprocess]
+    picture_positions: int | None = None
+    template: Template | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer | None,
+        preprocess: Preprocesses,
+        picture_positions: int | None = None,
+        template: Template | None = None,
+    ) -> Reads:
+        pictures = by_stream(preprocess)
+        wrong = sorted(name for name in pictures if name != "image" and not name.startswith("image."))
+        if wrong or (pictures and "image" not in pictures):
+            raise DataError(f"picture streams {', '.join(pictures)}: expected image, and image.NAME for further towers")
+        return cls(tokenizer, pictures, picture_positions, template)
+
+
+class Plan:
+    """How the samples of a source become rows of a batch."""
+
+    def __init__(
+        self,
+        source: Source,
+        options: DataOptions,
+        reads: Reads,
+        *,
+        seed: int,
+        train: bool,
+        extra: bool = False,
+        classes: Sequence[str] = (),
+    ) -> None:
+        """Raises DataError when a stream is made from a picture stream that the model does not read."""
+        self.source, self.options, self.reads, self.seed = source, options, reads, seed
+        parts = parts_of(source, options)
+        tables = [part for _, part in parts]
+        self.conversations = list(dict.fromkeys(name for part in tables for name in part.conversations))
+        if reads.tokenizer is None:
+            self.conversations = []
+        sides = {name: (preprocess.size, False) for name, preprocess in reads.pictures.items()}
+        for part in tables if sides else []:
+            for name, noise in part.noises.items():
+                if noise.of not in reads.pictures or name in reads.pictures:
+                    raise DataError(
+                        f"of = {noise.of!r}: the model reads {', '.join(reads.pictures)}", where=f"data.streams.{name}"
+                    )
+                sides[name] = (reads.pictures[noise.of].size, True)
+        captions = reads.tokenizer is not None and not self.conversations
+        length = options.text.length if options.packer is None else options.packer.length
+        self.encoder = None
+        if self.conversations and reads.tokenizer is not None:
+            self.encoder = ConversationEncoder(reads.tokenizer, length, reads.picture_positions, bool(sides))
+        self.shape = Shape(
+            sides,
+            options.text.length if captions else None,
+            self.conversations,
+            grouped=options.group_by is not None,
+            labelled=options.label is not None,
+        )
+        specs = [self._spec(own, part, captions, train, extra, classes) for own, part in parts]
+        self.spec: dict[str, Any] = {"parts": specs} if len(specs) > 1 or specs[0]["source"] != source.spec() else specs[0]
+        image = options.image
+        self._varies = train and bool(reads.pictures) and (image.augment != "none" or image.flip)
+        self._draws_captions = bool(specs[0]["texts"]) and options.captions.kind != "one"
+        self._drawn = [[*part.conversations, *(part.noises if reads.pictures else ())] for part in tables]
+
+    def _spec(
+        self, source: Source, options: DataOptions, captions: bool, train: bool, extra: bool, classes: Sequence[str]
+    ) -> dict[str, Any]:
+        """What a Decoder needs, as JSON."""
+        template = self.reads.template
+        if template is None or "template" in options.text.model_fields_set:
+            template = TEMPLATES[options.text.template or "plain"]
+        talks = options.conversations if self.conversations else {}
+        return {
+            "source": source.spec(),
+            "limits": asdict(options.limits),
+            "pictures": {name: asdict(preprocess) for name, preprocess in self.reads.pictures.items()},
+            "image": options.image.model_dump(mode="json"),
+            "captions": options.captions.model_dump(mode="json"),
+            "columns": options.column_names,
+            "max_text": options.max_text,
+            "group_by": options.group_by,
+            "label": options.label,
+            "classes": list(classes),
+            "texts": captions or options.group_by == "text",
+            "train": train,
+            "extra": extra,
+            "conversations": {name: stream.model_dump(mode="json") for name, stream in talks.items()},
+            "noises": {name: stream.model_dump(mode="json") for name, stream in options.noises.items()},
+            "template": template.to_dict(),
+            **(stream_tables(source, options) if talks else {"nouns": {}, "weights": {}}),
+        }
+
+    def job(self, index: int, epoch: int) -> Job:
+        """The work of one sample, with the keys of its draws."""
+        draw = int(self.source.ids[index])
+        drawn = self._drawn[part_of(self.source, index)]
+        return Job(
+            self.source.recipe(index),
+            draw_key(self.seed, "augment", draw, epoch) if self._varies else 0,
+            draw_key(self.seed, "caption", draw, epoch) if self._draws_captions else 0,
+            {name: draw_key(self.seed, "stream", name, draw, epoch) for name in drawn},
+        )
+
+    def finish(self, decoded: Decoded) -> tuple[Decoded, dict[str, EncodedRow]]:
+        """The sample with its conversations as ids; one that does not fit becomes bad."""
+        if self.encoder is None or decoded.reason:
+            return decoded, {}
+        rows, reason, detail = encoded_or_reason(self.encoder, decoded.conversations)
+        return (Decoded(reason=reason, detail=detail), {}) if reason else (decoded, rows)
+
+    def row(self, index: int, epoch: int, decoded: Decoded, encoded: dict[str, EncodedRow]) -> Row:
+        return Row(self.source.key(index), int(self.source.ids[index]), epoch, decoded, encoded)
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        return collate(rows, self.reads.tokenizer, self.shape)
+
+
+def with_texts(row: Row) -> Row:
+    """The row with what was read as text among its extra fields: the caption, or prompt and answer of a conversation."""
+    decoded = row.decoded
+    fields = {**(decoded.extra or {})}
+    if decoded.texts:
+        fields.setdefault("caption", decoded.texts[0])
+        fields["text"] = decoded.texts[0]
+    elif decoded.conversations:
+        pieces = decoded.conversations.get("text") or next(iter(decoded.conversations.values()))
+        said = [piece.text.strip() for piece in pieces if piece.kind == "text" and piece.supervised]
+        fields.setdefault("caption", said[-1])
+        fields["text"] = said[-1]
+    return replace(row, decoded=replace(decoded, extra=fields))

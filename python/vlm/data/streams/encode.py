@@ -1,0 +1,95 @@
+"""Pieces of a conversation to a row of ids that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlm.config.errors import DataError
+from vlm.data.samples import BadSample
+from vlm.data.tokenizer import Tokenizer
+from vlm.runtime.chat import IMAGE, Piece, PieceIds, encode_pieces
+from vlm.types.batch import TokenIds
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """ids, role and supervised by token; pictures: placeholders among them; positions: after they are expanded."""
+
+    ids: list[int]
+    role: list[int]
+    supervised: list[bool]
+    pictures: int
+    positions: int
+
+
+class ConversationEncoder:
+    """length: positions of a row, of which a picture takes `picture_positions` (1 where the model does not say)."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int, picture_positions: int | None, pictures: bool) -> None:
+        """Raises DataError when there are pictures and the tokenizer has no placeholder for them."""
+        self.tokenizer, self.length = tokenizer, length
+        self.cost = 1 if picture_positions is None else picture_positions
+        self.image_id = tokenizer.token_to_id(IMAGE)
+        if pictures and self.image_id is None:
+            raise DataError(
+                f"the tokenizer has no token {IMAGE}, which stands for a picture",
+                remedy=f'add it: tokenizer.special = ["{IMAGE}"]',
+            )
+        self._ids_of = PieceIds(tokenizer._core, () if self.image_id is None else (self.image_id,))
+
+    def encode(self, pieces: Sequence[Piece]) -> EncodedRow:
+        """The row, its answer cut from the right where it is too long (then without what ends it).
+
+        Raises BadSample when a picture or the whole answer would have to go.
+        """
+        ids, role, supervised = encode_pieces(
+            pieces, self._ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id
+        )
+        pictures = sum(piece.kind == "picture" for piece in pieces)
+        positions = len(ids) + pictures * (self.cost - 1)
+        excess = positions - self.length
+        if excess > 0:
+            kept = max(0, len(ids) - excess)
+            if not any(supervised[:kept]) or (pictures and self.image_id in ids[kept:]):
+                first = supervised.index(True) + pictures * (self.cost - 1) if any(supervised) else positions
+                raise BadSample("too_long", f"the prompt takes {first} of {self.length} positions, {pictures} pictures included")
+            ids, role, supervised = ids[:kept], role[:kept], supervised[:kept]
+            positions = self.length
+        return EncodedRow(ids, role, supervised, pictures, positions)
+
+
+def conversation_stream(rows: Sequence[tuple[int, EncodedRow]], pad_id: int) -> TokenIds:
+    """(sample, row) as ids [n, T] with mask, role and supervised, padded right to the longest row."""
+    n, width = len(rows), max((len(row.ids) for _, row in rows), default=1)
+    ids = np.full((n, width), pad_id, np.int64)
+    mask = np.zeros((n, width), bool)
+    role = np.zeros((n, width), np.int64)
+    supervised = np.zeros((n, width), bool)
+    for i, (_, row) in enumerate(rows):
+        k = len(row.ids)
+        ids[i, :k], role[i, :k], supervised[i, :k] = row.ids, row.role, row.supervised
+        mask[i, :k] = True
+    return TokenIds(
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        torch.tensor([sample for sample, _ in rows], dtype=torch.int64),
+        supervised=torch.from_numpy(supervised),
+        role=torch.from_numpy(role),
+    )
+
+
+def encoded_or_reason(
+    encoder: ConversationEncoder, conversations: Mapping[str, Sequence[Piece]]
+) -> tuple[dict[str, EncodedRow], str, str]:
+    """(rows by stream, reason, detail): reason is empty where all conversations of a sample fit."""
+    rows: dict[str, EncodedRow] = {}
+    for name, pieces in conversations.items():
+        try:
+            rows[name] = encoder.encode(pieces)
+        except BadSample as error:
+            return {}, error.reason, f"{name}: {error.detail}"
+    return rows, "", ""

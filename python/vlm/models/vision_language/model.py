@@ -25,6 +25,7 @@ from vlm.models.dual_encoder import PictureOptions
 from vlm.models.language import LanguageModel, LanguageOptions, layout_of
 from vlm.models.towers import VisionTransformer
 from vlm.models.vision_language.expand import Visual, beside, expand, place_pictures
+from vlm.models.vision_language.graphs import export_parts
 from vlm.models.vision_language.options import (
     CrossAttentionOptions,
     FusionOptions,
@@ -36,6 +37,7 @@ from vlm.runtime.preprocess import Preprocess
 from vlm.tokens import TokensOptions
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
+from vlm.types.export import ExportPart
 from vlm.types.layout import Layout, Modality
 from vlm.types.outputs import Wanted
 
@@ -331,6 +333,9 @@ class VisionLanguageModel(Model):
     def advance(self, ids: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
         """One more token a row, ids [n] -> (logits [n, V], the longer cache)."""
         return self.language.advance(ids, cache)
+
+    def export_parts(self) -> dict[str, ExportPart]:
+        return export_parts(self)
 
     # Parts from other models
 

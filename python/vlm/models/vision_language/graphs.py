@@ -1,0 +1,54 @@
+"""The graphs of a bundle of this family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.models.graphs import cross_part, decoder_part, embed_part
+from vlm.models.reduced_graphs import counts_of, decode_part, prefill_part
+from vlm.types.export import ExportPart
+
+if TYPE_CHECKING:
+    from vlm.models.vision_language.model import VisionLanguageModel
+
+
+class VisionGraph(nn.Module):
+    """pixel_values [n, 3, S, S], normalised, of each tower in order -> visual_tokens [n, K, C], connector included."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *pixel_values: Tensor) -> Tensor:
+        tokens, mask = self.model.visual_tokens(dict(zip(self.model.options.towers, pixel_values, strict=True)))
+        if mask is not None:
+            raise ValueError("a connector that masks visual tokens has no graph")
+        return tokens
+
+
+def export_parts(model: VisionLanguageModel) -> dict[str, ExportPart]:
+    """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`."""
+    options = model.options
+    inputs = {}
+    for name, stream in options.picture_streams().items():
+        size = options.towers[name].vit().image_size
+        inputs[pixels_of(stream)] = torch.rand(2, 3, size, size)
+    dynamic = {name: {0: "batch"} for name in inputs}
+    parts = {"vision": ExportPart(VisionGraph(model), inputs, dynamic, ["visual_tokens"]), "embed": embed_part(model.language)}
+    if options.tokens is not None:
+        counts = counts_of(options.tokens.keep.shares(), model.picture_tokens)
+        parts["prefill"] = prefill_part(model.language, counts, renumber=options.tokens.apply.positions == "renumber")
+        parts["decode"] = decode_part(model.language, counts)
+        return parts
+    blocks: dict[int, Any] = {int(layer): block for layer, block in model.cross.items()}
+    if blocks:
+        parts["cross"] = cross_part(model.language, blocks, model.picture_tokens)
+    return parts | {"decoder": decoder_part(model.language, blocks or None)}
+
+
+def pixels_of(stream: str) -> str:
+    """The input of the vision graph that a picture stream feeds: pixel_values, pixel_values.NAME."""
+    return "pixel_values" + stream.removeprefix("image")

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vlm.config.errors import GateFailed
 from vlm.evaluation.generator import TorchGenerator, language_part, open_generator
-from vlm.export.drawings import GOLDEN_TEXTS, ODD_SIZES, drawn_picture
+from vlm.export.drawings import GOLDEN_SIZES, GOLDEN_TEXTS, ODD_SIZES, drawn_picture
 from vlm.export.parity import Check, compare
 from vlm.export.preprocess_graph import preprocess_graph
 from vlm.export.source import Source
@@ -25,7 +24,7 @@ from vlm.models.vision_language.graphs import pixels_of
 from vlm.runtime.bundle import open_any_bundle
 from vlm.runtime.chat import Message
 from vlm.runtime.generation import Prompt
-from vlm.runtime.generator import BundleGenerator
+from vlm.runtime.generator import BundleGenerator, Prepared
 
 STEPS = 12
 """Tokens of a golden answer, at most."""
@@ -86,13 +85,13 @@ def check(source: Source, folder: Path) -> tuple[dict[str, Any], list[Check]]:
     checks = _check_pictures(source, bundle)
     cases, prompts, own = [], [], []
     for number, (text, count) in enumerate(ASKED):
-        pictures = [_golden(source, 2 * number + i) for i in range(count)] if _preprocesses(source) else []
+        pictures = [drawn_picture(*GOLDEN_SIZES[(number + i) % len(GOLDEN_SIZES)], number) for i in range(count)]
+        pictures = pictures if _preprocesses(source) else []
         messages = [Message("user", (text,))]
-        prompt = theirs.prompt(messages, [theirs.prepare_image(p) for p in pictures])
+        prepared = [bundle.prepare_image(picture) for picture in pictures]
+        prompt = theirs.prompt(messages, [_as_data(source, pixels) for pixels in prepared])
         if theirs.positions(prompt) >= theirs.length:
             continue
-        # The pixels of training, so that only the graphs are compared; the graph that prepares pictures has its own check.
-        prepared = [{s: p.normalise(p.to_array(picture)) for s, p in _preprocesses(source).items()} for picture in pictures]
         mine = bundle.prompt(messages, prepared)
         if list(mine.ids) != list(prompt.ids) or bundle.positions(mine) != theirs.positions(prompt):
             raise GateFailed(f"the runtime makes another prompt of {text!r}", remedy="nothing was published")
@@ -173,10 +172,16 @@ def _check_pictures(source: Source, bundle: BundleGenerator) -> list[Check]:
     return checks
 
 
-def _golden(source: Source, seed: int) -> Image.Image:
-    """A picture as large as the model's input: preparing it changes nothing, so golden answers are exact."""
-    size = next(iter(_preprocesses(source).values())).size
-    return drawn_picture(size, size, seed)
+def _as_data(source: Source, prepared: Prepared) -> dict[str, np.ndarray]:
+    """Normalised pixels as the model's data would give them, 0..1.
+
+    So both sides read the same pixels: whether the graph prepares pictures as training does is a check of its own.
+    """
+    out = {}
+    for stream, preprocess in _preprocesses(source).items():
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (preprocess.mean, preprocess.std))
+        out[stream] = prepared[stream] * std + mean
+    return out
 
 
 def _torch(source: Source) -> TorchGenerator:

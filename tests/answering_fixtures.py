@@ -80,17 +80,33 @@ def torch_of(kind: str) -> TorchGenerator:
     return open_generator(load_model(directory).eval(), Tokenizer.load(directory), name=kind)
 
 
-def random_prompts(generators: Any, count: int, seed: int = 0, *, pictures: bool = True) -> list[list[Any]]:
-    """The same random conversations as prompts of each generator: ragged texts, 0 to 2 pictures of odd sizes."""
+def random_prompts(
+    ours: Any, theirs: TorchGenerator, count: int, seed: int = 0, *, pictures: bool = True, same_pixels: bool = False
+) -> tuple[list[Any], list[Any]]:
+    """The same random conversations as prompts of a bundle and of torch: ragged texts, 0 to 2 pictures of odd sizes.
+
+    same_pixels: torch reads the bundle's own, where a level of 255 could decide which positions are dropped.
+    """
     random = np.random.default_rng(seed)
     words = " ".join(TEXTS).split()
-    out: list[list[Any]] = [[] for _ in generators]
+    mine, yours = [], []
     for number in range(count):
         text = " ".join(random.choice(words, random.integers(1, 6 if pictures else 3)))
         drawn = [drawn_picture(*random.integers(3, 90, 2).tolist(), 7 * number + i) for i in range(number % 3 if pictures else 0)]
-        for prompts, generator in zip(out, generators):
-            prompts.append(generator.prompt([Message("user", (text,))], [generator.prepare_image(p) for p in drawn]))
-    return out
+        shown = [ours.prepare_image(p) for p in drawn]
+        other = [as_data(theirs, p) for p in shown] if same_pixels else [theirs.prepare_image(p) for p in drawn]
+        mine.append(ours.prompt([Message("user", (text,))], shown))
+        yours.append(theirs.prompt([Message("user", (text,))], other))
+    return mine, yours
+
+
+def as_data(theirs: TorchGenerator, prepared: Any) -> dict[str, np.ndarray]:
+    """Normalised pixels as the data of a torch model, 0..1."""
+    made = {}
+    for stream, preprocess in theirs.model.preprocesses().items():
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (preprocess.mean, preprocess.std))
+        made[stream] = prepared[stream] * std + mean
+    return made
 
 
 def golden_of(bundle: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ KINDS = ["prefix", "cross", "drop", "language"]
 
 def both(kind, count, seed=0):
     generators = bundle_of(kind), torch_of(kind)
-    return *generators, *random_prompts(generators, count, seed, pictures=kind != "language")
+    return *generators, *random_prompts(*generators, count, seed, pictures=kind != "language", same_pixels=kind.startswith("drop"))
 
 
 def check_greedy(kind, count, seed, steps):

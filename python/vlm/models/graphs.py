@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Rotary = tuple[Tensor, Tensor]
 LOWEST = torch.finfo(torch.float32).min
-"""Added to the logit of a key that is not seen: a row without any key then attends evenly, and no NaN arises."""
+"""Added to the logit of a key that is not seen. Finite: a row without any key gives no NaN."""
 
 
 class EmbedGraph(nn.Module):
@@ -90,6 +90,8 @@ def causal_bias(attention_mask: Tensor, past: int, new: int) -> tuple[Tensor, Te
     # Looked up by place, so that the mask's length need not be proven equal to p + s.
     mask = attention_mask.index_select(1, place) > 0
     sees = mask[:, None, None, :] & (place[None, :] <= own[:, None])
+    # Padding sees itself: what attention makes of a row without any key is not the same everywhere.
+    sees = sees | (place[None, :] == own[:, None])
     return hidden_bias(sees), mask.index_select(1, own)
 
 

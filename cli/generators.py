@@ -8,6 +8,17 @@ from typing import Any
 from vlm.config.errors import RequestError
 
 
+class WritesNothing(RequestError):
+    """A model that embeds was asked to write."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            "a dual encoder writes nothing: it embeds pictures and texts",
+            where=path,
+            remedy="use vlm embed or vlm predict, or give a language or vision-language model",
+        )
+
+
 def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8, template: str | None = None) -> Any:
     """A run, a Hugging Face directory or a bundle, as a `vlm.runtime.generation.Generator`.
 
@@ -21,7 +32,7 @@ def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8
 
         model: Any = open_any_bundle(path, threads=threads, batch_size=batch_size)
         if not hasattr(model, "stepper"):
-            raise _writes_nothing(path)
+            raise WritesNothing(path)
         model.stepper()  # a bundle of an earlier release cannot write: said before anything is read
     else:
         model = _torch_generator(path, threads)
@@ -32,16 +43,14 @@ def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8
     return model
 
 
-def opens_as_generator(path: str) -> bool:
-    """Whether the model that a path names writes; its weights are not read. Raises CheckpointError for no model."""
-    from vlm.runtime.manifest import is_bundle, read_manifest
+def open_served(path: str, *, threads: int | None = None, batch_size: int = 32) -> Any:
+    """What a server answers with: a `Generator` where the model writes, else an `Embedder`. Raises CheckpointError."""
+    try:
+        return open_generator(path, threads=threads, batch_size=batch_size)
+    except WritesNothing:
+        from vlm.cli.encoders import open_embedder
 
-    if is_bundle(path):
-        from pathlib import Path
-
-        return read_manifest(Path(path)).kind != "dual-encoder"
-    model = import_module("vlm.models.directory").load_model(path, weights=False)
-    return hasattr(model, "advance")
+        return open_embedder(path, threads=threads, batch_size=batch_size)
 
 
 def _torch_generator(path: str, threads: int | None) -> Any:
@@ -52,14 +61,6 @@ def _torch_generator(path: str, threads: int | None) -> Any:
     directory = directories.find_model_directory(path)
     model = directories.load_model(directory)
     if not hasattr(model, "advance"):
-        raise _writes_nothing(path)
+        raise WritesNothing(path)
     tokenizer = import_module("vlm.data.tokenizer").Tokenizer.load(directory)
     return import_module("vlm.evaluation.generator").open_generator(model.eval(), tokenizer, name=str(path))
-
-
-def _writes_nothing(path: str) -> RequestError:
-    return RequestError(
-        "a dual encoder writes nothing: it embeds pictures and texts",
-        where=path,
-        remedy="use vlm embed or vlm predict, or give a language or vision-language model",
-    )

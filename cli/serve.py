@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 
 @click.command(name="serve")
@@ -38,10 +39,12 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     keys = read_keys(api_key_file) if api_key_file is not None else ()
+    chosen = click.get_current_context().get_parameter_source("max_batch") is not ParameterSource.DEFAULT
     settings = ServerSettings(
         max_body_bytes=round(max_body_mb * 2**20),
         max_pixels=round(max_megapixels * 1e6),
         max_batch=max_batch,
+        **({"max_answers": max_batch} if chosen else {}),  # an answer holds far more memory than a vector
         max_requests=max_requests,
         deadline_seconds=deadline,
     )

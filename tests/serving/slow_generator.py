@@ -16,6 +16,7 @@ class SlowGenerator:
         self.eos_ids: frozenset[int] = inner.eos_ids
         self.gate = threading.Event()
         self.gate.set()
+        self.prepared = 0
         self.starts: list[int] = []
         self.advances: list[int] = []
 
@@ -23,6 +24,7 @@ class SlowGenerator:
         return 0.0
 
     def prepare_image(self, picture, limits):
+        self.prepared += 1
         return self.inner.prepare_image(picture, limits)
 
     def prompt(self, messages, pictures):

@@ -137,7 +137,7 @@ def refused(address, body, **more):
         ({"messages": user(image(url="data:image/png;base64,A"))}, 400, "bad_base64"),
         ({"messages": user("x " * 200)}, 400, "context_length_exceeded"),
         ({"max_tokens": 159}, 400, "context_length_exceeded"),
-        ({"messages": user(*[image()] * 40)}, 400, "context_length_exceeded"),
+        ({"messages": user(*[image()] * 17)}, 400, "too_many_items"),
         ({"messages": user("x" * 20_001)}, 400, "text_too_long"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "bad_messages"),
         ({"messages": [{"role": "system", "content": [image()]}, *user("x")]}, 400, "bad_messages"),
@@ -160,7 +160,7 @@ def test_wrong_requests_are_refused_before_any_work(address, change, status, cod
 
 
 def test_pictures_are_bounded_before_they_are_decoded():
-    with running(bundle_of("prefix"), max_picture_bytes=2000, max_pixels=5000, max_items=2, max_body_bytes=20_000) as address:
+    with running(bundle_of("prefix"), max_picture_bytes=2000, max_pixels=5000, max_pictures=2, max_body_bytes=20_000) as address:
         for content, status, code in (
             (user(image(png(drawn_picture(100, 90, 1)))), 413, "picture_too_large"),
             (user(image(flat(90, 90))), 413, "too_many_pixels"),
@@ -169,6 +169,14 @@ def test_pictures_are_bounded_before_they_are_decoded():
         ):
             got, error = refused(address, {"messages": content, "max_tokens": 1})
             assert (got, error["code"]) == (status, code)
+
+
+def test_pictures_that_do_not_fit_are_not_prepared():
+    slow = SlowGenerator(bundle_of("prefix"))
+    with running(slow, max_pictures=64) as address:
+        status, error = refused(address, {"messages": user(*[image()] * 60), "max_tokens": 1})
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert slow.prepared == 1
 
 
 def flat(width, height):
@@ -306,15 +314,19 @@ def test_a_client_that_leaves_ends_its_answer(stream):
 def test_a_client_that_leaves_a_batch_frees_its_row():
     slow = SlowGenerator(bundle_of("prefix"), seconds=0.02)
     slow.gate.clear()
-    with running(slow, batch_wait_seconds=0.3) as address:
+    with running(slow, batch_wait_seconds=0) as address:
+        first = in_thread(lambda: post(address, "first", max_tokens=1))
+        wait_for(lambda: slow.starts == [1])
         stays = in_thread(lambda: post(address, "stays", max_tokens=60))
         body = {"messages": user("leaves"), "max_tokens": 60, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
-            next(answer.iter_lines())
-            wait_for(lambda: slow.starts == [2])
+            wait_for(lambda: "vlm_queue_depth 2.0" in httpx.get(f"{address}/metrics").text)
             slow.gate.set()
-        stays[0].join(30)
-        assert slow.starts == [2]
+            pieces = (line for line in answer.iter_lines() if '"content": ""' not in line and line)
+            next(pieces)
+        for thread, _ in (first, stays):
+            thread.join(30)
+        assert slow.starts == [1, 2]
         assert stays[1][0].json()["usage"]["completion_tokens"] == 60
         assert slow.advances[0] == 2
         assert slow.advances[-1] == 1

@@ -92,24 +92,37 @@ class ChatEngine:
     async def prepare(self, body: ChatRequest, deadline: float) -> Asked:
         """Raises ApiError: 400 for a request that is wrong or too long, 413 and 422 for a picture, 504 past the deadline."""
         messages, items = conversation(body, self.settings)
-        pictures = [await self._picture(item, deadline) for item in items]
+        pictures = [await self._picture(item, deadline) for item in items[:1]]
+        # All pictures take as many positions: whether they fit is known before the others cost anything.
+        prompt = await self._prompt(messages, pictures * len(items), deadline)
+        positions, new = self.generator.positions(prompt), body.max_completion_tokens or body.max_tokens
+        new = self._check_length(positions, new)
+        if len(items) > 1:
+            pictures += [await self._picture(item, deadline) for item in items[1:]]
+            prompt = await self._prompt(messages, pictures, deadline)
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        return Asked(prompt, positions, settings_of(body, new), f"seed {seed}")
+
+    async def _prompt(self, messages: list[Message], pictures: list[Any], deadline: float) -> Prompt:
         try:
-            prompt = await self._off_loop(deadline, self.generator.prompt, messages, pictures)
+            prompt: Prompt = await self._off_loop(deadline, self.generator.prompt, messages, pictures)
         except DataError as error:
             raise ApiError(400, f"messages: {error.message}", code="bad_messages", param="messages") from error
-        positions = self.generator.positions(prompt)
-        most = body.max_completion_tokens or body.max_tokens
+        return prompt
+
+    def _check_length(self, positions: int, asked: int | None) -> int:
+        """Tokens of the answer, at most. Raises ApiError 400 when prompt and answer do not fit."""
         room = self.generator.length - positions
-        new = most if most is not None else min(room, self.settings.max_new_tokens)
+        new = asked if asked is not None else min(room, self.settings.max_new_tokens)
         if room < 1 or new > room:
             raise ApiError(
                 400,
-                f"the prompt takes {positions} positions and the answer up to {new}; {self.name} has {self.generator.length} together",
+                f"the prompt takes {positions} positions and the answer up to {max(new, 1)}; "
+                f"{self.name} has {self.generator.length} together",
                 code="context_length_exceeded",
-                param="messages" if room < 1 or most is None else "max_tokens",
+                param="messages" if room < 1 else "max_tokens",
             )
-        seed = secrets.randbits(63) if body.seed is None else body.seed
-        return Asked(prompt, positions, settings_of(body, new), f"seed {seed}")
+        return new
 
     async def _picture(self, item: Item, deadline: float) -> Any:
         try:
@@ -143,8 +156,8 @@ def conversation(body: ChatRequest, settings: ServerSettings) -> tuple[list[Mess
             param = f"messages.{i}.content" + ("" if isinstance(message.content, str) else f".{j}")
             if isinstance(part, ImagePart):
                 url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-                if len(pictures) >= settings.max_items:
-                    raise ApiError(400, f"{param}: at most {settings.max_items} pictures a request", code="too_many_items", param=param)
+                if len(pictures) >= settings.max_pictures:
+                    raise ApiError(400, f"{param}: at most {settings.max_pictures} pictures a request", code="too_many_items", param=param)
                 pictures.append(image_item(url, settings, param))
                 parts.append(PicturePart())
                 continue

@@ -23,6 +23,7 @@ class ServerSettings(Options):
     max_requests: int = Field(default=64, gt=0, description="requests worked on at a time; more are refused")
     queue_items: int = Field(default=2048, gt=0, description="pictures and texts that may wait; more are refused")
     max_batch: int = Field(default=32, gt=0, description="pictures or texts of one call of the model")
+    max_pictures: int = Field(default=16, gt=0, description="pictures of one conversation")
     queue_answers: int = Field(default=64, gt=0, description="answers that may wait to be written; more are refused")
     max_answers: int = Field(default=8, gt=0, description="answers written side by side")
     max_new_tokens: int = Field(default=512, gt=0, description="longest answer where a request does not say, in tokens")

@@ -10,16 +10,26 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tests.answering_fixtures import bundle_of, tokenizer, torch_of
 from tests.bundle_fixtures import exported
-from vlm.cli.generate import request_of
+from vlm.cli.generate import _printable, request_of
 from vlm.cli.main import main
 from vlm.config.errors import DataError
 from vlm.export.drawings import drawn_picture
+from vlm.models import load_model
 from vlm.runtime.chat import Message, PicturePart
 from vlm.runtime.generation import Contrast, Decoding, generate
+from vlm.runtime.pictures import decode_picture
 
 
 @pytest.fixture
@@ -182,6 +192,49 @@ def test_a_published_language_model_continues_a_text(monkeypatch, capsys, tmp_pa
     assert json.loads(out)["ids"] == [token for token in wanted if token != 1]
 
 
+@pytest.fixture
+def llava(tmp_path):
+    """A published LLaVA directory with a tokenizer that knows its placeholder, and the model in transformers."""
+    torch.manual_seed(0)
+    image_id = tokenizer().token_to_id("<image>")
+    text = LlamaConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                       vocab_size=tokenizer().vocab_size, bos_token_id=2, eos_token_id=1, pad_token_id=0)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id)
+    theirs = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs.save_pretrained(tmp_path / "llava")
+    tokenizer().save(tmp_path / "llava")
+    return tmp_path / "llava", theirs, image_id
+
+
+def test_a_published_llava_answers_as_in_transformers(monkeypatch, capsys, llava, picture):
+    directory, theirs, image_id = llava
+    args = [directory, "--image", picture, "--prompt", "a red circle", "--max-new-tokens", 7, "--template", "plain", "--json"]
+    code, out, err = run(monkeypatch, capsys, args)
+    assert code == 0, err
+    words = [token for text in ("a red circle", "\n") for token in tokenizer().ids([text], add_special=False)[0]]
+    ids = torch.tensor([[2, *[image_id] * 4, *words]])
+    ours = load_model(directory)
+    pixels = ours.preprocess().to_array(decode_picture(str(picture)))
+    with torch.no_grad():
+        normal = ours.pixel_norms["main"](torch.from_numpy(pixels)[None])
+        wanted = theirs.generate(input_ids=ids, pixel_values=normal, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert json.loads(out)["ids"] == [token for token in wanted if token != 1]
+
+
+@pytest.mark.long
+def test_a_published_llava_becomes_a_bundle_that_answers_alike(monkeypatch, capsys, llava, picture, tmp_path):
+    directory, _, _ = llava
+    assert main(["export", str(directory), "--output", str(tmp_path / "bundle")]) == 0
+    capsys.readouterr()
+    given = ["--image", picture, "--prompt", "a star", "--max-new-tokens", 7, "--json"]
+    answers = [json.loads(run(monkeypatch, capsys, [model, *given])[1]) for model in (directory, tmp_path / "bundle")]
+    assert answers[0] == answers[1]
+
+
 def test_a_bundle_answers_where_torch_cannot_be_imported(prefix_bundle, picture):
     script = (
         "import sys\n"
@@ -196,6 +249,25 @@ def test_a_bundle_answers_where_torch_cannot_be_imported(prefix_bundle, picture)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ids"] == list(answer_of(bundle_of("prefix"), "x", [picture])[0].ids)
+
+
+def test_a_terminal_gets_the_text_as_it_comes_without_control_characters(monkeypatch, prefix_bundle):
+    class Terminal(io.StringIO):
+        flushed = 0
+
+        def isatty(self):
+            return True
+
+        def flush(self):
+            self.flushed += 1
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["generate", str(prefix_bundle), "--prompt", "a red circle", "--max-new-tokens", "30"]) == 0
+    wanted = answer_of(bundle_of("prefix"), "a red circle", max_new_tokens=30)[0].text
+    assert _printable("a\x1b[2J\x07b\tc\n") == "a[2Jb\tc\n"
+    assert terminal.getvalue() == "".join(c for c in wanted if c.isprintable() or c in "\n\t") + "\n"
+    assert terminal.flushed > 3
 
 
 def test_the_prompt_may_come_from_stdin(monkeypatch, capsys, prefix_bundle):

@@ -185,7 +185,12 @@ class BundleGenerator:
         return self._picture("positions")
 
     def _picture(self, key: str) -> int:
-        return int(self.manifest.require("pictures", key, int, self.where)) if self._streams else 1
+        if not self._streams:
+            return 1
+        value: int = self.manifest.require("pictures", key, int, self.where)
+        if value < 1:
+            raise CheckpointError(f"pictures.{key} is {value}, expected at least 1", where=self.where, remedy=REMEDY)
+        return value
 
 
 def _template(manifest: Manifest, where: str) -> Template:

@@ -46,7 +46,8 @@ def command(
     {"error"}, and the exit code is then 3.
     """
     if (prompt is None) == (jsonl is None):
-        raise RequestError("expected exactly one of --prompt and --jsonl", remedy='vlm generate MODEL --image x.png --prompt "what is this?"')
+        example = 'vlm generate MODEL --image x.png --prompt "what is this?"'
+        raise RequestError("expected exactly one of --prompt and --jsonl", remedy=example)
     if jsonl is not None and images:
         raise RequestError("--image goes with --prompt; requests of --jsonl name their own")
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, beams, seed, stop, contrast)

@@ -106,6 +106,7 @@ def test_draws_hang_on_the_seed_and_stop_texts_end(monkeypatch, capsys, prefix_b
 def test_lines_are_answered_in_order_with_errors_as_lines(monkeypatch, capsys, prefix_bundle, picture):
     broken = picture.parent / "page.png"
     broken.write_text("<html>")
+    parts = [{"type": "image_url", "image_url": {"url": uri(picture)}}, {"type": "text", "text": "a star"}]
     requests = [
         {"image": str(picture), "prompt": "a red circle"},
         {"image": [uri(picture), str(picture)], "prompt": "first <image>, then <image>?", "id": 7},
@@ -113,7 +114,7 @@ def test_lines_are_answered_in_order_with_errors_as_lines(monkeypatch, capsys, p
         {"image": str(broken), "prompt": "x"},
         {"image": "http://127.0.0.1/x.png", "prompt": "x"},
         {"prompt": "word " * 200},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri(picture)}}, {"type": "text", "text": "a star"}]}]},
+        {"messages": [{"role": "user", "content": parts}]},
         "not json",
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
         {"prompt": "x", "colour": 1},

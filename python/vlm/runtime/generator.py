@@ -222,7 +222,7 @@ def _streams(manifest: Manifest, where: str) -> dict[str, dict[str, str]]:
         return {}
     streams = pictures.get("streams") if isinstance(pictures, dict) else None
     good = isinstance(streams, dict) and all(
-        isinstance(entry, dict) and isinstance(entry.get("graph"), str) and isinstance(entry.get("input"), str) for entry in streams.values()
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("graph", "input")) for entry in streams.values()
     )
     if not good:
         raise CheckpointError("pictures.streams is missing or of the wrong type", where=where, remedy=REMEDY)

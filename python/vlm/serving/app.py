@@ -21,7 +21,9 @@ from vlm.serving.routes import chat, classify, embeddings, health, models, other
 from vlm.serving.settings import ServerSettings
 
 
-def create_app(model: Embedder | Generator, settings: ServerSettings | None = None, *, api_keys: tuple[str, ...] = ()) -> FastAPI:
+def create_app(
+    model: Embedder | Generator, settings: ServerSettings | None = None, *, api_keys: tuple[str, ...] = ()
+) -> FastAPI:
     """The application that serves one model: chat of a generator, vectors of an embedder. `api_keys`: when given, every route but health needs one of them."""
     settings = settings or ServerSettings()
     metrics = Metrics()

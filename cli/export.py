@@ -19,8 +19,8 @@ from vlm.config.errors import RequestError
 def command(model: str, output: Path, opset: int, name: str | None, as_json: bool) -> None:
     """Export a run or a Hugging Face directory to ONNX, preprocessing and tokenizer included.
 
-    Every graph is compared with the model at several batch sizes and lengths, and whole pictures and texts are
-    embedded both ways. If anything differs, nothing is written and the exit code is 5.
+    Every graph is compared with the model at several batch sizes and lengths, and whole pictures, texts and prompts go
+    both ways. If anything differs, nothing is written and the exit code is 5.
     """
     from vlm.runtime.manifest import is_bundle
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 
 @click.command(name="serve")
@@ -25,32 +26,35 @@ def command(
     model: str, host: str, port: int, name: str | None, api_key_file: Path | None, threads: int | None, max_batch: int,
     max_body_mb: float, max_megapixels: float, max_requests: int, deadline: float,
 ) -> None:  # fmt: skip
-    """Serve embeddings and classification of MODEL: a bundle (without torch), a run or a Hugging Face directory.
+    """Serve MODEL: a bundle (without torch), a run or a Hugging Face directory.
 
-    POST /v1/embeddings (OpenAI's form; pictures as data URIs), POST /v1/classify, GET /v1/models, /health/live,
-    /health/ready, /metrics. Nothing is fetched from anywhere. SIGTERM finishes running requests first.
+    Of a dual encoder POST /v1/embeddings and /v1/classify, of a model that writes POST /v1/chat/completions, in OpenAI's
+    form, pictures as data URIs; GET /v1/models, /health/live, /health/ready, /metrics. Nothing is fetched from anywhere.
+    SIGTERM finishes running requests first.
     """
-    from vlm.cli.encoders import open_embedder
+    from vlm.cli.generators import open_served
     from vlm.serving import ServerSettings, create_app
     from vlm.serving.auth import read_keys
     from vlm.serving.server import bind, serve
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     keys = read_keys(api_key_file) if api_key_file is not None else ()
+    chosen = click.get_current_context().get_parameter_source("max_batch") is not ParameterSource.DEFAULT
     settings = ServerSettings(
         max_body_bytes=round(max_body_mb * 2**20),
         max_pixels=round(max_megapixels * 1e6),
         max_batch=max_batch,
+        **({"max_answers": max_batch} if chosen else {}),  # an answer holds far more memory than a vector
         max_requests=max_requests,
         deadline_seconds=deadline,
     )
     with bind(host, port) as listener:  # a taken port is said before the model is loaded
-        embedder = open_embedder(model, threads=threads, batch_size=max_batch)
+        served_model = open_served(model, threads=threads, batch_size=max_batch)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         if not keys and not _loopback(host):
             click.echo(f"warning: {host} is not a loopback address and there is no --api-key-file: anyone who reaches it may use it", err=True)
-        served = name or _name(model, embedder.name)
-        app = create_app(embedder, settings.model_copy(update={"name": served}), api_keys=keys)
+        served = name or _name(model, served_model.name)
+        app = create_app(served_model, settings.model_copy(update={"name": served}), api_keys=keys)
         serve(app, listener, settings, started=lambda: click.echo(f"serving {served} on {address}", err=True))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,49 +20,32 @@ from PIL import Image
 from vlm.config.errors import GateFailed, RequestError
 from vlm.data.tokenizer import Tokenizer
 from vlm.export import card as cards
+from vlm.export import generative
+from vlm.export.cache_parity import check_cached, has_cache
 from vlm.export.drawings import GOLDEN_SIZES, GOLDEN_TEXTS, ODD_SIZES, drawn_picture
 from vlm.export.graphs import OPSETS, export_part
 from vlm.export.parity import Check, Tolerance, check_part, compare, require
 from vlm.export.preprocess_graph import preprocess_graph
 from vlm.export.publish import check_target, publishing
+from vlm.export.source import Source
 from vlm.models import Model
 from vlm.models.directory import find_model_directory, read_json
-from vlm.runtime.bundle import GOLDEN, open_any_bundle, open_bundle
+from vlm.runtime.bundle import open_any_bundle, open_bundle
 from vlm.runtime.embedder import normalise
-from vlm.runtime.manifest import MANIFEST, SCHEMA, sha256_of
+from vlm.runtime.manifest import GOLDEN, MANIFEST, SCHEMA, sha256_of
 from vlm.runtime.preprocess import Preprocess
 from vlm.types.export import ExportPart
 
-FILES = {"vision": "onnx/vision_model.onnx", "text": "onnx/text_model.onnx", "decoder": "onnx/decoder_model.onnx"}
+FILES = {
+    "dual-encoder": {"vision": "onnx/vision_model.onnx", "text": "onnx/text_model.onnx"},
+    "language": {"decoder": "onnx/decoder_model.onnx", "decoder_with_past": "onnx/decoder_with_past_model.onnx"},
+}
+"""Where graphs lie that are not called onnx/PART.onnx: names that other programs look for."""
 PREPROCESS = "onnx/preprocess.onnx"
 COPIED = (
     "config.json", "vlm.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "preprocessor_config.json",
+    "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What a bundle is made from. `model` is in evaluation mode on the CPU."""
-
-    model: Model
-    directory: Path
-    tokenizer: Tokenizer
-    parts: dict[str, ExportPart]
-    tolerance: Tolerance
-    opset: int
-    name: str
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.vocabulary.size
-
-    @property
-    def length(self) -> int:
-        """Greatest number of tokens: what the model's options say, else the example's."""
-        text = getattr(self.model.options, "text", self.model.options)
-        rows = [part.inputs["input_ids"].shape[1] for part in self.parts.values() if "input_ids" in part.inputs]
-        return int(getattr(text, "length", 0)) or max(rows, default=1)
 
 
 def export_bundle(
@@ -91,7 +74,7 @@ def export_bundle(
     model.eval()
     try:
         chosen = model.export_parts() if parts is None else parts
-        source = _Source(
+        source = Source(
             model, directory, Tokenizer.load(directory), chosen, tolerance or Tolerance(), opset,
             name or _name_of(Path(model_dir), directory),
         )  # fmt: skip
@@ -107,24 +90,26 @@ def _name_of(given: Path, directory: Path) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name or "model"
 
 
-def _write(source: _Source, folder: Path) -> dict[str, Any]:
+def _write(source: Source, folder: Path) -> dict[str, Any]:
     for sub in ("onnx", "golden"):
         (folder / sub).mkdir()
     checks: list[Check] = []
     graphs: dict[str, dict[str, Any]] = {}
     for part, spec in source.parts.items():
-        path = FILES.get(part, f"onnx/{part}.onnx")
+        path = FILES.get(source.model.kind, {}).get(part, f"onnx/{part}.onnx")
         export_part(part, spec, folder / path, opset=source.opset)
-        checks += check_part(part, spec, folder / path, vocab_size=source.vocab_size, longest=source.length)
+        if has_cache(spec):
+            checks += check_cached(part, spec, folder / path)
+        else:
+            checks += check_part(part, spec, folder / path, vocab_size=source.vocab_size, longest=source.length)
         graphs[part] = {"path": path}
     require(checks, source.tolerance)
     _copy(source, folder)
-    dual = {"vision", "text"} <= set(source.parts)
-    if not dual and "decoder" not in source.parts:
-        raise RequestError(f"a bundle of the parts {', '.join(source.parts)} is not known", remedy="dual encoders and decoders are")
+    kind = _kind(source)
+    dual = kind == "dual-encoder"
     about: dict[str, Any] = {
         "schema": SCHEMA,
-        "kind": "dual-encoder" if dual else "language",
+        "kind": kind,
         "name": source.name,
         "opset": source.opset,
         "versions": {p: _version(p) for p in ("vlm-forge", "torch", "onnx", "onnxscript", "onnxruntime", "pillow")},
@@ -141,17 +126,29 @@ def _write(source: _Source, folder: Path) -> dict[str, Any]:
         graphs["preprocess"] = {"path": PREPROCESS}
         about |= _describe_dual(source, preprocess)
     else:
-        about |= _describe_language(source)
+        graphs |= generative.preprocess_graphs(source, folder)
+        about |= _describe_language(source) if kind == "language" else {"text": _describe_text(source)}
+        about = generative.described(source, about)
     for graph in graphs.values():
         graph |= _signature(folder / graph["path"])
     # The runtime itself runs the last checks, so the files must be complete enough to be opened by it.
     about["files"] = _files(folder)
     _write_json(folder / MANIFEST, about)
-    checks += _check_dual(source, preprocess, folder) if dual else _check_language(source, folder)
+    if dual:
+        checks += _check_dual(source, preprocess, folder)
+    else:
+        golden: dict[str, Any] = {}
+        if kind == "language":
+            golden, found = _check_language(source, folder)
+            checks += found
+        if "decoder" in about:
+            written, found = generative.check(source, folder)
+            golden, checks = golden | written, checks + found
+        _write_json(folder / GOLDEN, golden)
     require(checks, source.tolerance)
     about["parity"] = [c.as_dict() for c in checks]
     (folder / "README.md").write_text(cards.card(about), encoding="utf-8")
-    (folder / "example.py").write_text(cards.EXAMPLE_DUAL if dual else cards.EXAMPLE_LANGUAGE, encoding="utf-8")
+    (folder / "example.py").write_text(cards.example(about), encoding="utf-8")
     about["files"] = _files(folder)
     _write_json(folder / MANIFEST, about)
     open_any_bundle(folder).self_test()
@@ -169,13 +166,24 @@ def _write(source: _Source, folder: Path) -> dict[str, Any]:
     }
 
 
+def _kind(source: Source) -> str:
+    parts = set(source.parts)
+    if {"vision", "text"} <= parts:
+        return "dual-encoder"
+    if {"vision", "embed"} <= parts:
+        return "vision-language"
+    if "decoder" in parts:
+        return "language"
+    raise RequestError(f"a bundle of the parts {', '.join(source.parts)} is not known", remedy="dual encoders and decoders are")
+
+
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Path inside the bundle -> size and digest, of every file but bundle.json."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST]
     return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
 
 
-def _copy(source: _Source, folder: Path) -> None:
+def _copy(source: Source, folder: Path) -> None:
     for name in COPIED:
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, folder / name)
@@ -186,7 +194,7 @@ def _copy(source: _Source, folder: Path) -> None:
         _write_json(folder / "preprocessor_config.json", made.to_config())
 
 
-def _describe_dual(source: _Source, preprocess: Preprocess) -> dict[str, Any]:
+def _describe_dual(source: Source, preprocess: Preprocess) -> dict[str, Any]:
     vision, text = source.parts["vision"], source.parts["text"]
     with torch.no_grad():
         width = int(vision.module(*vision.inputs.values()).shape[-1])
@@ -203,13 +211,13 @@ def _describe_dual(source: _Source, preprocess: Preprocess) -> dict[str, Any]:
     }
 
 
-def _describe_language(source: _Source) -> dict[str, Any]:
+def _describe_language(source: Source) -> dict[str, Any]:
     tokenizer = source.tokenizer
     starts = tokenizer.bos_id is not None and tokenizer.ids([""])[0][:1] == [tokenizer.bos_id]
     return {"text": _describe_text(source) | {"starts": starts, "eos_id": tokenizer.eos_id}}
 
 
-def _describe_text(source: _Source) -> dict[str, Any]:
+def _describe_text(source: Source) -> dict[str, Any]:
     tokenizer = source.tokenizer
     return {
         "length": source.length,
@@ -219,7 +227,7 @@ def _describe_text(source: _Source) -> dict[str, Any]:
     }
 
 
-def _check_dual(source: _Source, preprocess: Preprocess, folder: Path) -> list[Check]:
+def _check_dual(source: Source, preprocess: Preprocess, folder: Path) -> list[Check]:
     """Pictures of odd sizes and texts, encoded bytes to unit vectors; writes the golden vectors."""
     bundle = open_bundle(folder, verify=False)
     checks = []
@@ -247,7 +255,8 @@ def _check_dual(source: _Source, preprocess: Preprocess, folder: Path) -> list[C
     return checks
 
 
-def _check_language(source: _Source, folder: Path) -> list[Check]:
+def _check_language(source: Source, folder: Path) -> tuple[dict[str, Any], list[Check]]:
+    """(golden vectors, checks) of whole texts."""
     bundle = open_any_bundle(folder, verify=False)
     texts = list(GOLDEN_TEXTS)
     rows = bundle.tokenizer.rows(texts)
@@ -258,12 +267,12 @@ def _check_language(source: _Source, folder: Path) -> list[Check]:
             logits = source.parts["decoder"].module(torch.tensor([row]))
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         last.append(logits[0, -1].float().numpy())
-    _write_json(folder / GOLDEN, {"texts": texts, "ids": rows, "last_logits": [row.tolist() for row in last]})
+    golden = {"texts": texts, "ids": rows, "last_logits": [row.tolist() for row in last]}
     ours = [bundle.logits(np.asarray([row]))[0, -1] for row in rows]  # type: ignore[union-attr]
-    return [compare("text", repr(t), a[None], b[None]) for t, a, b in zip(texts, ours, last)]
+    return golden, [compare("text", repr(t), a[None], b[None]) for t, a, b in zip(texts, ours, last)]
 
 
-def _check_ids(source: _Source, rows: Sequence[Sequence[int]], texts: Sequence[str], length: int) -> None:
+def _check_ids(source: Source, rows: Sequence[Sequence[int]], texts: Sequence[str], length: int) -> None:
     """The runtime's ids are the training's. Raises GateFailed."""
     for text, row in zip(texts, rows):
         ids, mask = source.tokenizer.encode([text], length)
@@ -271,14 +280,14 @@ def _check_ids(source: _Source, rows: Sequence[Sequence[int]], texts: Sequence[s
             raise GateFailed(f"the runtime's tokenizer gives other ids for {text[:40]!r}", remedy="nothing was published")
 
 
-def _torch_images(source: _Source, preprocess: Preprocess, pictures: Sequence[Image.Image]) -> np.ndarray:
+def _torch_images(source: Source, preprocess: Preprocess, pictures: Sequence[Image.Image]) -> np.ndarray:
     """[n, E] unit rows by Pillow's preprocessing and the torch module."""
     pixels = preprocess.normalise(np.stack([preprocess.to_array(p) for p in pictures]))
     with torch.no_grad():
         return normalise(source.parts["vision"].module(torch.from_numpy(pixels)).float().numpy())
 
 
-def _torch_texts(source: _Source, texts: Sequence[str]) -> np.ndarray:
+def _torch_texts(source: Source, texts: Sequence[str]) -> np.ndarray:
     """[n, E] unit rows, padded to the full length as in training."""
     part = source.parts["text"]
     ids, mask = source.tokenizer.encode(list(texts), source.length)

@@ -64,31 +64,115 @@ for _ in range(int(steps)):
 print(tokenizer.decode(ids))
 '''
 
+EXAMPLE_ANSWER = '''"""Ask about a picture. Run: python example.py picture.png "what is this?" 20
+
+Needs numpy, onnxruntime, tokenizers and pillow.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+from PIL import Image
+from tokenizers import Tokenizer
+
+here = Path(__file__).parent
+about = json.loads((here / "bundle.json").read_text())
+shape, special, template = about["decoder"], about["text"], about["template"]
+graphs = {name: InferenceSession(here / graph["path"]) for name, graph in about["graphs"].items()}
+tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
+path, question, steps = (sys.argv[1:] + [here / "golden" / "picture-0-0.png", "what is this?", "20"][len(sys.argv) - 1 :])[:3]
+
+user, first = template["user"], [special["bos_id"]] if template["bos"] and special["bos_id"] is not None else []
+system = [template["system"]["prefix"], template["default_system"], template["system"]["suffix"]] if template["default_system"] else []
+before = [*system, user["prefix"], template["before_picture"]]
+after = [template["after_picture"], question, user["suffix"], template["assistant"]["prefix"]]
+start, end = ([i for text in texts for i in tokenizer.encode(text, add_special_tokens=False).ids] for texts in (before, after))
+embed = lambda ids: graphs["embed"].run(None, {"input_ids": np.array([ids], np.int64)})[0]
+picture = np.asarray(Image.open(path).convert("RGB"))
+pixels = {s["input"]: graphs[s["graph"]].run(None, {"picture": picture})[0][None] for s in about["pictures"]["streams"].values()}
+x = np.concatenate([embed(first + start), graphs["vision"].run(None, pixels)[0], embed(end)], axis=1)
+
+empty = np.zeros((1, shape["kv_heads"], 0, shape["head_width"]), np.float32)
+past = [empty] * (2 * shape["layers"])
+names = [f"past_key_values.{layer}.{kind}" for layer in range(shape["layers"]) for kind in ("key", "value")]
+answer, total = [], 0
+while len(answer) < int(steps) and (not answer or answer[-1] not in special["eos_ids"]):
+    new, total = np.arange(total, total + x.shape[1])[None], total + x.shape[1]
+    feed = {"inputs_embeds": x, "attention_mask": np.ones((1, total), np.int64), "position_ids": new}
+    logits, *past = graphs["decoder"].run(None, feed | dict(zip(names, past)))
+    answer.append(int(logits[0].argmax()))
+    x = embed(answer[-1:])
+print(tokenizer.decode(answer))
+'''
+
+EXAMPLE_RUNTIME = '''"""Ask about a picture. Run: python example.py picture.png "what is this?" 20
+
+Needs vlm-forge, which needs no torch for this: the layers of this model hold different numbers of positions, or pictures
+stand beside the text, and its stepper does that work.
+"""
+
+import sys
+from pathlib import Path
+
+from vlm.runtime import open_any_bundle
+from vlm.runtime.chat import Message
+from vlm.runtime.generation import Decoding, generate
+
+here = Path(__file__).parent
+path, question, steps = (sys.argv[1:] + [here / "golden" / "picture-0-0.png", "what is this?", "20"][len(sys.argv) - 1 :])[:3]
+bundle = open_any_bundle(here)
+prompt = bundle.prompt([Message("user", (question,))], [bundle.prepare_image(path)])
+print(generate(bundle, [prompt], Decoding(max_new_tokens=int(steps)))[0].text)
+'''
+
+
+def example(about: dict[str, Any]) -> str:
+    """example.py of a bundle."""
+    if about["kind"] == "dual-encoder":
+        return EXAMPLE_DUAL
+    if about["kind"] == "language":
+        return EXAMPLE_LANGUAGE
+    decoder = about["decoder"]
+    return EXAMPLE_RUNTIME if decoder.get("cross") or decoder.get("drops") else EXAMPLE_ANSWER
+
+
+_TASKS = {"dual-encoder": "zero-shot-image-classification", "language": "text-generation", "vision-language": "image-text-to-text"}
+_USES = {
+    "dual-encoder": ["vlm embed DIR --images - < paths.txt", "vlm serve DIR"],
+    "language": ["vlm evaluate DIR --task perplexity --data texts.jsonl"],
+    "vision-language": ['vlm generate DIR --image picture.png --prompt "what is this?"', "vlm serve DIR"],
+}
+
 
 def card(about: dict[str, Any]) -> str:
     """README.md of a bundle, in Markdown with the YAML header of a model card."""
-    dual = about["kind"] == "dual-encoder"
-    task = "zero-shot-image-classification" if dual else "text-generation"
+    kind = about["kind"]
+    dual = kind == "dual-encoder"
+    uses = list(_USES[kind])
+    if kind == "language" and "decoder" in about:
+        uses += ['vlm generate DIR --prompt "the colour of"', "vlm serve DIR"]
     lines = [
         "---",
         "library_name: onnx",
-        f"pipeline_tag: {task}",
+        f"pipeline_tag: {_TASKS[kind]}",
         "tags:",
         "- onnx",
         "- vlm-forge",
         "---",
         f"# {about['name']}",
         "",
-        f"An ONNX bundle of a {about['kind']} model, complete by itself: graphs, tokenizer"
-        + (", preprocessing inside a graph" if dual else "")
-        + " and golden vectors on drawn pictures and texts.",
+        f"An ONNX bundle of a {kind} model, complete by itself: graphs, tokenizer"
+        + (", preprocessing inside a graph" if kind != "language" else "")
+        + (" and golden vectors on drawn pictures and texts." if dual else " and golden answers."),
         "",
         "| graph | inputs | outputs |",
         "| --- | --- | --- |",
     ]
     for name, graph in about["graphs"].items():
-        inputs = ", ".join(f"`{k}` {v}" for k, v in graph["inputs"].items())
-        outputs = ", ".join(f"`{k}` {v}" for k, v in graph["outputs"].items())
+        inputs, outputs = (", ".join(f"`{k}` {v}" for k, v in _short(graph[side]).items()) for side in ("inputs", "outputs"))
         lines.append(f"| `{graph['path']}` ({name}) | {inputs} | {outputs} |")
     lines += ["", f"Opset {about['opset']}. Every file's sha256 is in `bundle.json`."]
     worst = min(about["parity"], key=lambda c: c["cosine"])
@@ -101,8 +185,7 @@ def card(about: dict[str, Any]) -> str:
         "",
         "```",
         "python example.py",
-        "vlm embed DIR --images - < paths.txt" if dual else "vlm evaluate DIR --task perplexity --data texts.jsonl",
-        *(["vlm serve DIR"] if dual else []),
+        *uses,
         "```",
         "",
     ]
@@ -116,4 +199,18 @@ def card(about: dict[str, Any]) -> str:
             + (" over the texts." if e["form"] == "softmax" else ", each alone."),
             "",
         ]
+    if "decoder" in about:
+        lines += [
+            f"Prompt and answer have {about['text']['length']} positions together"
+            + (f"; a picture takes {about['pictures']['positions']}." if "pictures" in about else ".")
+            + f" Messages become text by the template `{about['template']['name']}`, which is in `bundle.json`. The decoder "
+            "takes the keys and values that it gave before, at first those of no position.",
+            "",
+        ]
     return "\n".join(lines)
+
+
+def _short(values: dict[str, str]) -> dict[str, str]:
+    """The keys and values of all layers but the first left out."""
+    caches = ("past_key_values.", "present.")
+    return {name: shape for name, shape in values.items() if not name.startswith(caches) or name.split(".")[1] == "0"}

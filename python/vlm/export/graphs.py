@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -27,11 +28,9 @@ def export_part(name: str, part: ExportPart, path: Path, *, opset: int) -> None:
     axes: dict[str, torch.export.Dim] = {}
     for dims in part.dynamic.values():
         for axis in dims.values():
-            # At least 1: an empty batch is answered by the runtime without running the graph.
-            axes.setdefault(axis, torch.export.Dim(axis, min=1))
-    shapes = {
-        given: {position: axes[axis] for position, axis in part.dynamic.get(given, {}).items()} for given in part.inputs
-    }
+            # At least 1: an empty batch is answered by the runtime without running the graph. A cache may be empty.
+            axes.setdefault(axis, torch.export.Dim(axis, min=0 if axis.startswith("past") else 1))
+    shapes = [{position: axes[axis] for position, axis in part.dynamic.get(given, {}).items()} for given in part.inputs]
     with quiet():
         try:
             program = torch.onnx.export(
@@ -41,7 +40,7 @@ def export_part(name: str, part: ExportPart, path: Path, *, opset: int) -> None:
                 opset_version=opset,
                 input_names=list(part.inputs),
                 output_names=list(part.outputs),
-                dynamic_shapes=tuple(shapes.values()),
+                dynamic_shapes=_nested(part, shapes),
                 verbose=False,
             )
         except Exception as error:  # the exporter raises many types, all with long reports
@@ -54,6 +53,15 @@ def export_part(name: str, part: ExportPart, path: Path, *, opset: int) -> None:
             raise RunFailed(f"torch gave no program for the {name} graph")
         _free_names(program.model.graph, {*part.inputs, *part.outputs})
         program.save(path, include_initializers=True)
+
+
+def _nested(part: ExportPart, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """The shapes as the module's signature takes them: what goes to *arguments is a tuple of its own."""
+    parameters = inspect.signature(part.module.forward).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return tuple(shapes)
+    named = sum(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return (*shapes[:named], tuple(shapes[named:]))
 
 
 def _free_names(graph: Any, names: set[str]) -> None:

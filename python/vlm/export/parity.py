@@ -27,12 +27,14 @@ LENGTHS = (1, 7)
 class Tolerance:
     """cosine: least cosine of any row; max_abs: greatest difference of any value, over the largest value of the output.
 
-    picture_cosine: least cosine of whole pictures, where the graph's resize may differ from Pillow's by a level.
+    picture_cosine: least cosine of whole pictures, where the graph's resize may differ from Pillow's by a level. nats:
+    greatest difference of a golden token's -log p.
     """
 
     cosine: float = 0.9999
     max_abs: float = 1e-3
     picture_cosine: float = 0.9999
+    nats: float = 1e-2
 
 
 @dataclass(frozen=True)

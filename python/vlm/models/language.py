@@ -16,6 +16,7 @@ from vlm.config.options import Options
 from vlm.models.base import Model
 from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
 from vlm.models.decoder import DecoderCache, DecoderResult, run_decoder
+from vlm.models.graphs import decoder_part, embed_part
 from vlm.types import Batch, Layout, Outputs, Pictures, TokenIds, Vocabulary, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
@@ -137,7 +138,11 @@ class LanguageModel(Model):
     def export_parts(self) -> dict[str, ExportPart]:
         ids = torch.ones(2, min(self.options.length, 16), dtype=torch.int64)
         axes = {0: "batch", 1: "length"}
-        return {"decoder": ExportPart(_DecoderGraph(self), {"input_ids": ids}, {"input_ids": axes}, ["logits"])}
+        return {
+            "decoder": ExportPart(_DecoderGraph(self), {"input_ids": ids}, {"input_ids": axes}, ["logits"]),
+            "embed": embed_part(self),
+            "decoder_with_past": decoder_part(self),
+        }
 
 
 class _DecoderGraph(nn.Module):

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm.runtime.bundle import Bundle, LanguageBundle, open_any_bundle, open_bundle
+    from vlm.runtime.bundle import Bundle, LanguageBundle, VisionLanguageBundle, open_any_bundle, open_bundle
     from vlm.runtime.embedder import Embedder, Picture, PreparingEmbedder, probabilities, scores
     from vlm.runtime.manifest import is_bundle
 
@@ -24,6 +24,7 @@ _HOME = {
     "PreparingEmbedder": "embedder",
     "probabilities": "embedder",
     "scores": "embedder",
+    "VisionLanguageBundle": "bundle",
     "is_bundle": "manifest",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "LanguageBundle",
     "Picture",
     "PreparingEmbedder",
+    "VisionLanguageBundle",
     "is_bundle",
     "open_any_bundle",
     "open_bundle",

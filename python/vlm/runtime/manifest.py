@@ -18,6 +18,7 @@ from vlm.config.errors import CheckpointError
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
+GOLDEN = "golden/golden.json"
 MAX_JSON = 4 * 2**20
 MAX_FILES = 4096
 REMEDY = "export the model again with vlm export"

@@ -243,3 +243,10 @@ def _from_sixteen_bits(picture: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def as_rgb(picture: bytes | str | os.PathLike[str] | Image.Image, limits: PictureLimits = DEFAULT_LIMITS) -> Image.Image:
+    """An upright RGB picture from bytes, a path or a Pillow picture. Raises BadPicture."""
+    if isinstance(picture, Image.Image):
+        return _to_rgb(_upright(picture))
+    return decode_picture(picture, limits)

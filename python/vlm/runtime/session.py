@@ -8,6 +8,7 @@ from pathlib import Path
 import onnxruntime
 
 from vlm.config.errors import CheckpointError, RequestError
+from vlm.runtime.manifest import MANIFEST, Manifest, inside
 
 CPU = "CPUExecutionProvider"
 _FATAL = 4
@@ -34,3 +35,12 @@ def open_session(path: Path, *, threads: int | None = None, providers: Sequence[
     if missing:
         raise RequestError(f"{missing[0]} is not usable here", remedy=f"usable: {', '.join(session.get_providers())}")
     return session
+
+
+def open_graph(
+    directory: Path, manifest: Manifest, name: str, threads: int | None, providers: Sequence[str] = (CPU,)
+) -> onnxruntime.InferenceSession:
+    """The session of a graph of a bundle. Raises CheckpointError for one that bundle.json does not list."""
+    if name not in manifest.graphs:
+        raise CheckpointError(f"graph {name!r} is missing", where=str(directory / MANIFEST))
+    return open_session(inside(directory, manifest.graphs[name]["path"]), threads=threads, providers=providers)

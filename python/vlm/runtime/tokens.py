@@ -54,6 +54,15 @@ class BundleTokenizer:
         """Each id as text."""
         return [self._core.decode([int(i)], skip_special_tokens=False) for i in ids]
 
+    @property
+    def core(self) -> tokenizers.Tokenizer:
+        """The library's own tokenizer, which neither cuts nor pads."""
+        return self._core
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text; special tokens have none, nor has an id outside the vocabulary."""
+        return self._core.decode([int(i) for i in ids], skip_special_tokens=True)
+
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n, T] int64, mask [n, T] int64), T the longest row or the fixed length."""
         width = self.length if self.fixed else max((len(row) for row in rows), default=1)

@@ -1,28 +1,33 @@
-"""The HTTP application: routes around one embedder, limits around the routes."""
+"""The HTTP application: routes around one model, limits around the routes."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
 from vlm import __version__
 from vlm.runtime.embedder import Embedder
+from vlm.runtime.generation import Generator
 from vlm.serving import errors
 from vlm.serving.auth import ApiKey
 from vlm.serving.body import BodyLimits
+from vlm.serving.chat_engine import ChatEngine
 from vlm.serving.engine import Engine
 from vlm.serving.metrics import Metrics, MetricsMiddleware
-from vlm.serving.routes import classify, embeddings, health, models
+from vlm.serving.routes import chat, classify, embeddings, health, models, other_kind
 from vlm.serving.settings import ServerSettings
 
 
-def create_app(embedder: Embedder, settings: ServerSettings | None = None, *, api_keys: tuple[str, ...] = ()) -> FastAPI:
-    """The application that serves one embedder. `api_keys`: when given, every route but health needs one of them."""
+def create_app(
+    model: Embedder | Generator, settings: ServerSettings | None = None, *, api_keys: tuple[str, ...] = ()
+) -> FastAPI:
+    """The application that serves one model: chat of a generator, vectors of an embedder. `api_keys`: when given, every route but health needs one of them."""
     settings = settings or ServerSettings()
     metrics = Metrics()
-    engine = Engine(embedder, settings, metrics)
+    engine: Any = ChatEngine(model, settings, metrics) if isinstance(model, Generator) else Engine(model, settings, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -32,8 +37,12 @@ def create_app(embedder: Embedder, settings: ServerSettings | None = None, *, ap
 
     # No documentation pages: they load scripts from elsewhere. The schema itself is at /openapi.json.
     app = FastAPI(title="vlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for part in (embeddings, classify, models, health):
+    writes = isinstance(engine, ChatEngine)
+    for part in (*((chat,) if writes else (embeddings, classify)), models, health):
         app.include_router(part.router(engine))
+    absent = other_kind.EMBEDS if writes else other_kind.WRITES
+    instead = "it writes: POST /v1/chat/completions" if writes else "it embeds: POST /v1/embeddings or /v1/classify"
+    app.include_router(other_kind.router(absent, f"{engine.name!r} is not of this kind; {instead}"))
     errors.install(app)
     # Added last, runs first: count, then the key, then the body.
     app.add_middleware(BodyLimits, settings=settings, metrics=metrics)

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from vlm.serving import chat_schemas as c
 from vlm.serving import schemas as s
 
 log = logging.getLogger("vlm.serving")
@@ -69,8 +70,9 @@ def install(app: FastAPI) -> None:
         return error_response(500, "the server failed on this request; its log says why", code="internal_error")
 
 
+_REQUESTS = (c.ChatRequest, c.StreamOptions, s.ChatMessage, s.ClassifyRequest, s.EmbeddingRequest, s.ImagePart, s.ImageUrl, s.TextPart)
 _FIELDS = frozenset(
-    name for model in (s.ChatMessage, s.ClassifyRequest, s.EmbeddingRequest, s.ImagePart, s.ImageUrl, s.TextPart) for name in model.model_fields
+    name for model in _REQUESTS for name in model.model_fields
 )
 
 

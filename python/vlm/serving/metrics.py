@@ -34,6 +34,10 @@ class Metrics:
         self.batch = Histogram("vlm_batch_size", "Items of one model call", ["kind"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=registry)
         self.depth = Gauge("vlm_queue_depth", "Items waiting", registry=registry)
         self.inflight = Gauge("vlm_inflight", "Requests being answered", registry=registry)
+        self.tokens = Counter("vlm_generated_tokens", "Tokens written", registry=registry)
+        self.first_token = Histogram(
+            "vlm_time_to_first_token_seconds", "From the queue to the first token", buckets=_SECONDS, registry=registry
+        )
         self.rejected = Counter("vlm_rejected", "Requests or items refused", ["reason"], registry=registry)
 
     @contextmanager

@@ -25,7 +25,7 @@ from vlm.models.dual_encoder import PictureOptions
 from vlm.models.language import LanguageModel, LanguageOptions, layout_of
 from vlm.models.towers import VisionTransformer
 from vlm.models.vision_language.expand import Visual, beside, expand, place_pictures
-from vlm.models.vision_language.graphs import decoder_part, embed_part, vision_part
+from vlm.models.vision_language.graphs import export_parts
 from vlm.models.vision_language.options import (
     CrossAttentionOptions,
     FusionOptions,
@@ -337,21 +337,8 @@ class VisionLanguageModel(Model):
         """One more token a row, ids [n] -> (logits [n, V], the longer cache)."""
         return self.language.advance(ids, cache)
 
-    # A bundle
-
     def export_parts(self) -> dict[str, ExportPart]:
-        """`vision`, `embed` and `decoder`, for one tower and prefix fusion. Raises RequestError for other models."""
-        hindrances = {
-            "gated cross-attention": len(self.cross) > 0,
-            "token dropping": self.options.tokens is not None,
-            "several towers": len(self.towers) > 1,
-        }
-        for what, there in hindrances.items():
-            if there:
-                raise RequestError(f"a model with {what} has no bundle", remedy="keep the model directory: every command reads it")
-        ((name, tower),) = self.options.towers.items()
-        vision = vision_part(self, name, tower.vit().image_size)
-        return {"vision": vision, "embed": embed_part(self.language), "decoder": decoder_part(self.language)}
+        return export_parts(self)
 
     # Parts from other models
 

@@ -1,0 +1,141 @@
+"""POST /v1/chat/completions: messages with pictures to an answer, whole or as it is written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+
+from vlm.config.errors import VlmError
+from vlm.runtime.generation import Event
+from vlm.serving.chat_engine import Asked, ChatEngine
+from vlm.serving.chat_schemas import (
+    Answer,
+    ChatChunk,
+    ChatRequest,
+    ChatResponse,
+    ChatUsage,
+    Choice,
+    ChunkChoice,
+    Delta,
+)
+from vlm.serving.engine import _disconnect
+from vlm.serving.errors import ApiError
+from vlm.serving.routes.models import check_model
+from vlm.serving.schemas import ERRORS
+from vlm.serving.writing import Job, log
+
+Result = TypeVar("Result")
+
+
+def router(engine: ChatEngine) -> APIRouter:
+    routes = APIRouter()
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {
+            "model": ChatResponse,
+            "description": "the answer; with stream, events of chat.completion.chunk and then [DONE]",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        }
+    }
+
+    @routes.post("/v1/chat/completions", response_model=None, responses=answers | ERRORS)
+    async def chat(body: ChatRequest, request: Request) -> ChatResponse | StreamingResponse:
+        check_model(engine, body.model)  # type: ignore[arg-type]
+        deadline = time.monotonic() + engine.settings.deadline_seconds
+        engine.check_ready()
+        asked = await _unless_gone(request, engine.prepare(body, deadline))
+        job = engine.begin(asked, deadline)
+        reply = _Reply(engine, asked, body)
+        if not body.stream:
+            return await _unless_gone(request, reply.whole(job))
+        return StreamingResponse(reply.events(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    return routes
+
+
+class _Reply:
+    """One answer in OpenAI's form."""
+
+    def __init__(self, engine: ChatEngine, asked: Asked, body: ChatRequest) -> None:
+        self._engine, self._asked = engine, asked
+        self._about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
+        self._tells_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._tokens = 0
+
+    async def whole(self, job: Job) -> ChatResponse:
+        """Raises ApiError: 504 past the deadline, 400 for what the model refuses."""
+        texts = []
+        event: Event | None = None
+        try:
+            async for event in job.read():
+                texts.append(event.text)
+                self._count(event)
+        except VlmError as error:
+            raise ApiError(400, error.message, code="bad_input") from error
+        assert event is not None
+        assert event.finish_reason is not None
+        choice = Choice(message=Answer(content="".join(texts)), finish_reason=event.finish_reason)
+        return ChatResponse(**self._about, choices=[choice], usage=self._usage())
+
+    async def events(self, job: Job) -> AsyncIterator[str]:
+        """Server-sent events. An error after the first is an event of its own, and the last."""
+        try:
+            yield self._chunk(Delta(role="assistant", content=""))
+            async for event in job.read():
+                self._count(event)
+                if event.text:
+                    yield self._chunk(Delta(content=event.text))
+                if event.finish_reason is not None:
+                    yield self._chunk(Delta(), event.finish_reason)
+            if self._tells_usage:
+                yield _event(ChatChunk(**self._about, choices=[], usage=self._usage()).model_dump())
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(json.loads(bytes(error.response().body)))
+        except VlmError as error:
+            yield _event(json.loads(bytes(ApiError(400, error.message, code="bad_input").response().body)))
+        except Exception as error:
+            log.exception("a stream failed", exc_info=error)
+            failed = ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+            yield _event(json.loads(bytes(failed.response().body)))
+        finally:
+            job.cancelled.set()  # the client may have left before the first event
+
+    def _chunk(self, delta: Delta, reason: Any = None) -> str:
+        chunk = ChatChunk(**self._about, choices=[ChunkChoice(delta=delta, finish_reason=reason)])
+        value = chunk.model_dump(exclude={"usage"})
+        value["choices"][0]["delta"] = delta.model_dump(exclude_none=True)
+        return _event(value)
+
+    def _count(self, event: Event) -> None:
+        """The token that ends an answer is none of its tokens."""
+        self._tokens += event.token not in self._engine.generator.eos_ids or event.finish_reason != "stop"
+
+    def _usage(self) -> ChatUsage:
+        prompt = self._asked.positions
+        return ChatUsage(prompt_tokens=prompt, completion_tokens=self._tokens, total_tokens=prompt + self._tokens)
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The work's result; it is cancelled as soon as the client disconnects."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client left", code="disconnected")
+        return task.result()
+    finally:
+        for pending in (task, watch):
+            pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)

@@ -28,7 +28,7 @@ from vlm.serving.chat_schemas import (
 from vlm.serving.engine import _disconnect
 from vlm.serving.errors import ApiError
 from vlm.serving.routes.models import check_model
-from vlm.serving.schemas import ERRORS
+from vlm.serving.schemas import EVERY_ERROR, errors
 from vlm.serving.writing import Job, log
 
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def router(engine: ChatEngine) -> APIRouter:
         }
     }
 
-    @routes.post("/v1/chat/completions", response_model=None, responses=answers | ERRORS)
+    @routes.post("/v1/chat/completions", response_model=None, responses={**answers, **errors(*EVERY_ERROR)})
     async def chat(body: ChatRequest, request: Request) -> ChatResponse | StreamingResponse:
         check_model(engine, body.model)  # type: ignore[arg-type]
         deadline = time.monotonic() + engine.settings.deadline_seconds

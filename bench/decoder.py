@@ -81,7 +81,8 @@ class Shape:
         reads (weights, cached keys and values), full over dropped."""
         trunk = TrunkShape.of(self.language().trunk())
         full, dropped = (prefill_flops(trunk, [TEXT + n for n in self.kept(d)]) for d in (False, True))
-        weights = 4 * sum(p.numel() for p in self.language().build(self.vocabulary()).parameters())
+        with torch.device("meta"):  # shapes alone
+            weights = 4 * sum(p.numel() for p in self.language().build(self.vocabulary()).parameters())
         return full / dropped, (weights + self.bytes(False)) / (weights + self.bytes(True))
 
     def bytes(self, dropping: bool) -> int:

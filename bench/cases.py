@@ -1,53 +1,20 @@
-"""The measured cases, listed one by one: our operator beside the named peer, on the same inputs.
-
-A case has three arms: `native` (the kernel), `dispatched` (what `vlm.ops` picks by itself) and `peer`. An arm is a
-function without arguments that does the whole work once, gradients included where the case says so, and returns the
-tensors that the caller would keep, which are not counted as memory.
-"""
+"""The measured cases, listed one by one: our operator beside the named peer, on the same inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlm import ops
-
-Arm = Literal["native", "dispatched", "peer"]
-Work = Callable[[], object]
-PEER_MEMORY_LIMIT = 12 * 2**30
-"""A peer that would need more than this many bytes is not run."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table. `target`: the least `native_ratio` we set out to reach, None where none was set."""
-
-    name: str
-    peer: str
-    build: Callable[[], dict[Arm, Work]]
-    target: float | None = None
-    peer_bytes: int = 0
-
-    @property
-    def runs_peer(self) -> bool:
-        return self.peer_bytes <= PEER_MEMORY_LIMIT
-
-
-def _with_backend(name: ops.Backend, work: Work) -> Work:
-    def run() -> object:
-        with ops.backend(name):
-            return work()
-
-    return run
+from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
+from vlm.bench.decoder import DECODER_CASES
 
 
 def _arms(ours: Work, peer: Work) -> dict[Arm, Work]:
-    return {"native": _with_backend("native", ours), "dispatched": ours, "peer": peer}
+    return {"native": with_backend("native", ours), "dispatched": ours, "peer": peer}
 
 
 def _attention(mask: str, length: int, backward: bool) -> Callable[[], dict[Arm, Work]]:
@@ -139,4 +106,7 @@ CASES: tuple[Case, ...] = (
         for form in ("softmax", "sigmoid")
         for batch in (1024, 4096, 8192, 16384, 32768)
     ),
+    *DECODER_CASES,
 )
+
+__all__ = ["CASES", "DENSE", "PEER_MEMORY_LIMIT", "SDPA", "Arm", "Case", "Work", "contrastive"]

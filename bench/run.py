@@ -24,26 +24,37 @@ def selected(name: str | None) -> list[Case]:
 def measure(case: Case, threads: int, with_memory: bool = True) -> dict[str, object]:
     """One row: times in milliseconds, memory in MiB, `ratio` and `native_ratio` = peer time over ours.
 
-    `native_cpu_ratio` is the same of the processor time of all threads: what is left of a figure on a busy machine.
+    `native_cpu_ratio` is the same of the processor time of all threads, of `dispatched` where there is no kernel's arm:
+    what is left of a figure on a busy machine. `details`: what the case's account tells, None without one.
     """
     torch.set_num_threads(threads)
     measured = _times(case)
     times = {arm: wall for arm, (wall, _) in measured.items()}
-    native, dispatched, peer = times["native"], times["dispatched"], times.get("peer")
+    native, dispatched, peer = times.get("native"), times["dispatched"], times.get("peer")
+    details = dict(case.account(times)) if case.account is not None else None
     return {
         "case": case.name,
-        "native_ms": round(native * 1e3, 3),
-        "dispatched_ms": round(dispatched * 1e3, 3),
+        "native_ms": _milliseconds(native),
+        "dispatched_ms": _milliseconds(dispatched),
         "peer": case.peer,
-        "peer_ms": None if peer is None else round(peer * 1e3, 3),
-        "ratio": None if peer is None else round(peer / dispatched, 3),
-        "native_ratio": None if peer is None else round(peer / native, 3),
-        "native_cpu_ratio": None if peer is None else round(measured["peer"][1] / max(measured["native"][1], 1e-9), 3),
-        "target": case.target,
-        "ours_peak_mb": _rounded(memory.peak(case, "native", threads)) if with_memory else None,
+        "peer_ms": _milliseconds(peer),
+        "ratio": _ratio(peer, dispatched),
+        "native_ratio": _ratio(peer, native),
+        "native_cpu_ratio": None if peer is None else _ratio(measured["peer"][1], max(measured[case.ours][1], 1e-9)),
+        "target": case.target if details is None else details.pop("target", case.target),
+        "ours_peak_mb": _rounded(memory.peak(case, case.ours, threads)) if with_memory else None,
         "peer_peak_mb": _rounded(memory.peak(case, "peer", threads)) if with_memory and case.runs_peer else None,
         "threads": threads,
+        "details": details,
     }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)
+
+
+def _ratio(peer: float | None, ours: float | None) -> float | None:
+    return None if peer is None or ours is None else round(peer / ours, 3)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -52,6 +52,19 @@ def test_a_peer_that_needs_too_much_memory_is_not_run() -> None:
     assert row["ratio"] is None
 
 
+def test_a_case_without_a_kernel_is_judged_by_what_is_dispatched() -> None:
+    account = {"target": 3.0, "cache_bytes": 7, "shares": {"tower": 0.25}}
+    case = Case("whole", "y", lambda: {"dispatched": int, "peer": int, "part": int}, native=False, account=lambda times: account)
+    row = bench_run.measure(case, torch.get_num_threads(), with_memory=False)
+    assert set(row) >= ROW_KEYS
+    assert (row["native_ms"], row["native_ratio"], row["target"]) == (None, None, 3.0)
+    assert row["details"] == {"cache_bytes": 7, "shares": {"tower": 0.25}}
+    assert account["target"] == 3.0
+    assert verdict(row | {"ratio": 3.5}) == "met"
+    assert verdict(row | {"ratio": 2.5, "native_ratio": 9.0}) == "missed"
+    assert "- whole: cache_bytes 7, shares (tower 0.25)" in markdown([row])
+
+
 def test_an_unknown_case_is_an_error_with_a_remedy() -> None:
     result = CliRunner().invoke(command, ["nothing-like-this"])
     assert result.exit_code != 0

@@ -190,13 +190,23 @@ class Block(nn.Module):
 
         rotary: of the N new positions; key_mask [B, P + N]. Returns (x, keys, values [B, G, P + N, D]).
         """
-        y = self.norm1(x)
-        q = self.attention.queries(y, rotary)
-        k, v = self.attention.keys_values(y, rotary)
+        q, k, v = self.project(x, rotary)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        return self.attend(x, q, k, v, key_mask, bias), k, v
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, C] -> queries [B, H, N, D], keys, values [B, G, N, D] of the normalised x, rotated."""
+        y = self.norm1(x)
+        q = self.attention.queries(y, rotary)
+        return q, *self.attention.keys_values(y, rotary)
+
+    def attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """The block after `project`: q of x [B, N, C] attends causally k, v [B, G, P + N, D]; key_mask [B, P + N]."""
         x = x + self.attention.attend(q, k, v, causal=True, key_mask=key_mask, bias=bias)
-        return x + self.ffn(self.norm2(x)), k, v
+        return x + self.ffn(self.norm2(x))
 
 
 class Trunk(nn.Module):

@@ -15,44 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlm.models.blocks import Block, Trunk, segment_bias
+from vlm.models.cache import DecoderCache, LayerCache
 from vlm.models.cross import Cross
 from vlm.types import Layout
-
-
-@dataclass
-class LayerCache:
-    """What one layer keeps: keys, values [n, G, T_l, D], rotary positions applied; mask [n, T_l], true where a key
-    may be attended."""
-
-    keys: Tensor
-    values: Tensor
-    mask: Tensor
-
-
-@dataclass
-class DecoderCache:
-    """What the layers keep of the rows read so far.
-
-    next_position [n, L] int64: the position that the next token has at each layer. cross: what cross blocks read.
-    """
-
-    layers: list[LayerCache]
-    next_position: Tensor
-    cross: Cross | None = None
-
-    def rows(self, index: Tensor) -> DecoderCache:
-        """The rows `index` [m] int64: kept, repeated or reordered (beam search)."""
-        masks: dict[int, Tensor] = {}  # layers that share a mask go on sharing it
-        layers = [
-            LayerCache(layer.keys[index], layer.values[index], masks.setdefault(id(layer.mask), layer.mask[index]))
-            for layer in self.layers
-        ]
-        return DecoderCache(layers, self.next_position[index], None if self.cross is None else self.cross.rows(index))
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the keys and values."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))
 
 
 class Reducer(Protocol):
@@ -192,9 +157,10 @@ def _append(trunk: Trunk, x: Tensor, layout: Layout, cache: DecoderCache, collec
             key_mask = None if bool(mask.all()) else mask
             position = (cache.next_position[:, layer - 1 : layer] + count - 1).clamp(min=0)
             rotary = trunk.rotary(position)
-        x, keys, values = block.extend(x, (kept.keys, kept.values), key_mask, None, rotary)
         assert mask is not None
-        caches.append(LayerCache(keys, values, mask))
+        q, keys, values = block.project(x, rotary)
+        caches.append(kept.grown(keys, values, mask))
+        x = block.attend(x, q, caches[-1].keys, caches[-1].values, key_mask)
         if cross is not None and sight is not None and layer in cross.blocks:
             x = _crossed(cross, layer, x, sight, False)
         if layer in collect:
@@ -214,3 +180,6 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     """x [n, S, C] at index [n, K], 0 where the index is padding; backward scatters to the kept positions alone."""
     taken = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
     return taken.masked_fill((index < 0)[..., None], 0.0)
+
+
+__all__ = ["DecoderCache", "DecoderResult", "LayerCache", "Reducer", "run_decoder"]

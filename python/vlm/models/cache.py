@@ -1,0 +1,107 @@
+"""What a decoder keeps of the positions that it has read, and how that grows token by token.
+
+n rows, T_l positions cached at layer l, L layers, G key and value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm.models.cross import Cross
+
+LEAST_ROOM = 32
+"""Free places that new storage has at least; otherwise a quarter of what it holds."""
+
+
+class Room:
+    """Storage of one layer, keys and values [n, G, P, D] of which the first `used` places are taken.
+
+    Several caches may see parts of it; only the one that sees all `used` places may take the next, so none changes.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+        self.keys, self.values, self.used = keys, values, used
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, more: int) -> Room:
+        """A copy of keys and values [n, G, T, D] with free places for `more` positions at least."""
+        used = keys.shape[2]
+        places = used + more + max(LEAST_ROOM, used // 4)
+        stored = []
+        for old in (keys, values):
+            new = old.new_empty(*old.shape[:2], places, old.shape[3])
+            new[:, :, :used] = old
+            stored.append(new)
+        return cls(stored[0], stored[1], used)
+
+    def fits(self, more: int) -> bool:
+        """Whether `more` positions can be written in place, here and now."""
+        return self.used + more <= self.keys.shape[2] and self.keys.is_inference() == torch.is_inference_mode_enabled()
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        end = self.used + keys.shape[2]
+        self.keys[:, :, self.used : end] = keys
+        self.values[:, :, self.used : end] = values
+        self.used = end
+
+
+@dataclass
+class LayerCache:
+    """What one layer keeps: keys, values [n, G, T_l, D], rotary positions applied; mask [n, T_l], true where a key
+    may be attended. room: where keys and values lie, if they may grow in place."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+    room: Room | None = None
+
+    def grown(self, keys: Tensor, values: Tensor, mask: Tensor) -> LayerCache:
+        """With keys and values [n, G, N, D] behind; mask [n, T_l + N]. This cache stays as it is.
+
+        Without gradients a token costs its own bytes, not a copy of all before it: the storage grows by quarters.
+        """
+        if torch.is_grad_enabled() or keys.dtype != self.keys.dtype:
+            return LayerCache(torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2), mask)
+        before, more, room = self.keys.shape[2], keys.shape[2], self.room
+        if room is None or room.used != before or not room.fits(more):
+            room = Room.of(self.keys, self.values, more)
+        room.append(keys, values)
+        return LayerCache(room.keys[:, :, : room.used], room.values[:, :, : room.used], mask, room)
+
+    def rows(self, index: Tensor, mask: Tensor) -> LayerCache:
+        """The rows `index` [m] int64, whose mask is `mask`; free places come along, so one copy serves the next token too."""
+        room = self.room
+        if room is None or room.used != self.keys.shape[2]:
+            return LayerCache(self.keys[index], self.values[index], mask)
+        own = Room(room.keys[index], room.values[index], room.used)
+        return LayerCache(own.keys[:, :, : own.used], own.values[:, :, : own.used], mask, own)
+
+
+@dataclass
+class DecoderCache:
+    """What the layers keep of the rows read so far.
+
+    next_position [n, L] int64: the position that the next token has at each layer. cross: what cross blocks read.
+    """
+
+    layers: list[LayerCache]
+    next_position: Tensor
+    cross: Cross | None = None
+
+    def rows(self, index: Tensor) -> DecoderCache:
+        """The rows `index` [m] int64: kept, repeated or reordered (beam search)."""
+        masks: dict[int, Tensor] = {}  # layers that share a mask go on sharing it
+        layers = []
+        for layer in self.layers:
+            if id(layer.mask) not in masks:
+                masks[id(layer.mask)] = layer.mask[index]
+            layers.append(layer.rows(index, masks[id(layer.mask)]))
+        return DecoderCache(layers, self.next_position[index], None if self.cross is None else self.cross.rows(index))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values; free places behind them are not counted."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))

@@ -162,7 +162,9 @@ class Measure:
             for arm in self.claim.arms:
                 units.append(self.seed_unit(arm, seed, self.known_factor(arm)))
         bases = {base.key: base for unit in units for base in _all_bases(unit)}
-        told = {unit.key: unit for unit in [*bases.values(), *units]}  # two arms may read two figures of one unit
+        told: dict[str, Unit] = {}
+        for unit in [*bases.values(), *units]:
+            told.setdefault(unit.key, unit)  # two arms may read two figures of one unit
         return [(unit, self._state(unit)) for unit in told.values()]
 
     def _state(self, unit: Unit) -> str:

@@ -33,8 +33,8 @@ def test_every_claim_of_a_preset_can_be_measured(key):
     assert claim.method.name == key
     assert claim.tasks
     for arm in claim.arms:
-        preset, _ = settled(arm.values)
-        assert preset.data.source == claim.train
+        preset, resolved = settled(arm.values)
+        assert {uri for stage in stages_of(resolved) for uri in sources_of(stage)} == {claim.train}
         assert preset.claim is None
         assert not preset.evaluation.tasks  # scored by the rig, on the test data, not inside the run
     assert claim.test != claim.train

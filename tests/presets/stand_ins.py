@@ -5,8 +5,6 @@ import hashlib
 import json
 import shutil
 
-from vlm.data.tokenizer import Tokenizer
-from vlm.models import load_model
 from vlm.training.directory import RunDirectory
 from vlm.training.preset import load_preset, stages_of
 from vlm.training.rehearsal import write_stand_in
@@ -94,7 +92,3 @@ def resumed_after(output, step, work):
             shutil.rmtree(path)
     Run.resume(work, note=quiet).train(strict=True)
     return digest(work)
-
-
-def model_and_tokenizer(output):
-    return load_model(output), Tokenizer.load(output / "model")

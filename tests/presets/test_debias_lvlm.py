@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.presets.stand_ins import begin, model_and_tokenizer
+from tests.presets.stand_ins import begin
 from vlm.config.errors import RequestError
 from vlm.data.sources.uri import open_source
+from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation import CaptionOptions, HallucinationOptions, VqaOptions, evaluate_in_memory
 from vlm.evaluation.encoder import of_memory
 from vlm.evaluation.session import Session
 from vlm.evaluation.writing import Ask
 from vlm.evaluation.yes_no import calibrated_yes, label_forms, yes_confidence
 from vlm.models import load_model
+from vlm.models.directory import find_model_directory
 from vlm.runtime.generation import Calibration
 from vlm.workflows.reproduce.claim import claim_of
 from vlm.workflows.reproduce.measure import Measure
@@ -31,9 +33,6 @@ def opened(models):
 
 
 def _tokenizer(folder):
-    from vlm.data.tokenizer import Tokenizer
-    from vlm.models.directory import find_model_directory
-
     return Tokenizer.load(find_model_directory(str(folder)))
 
 
@@ -102,11 +101,6 @@ def test_debias_lvlm_calibrated_answers_are_those_of_the_task(opened):
     assert closed
     assert {e["answer"] for e in closed} <= {"yes", "no"}
     assert result.metrics["yes_no"]["calibration_error"] != result.metrics["none"]["yes_no"]["calibration_error"]
-    plain = session.run(VqaOptions(controls=(), examples=24, resamples=100))
-    others = {(e["key"], e["question"]): e["answer"] for e in plain.examples}
-    for example in result.examples:
-        if example not in closed:
-            assert others.get((example["key"], example["question"]), example["answer"]) == example["answer"]
 
 
 @pytest.mark.parametrize("task", [CaptionOptions, HallucinationOptions])
@@ -131,11 +125,9 @@ def test_debias_lvlm_a_model_of_ones_own_is_asked_and_not_trained(models, tmp_pa
     result = begin(tmp_path / "run", "debias-lvlm", models, "train.steps=0", *tasks).train()
     assert result.steps == 0
     assert {one["name"] for one in result.evaluations} == {"plain", "calibrated", "sampled", "contrasted"}
-    model, _ = model_and_tokenizer(tmp_path / "run")
-    given = load_model(models["vlm-tiny"])
-    assert type(model) is type(given)
-    with torch.no_grad():
-        assert all(p.isfinite().all() for p in model.parameters())
+    made, given = load_model(tmp_path / "run").state_dict(), load_model(models["vlm-tiny"]).state_dict()
+    assert made.keys() == given.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in given.items())
 
 
 def test_debias_lvlm_scenes_are_answered_by_yes_as_often_as_asked():

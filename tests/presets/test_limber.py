@@ -5,8 +5,12 @@ import torch
 from tests.presets.stand_ins import assembled, begin
 from vlm.evaluation.evaluating import evaluating
 from vlm.models import load_model
+from vlm.models.towers import VitOptions
+from vlm.models.vision_language.options import VitTowerOptions
+from vlm.training.preset import load_preset
 from vlm.workflows.reproduce.claim import claim_of, settled
 
+SHAPE = set(VitTowerOptions.model_fields) & set(VitOptions.model_fields) - {"kind"}
 WANTED = {"text": frozenset({"vocabulary"})}
 
 
@@ -51,13 +55,8 @@ def test_limber_its_baseline_is_the_same_tower_without_training(models):
     assert baseline.start.parts == {"language": "lm-tiny"}
     assert method.tuning == baseline.tuning
     assert method.train == baseline.train
-    drawn, published = baseline.model.towers["main"], settled({"schema": 1, **_clip()})[0].model.vision
-    for name in ("width", "depth", "heads", "image_size", "patch_size", "activation", "class_token", "pre_norm", "patch_bias", "norm_eps", "ffn_ratio"):
-        assert getattr(drawn, name) == getattr(published, name), name
-    assert drawn.pictures == settled({"schema": 1, **_clip()})[0].model.pictures
-
-
-def _clip():
-    from vlm.training.preset import load_preset
-
-    return load_preset("clip-tiny")[1].values
+    drawn, clip = baseline.model.towers["main"], load_preset("clip-tiny")[0].model
+    assert {"width", "image_size", "class_token", "pre_norm"} <= SHAPE
+    for name in SHAPE:
+        assert getattr(drawn, name) == getattr(clip.vision, name), name
+    assert drawn.pictures == clip.pictures

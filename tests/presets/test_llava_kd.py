@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.presets.stand_ins import assembled, begin
+from vlm.training.preset import stages_of
 from vlm.workflows.reproduce.claim import claim_of, settled
 
 TERMS = ("response", "visual", "relation")
@@ -72,8 +73,6 @@ def test_llava_kd_its_baseline_has_the_same_updates_and_no_teacher():
         assert own["tuning"] == other["tuning"]
         assert own.get("data") == other.get("data")
         assert not other.get("companions") or other["companions"] == "!delete"
-    from vlm.training.preset import stages_of
-
     assert [[o.name for o in stage.objectives] for stage in stages_of(baseline)] == [["answer"]] * 3
     taught = [[o.name for o in stage.objectives] for stage in stages_of(method)]
     assert taught == [["answer", *TERMS], ["answer"], ["answer", *TERMS]]

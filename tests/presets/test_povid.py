@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.presets.stand_ins import assembled, begin
 from vlm.models import load_model
+from vlm.training.preset import load_preset, stages_of
 from vlm.workflows.reproduce.claim import claim_of, settled
 
 
@@ -49,6 +51,20 @@ def test_povid_the_noisy_picture_differs_and_the_clean_one_is_kept(models, tmp_p
     assert clean.shape == noisy.shape
     assert (clean - noisy).abs().mean() > 10  # of 255; the noise has a deviation of half the range
     assert not torch.equal(batch["answer.preferred"].values, batch["answer.rejected"].values)
+
+
+def test_povid_the_preset_of_the_design_is_one():
+    """At the published size it says the same: the schema reads it, and its stages differ from those here in size alone."""
+    design = Path(__file__).parents[2] / "docs/design/presets/povid.toml"
+    if not design.is_file():
+        pytest.skip("the design is not here")
+    published, here = stages_of(load_preset(str(design))[1]), stages_of(load_preset("povid")[1])[1:]
+    assert [stage.name for stage in published] == [stage.name for stage in here]
+    for one, other in zip(published, here):
+        assert one.objectives == other.objectives
+        assert one.companions == other.companions
+        assert one.data.noises == other.data.noises
+        assert one.tuning.lora.target == other.tuning.lora.target
 
 
 def test_povid_its_baseline_is_what_the_preference_stages_start_from(models, tmp_path):

@@ -13,10 +13,10 @@ from vlm.training.trainer import Cursor
 from vlm.workflows.bases import with_bases
 
 FEW = "scenes:?n=96"
-VISION = "{width=16, depth=1, heads=2, image_size=32, patch_size=4}"
-TEXT = "{width=16, depth=1, heads=2, length=16}"
+VISION = "{width=24, depth=1, heads=3, image_size=32, patch_size=4}"
+TEXT = "{width=24, depth=1, heads=3, length=16}"
 SMALL = {
-    "dual-encoder": ["model.embed_dim=16", f"model.vision={VISION}", f"model.text={TEXT}", "tokenizer.vocab_size=300"],
+    "dual-encoder": ["model.embed_dim=24", f"model.vision={VISION}", f"model.text={TEXT}", "tokenizer.vocab_size=300"],
     "language": ["model.width=32", "model.depth=2", "model.heads=2", "model.kv_heads=1", "model.ffn_width=48", "tokenizer.vocab_size=300"],
     "vision-language": [],  # small where its bases are
 }
@@ -28,8 +28,8 @@ def small(key, models, *overrides):
     preset, _ = load_preset(key)
     stages = preset.stages or [{}]
     given = ["train.batch_size=4", "train.accumulate=1", "scale={threads=1, processes=1}", "data.workers=0"]
-    if not any("mixture" in stage.get("data", {}) for stage in stages):
-        given.append(f'data.source="{FEW}"')
+    mixed = [(s["name"], part) for s in stages for part in s.get("data", {}).get("mixture", {})]
+    given += [f'stages.{name}.data.mixture.{part}.source="{FEW}"' for name, part in mixed] or [f'data.source="{FEW}"']
     given += [f'stages.{stage["name"]}.train.batch_size=4' for stage in stages if "batch_size" in stage.get("train", {})]
     if preset.data.val is not None:
         given.append('data.val="scenes:?n=12&split=val"')

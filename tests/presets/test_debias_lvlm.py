@@ -96,7 +96,8 @@ def test_debias_lvlm_contrast_of_strength_0_writes_what_sampling_writes(models):
 
 def test_debias_lvlm_calibrated_answers_are_those_of_the_task(opened):
     session = opened[0]
-    result = session.run(VqaOptions(controls=("none",), decoding={"calibrate": {"content_free": "none"}}, calibration=True, examples=24, resamples=100))
+    decoding = {"calibrate": {"content_free": "none"}}
+    result = session.run(VqaOptions(controls=("none",), decoding=decoding, calibration=True, examples=24, resamples=100))
     closed = [e for e in result.examples if set(e["truth"]) <= {"yes", "no"}]
     assert closed
     assert {e["answer"] for e in closed} <= {"yes", "no"}

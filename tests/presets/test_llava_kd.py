@@ -33,7 +33,8 @@ def mixed(tmp_path):
 def talks(path):
     return [
         f'data.source="{path}"', "data.val=!delete", 'data.streams.text={kind="conversation", messages="messages", text_only=true}',
-        "data.streams.text.questions=!delete", "stages.dpt=!delete", "stages.sft=!delete", "stages.dft.train.steps=1", "evaluation.tasks=[]",
+        "data.streams.text.questions=!delete", "stages.dpt=!delete", "stages.sft=!delete", "stages.dft.train.steps=1",
+        "evaluation.tasks=[]",
     ]  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_llava_kd_text_only_samples_have_no_visual_terms(models, tmp_path, mixed
     assert line["train/visual"] == line["train/relation"] == 0
     assert line["train/answer"] > 0
     assert line["train/response"] > 0
-    run = begin(tmp_path / "mixed", "llava-kd", models, *talks(mixed / "mixed.jsonl"), "stages.dft.train.batch_size=8", "train.batch_size=8")
+    run = begin(tmp_path / "mixed", "llava-kd", models, *talks(mixed / "mixed.jsonl"), "train.batch_size=8")
     with assembled(run) as parts:
         batch = next(parts.loader)
         counts = {name: parts.objectives[name].count(batch).item() for name in TERMS}
@@ -55,12 +56,13 @@ def test_llava_kd_a_teacher_that_is_the_student_has_nothing_to_say(models, tmp_p
     same = str(models["vlm-tiny"])
     settings = [
         "start.parts=!delete", f'start.model="{same}"', f'stages.dpt.companions.teacher.source="{same}"',
-        "stages.dpt.train.steps=1", "stages.sft.train.steps=0", "stages.dft.train.steps=0", "train.precision=float32", "evaluation.tasks=[]",
+        "stages.dpt.train.steps=1", "stages.sft.train.steps=0", "stages.dft.train.steps=0", "train.precision=float32",
+        "evaluation.tasks=[]",
     ]  # fmt: skip
     begin(tmp_path / "same", "llava-kd", models, *settings).train()
     [line] = figures(tmp_path / "same")
     assert {name: line[f"train/{name}"] for name in TERMS} == pytest.approx(dict.fromkeys(TERMS, 0), abs=1e-5)
-    begin(tmp_path / "other", "llava-kd", models, "stages.dpt.train.steps=1", *settings[4:]).train()
+    begin(tmp_path / "other", "llava-kd", models, *settings[3:]).train()
     [line] = figures(tmp_path / "other")
     assert all(line[f"train/{name}"] > 1e-4 for name in TERMS)
 

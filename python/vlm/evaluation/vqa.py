@@ -280,7 +280,8 @@ def _answers(
     if not calibrated:
         return written(samples, asks, arms, options.settings(), batch)
     # The whole list is written, that keys of draws, and so open answers, are those of the plain task.
-    answers = written(samples, asks, arms, options.settings(), batch) if len(closed) < len(asks) else {arm: [""] * len(asks) for arm in arms}
+    open_ = len(closed) < len(asks)
+    answers = written(samples, asks, arms, options.settings(), batch) if open_ else {arm: [""] * len(asks) for arm in arms}
     for arm, yes in calibrated.items():
         for place, value in zip(closed.tolist(), yes.tolist()):
             answers[arm][place] = "yes" if value > 0.5 else "no"

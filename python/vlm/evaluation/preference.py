@@ -36,6 +36,7 @@ class PreferenceTaskOptions(WritingTask):
 
     task: Literal["preference"] = "preference"
     controls: tuple[Control, ...] = Field((), description="as for vqa: shuffled, none")
+    decoding: dict[str, Any] = Field({}, max_length=0, description="nothing is written")
     prompt: str = Field("Describe the picture.", min_length=1, description="what the user says to each picture")
     preferred: Fields | None = Field(
         None, description="field with the right answer, or several fields; of several texts the first; default: the text column"

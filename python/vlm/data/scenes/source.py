@@ -77,4 +77,5 @@ class ScenesSource:
             "seed": self.seed,
             "split": self.split,
             "size": self.size,
+            "yes": self.yes,
         }

@@ -3,13 +3,22 @@
 import numpy as np
 import pytest
 
-from tests.evaluation.colour_generator import COLOURS, SURE, ColourGenerator, colour_shard, picture_fields
+from tests.evaluation.colour_generator import (
+    COLOURS,
+    IMAGE,
+    PAD,
+    SURE,
+    ColourGenerator,
+    colour_shard,
+    picture_fields,
+)
 from vlm.config.errors import DataError, RequestError
 from vlm.evaluation import VqaOptions, evaluate
 from vlm.evaluation.session import Session
 from vlm.evaluation.table import table_of
 from vlm.evaluation.text_metrics import calibration_error
 from vlm.evaluation.vqa import Question, balance, drawn
+from vlm.runtime.generation import Negatives
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +216,39 @@ def test_drawn_scenes_are_asked_as_they_come():
     assert result.metrics["yes_no"]["accuracy"] == 0
     assert result.chance["yes_no"]["accuracy"] == 50
     assert result.metrics["over_shuffled"]["exact"] == 0
+
+
+class YesSayer(ColourGenerator):
+    """Sees whether a thing is there, and leans to yes more than it sees."""
+
+    negatives = Negatives(IMAGE, PAD)
+    lean, sight = 3.0, 1.0
+
+    def logits(self, prompt, step):
+        if self.text(prompt.ids).split()[:2] != ["is", "there"] or step:
+            return super().logits(prompt, step)
+        out = np.zeros(self.vocab_size, dtype=np.float32)
+        out[[self.vocabulary.index(word) for word in ("yes", "Yes")]] += self.lean
+        if prompt.pictures:
+            out[self.answer(prompt)[0]] += self.sight
+            out[self.vocabulary.index("Yes")] = out[self.vocabulary.index("yes")]
+        return out
+
+
+@pytest.mark.parametrize("decoding", [{"content_free": "none"}, {"content_free": "none+unk"}, {"content_free": "unk", "mode": "identity"}])
+def test_debias_lvlm_a_model_that_leans_to_yes_is_set_right(uri, decoding):
+    """Answers of its own are all yes: half right. What the picture adds to the words alone is the answer."""
+    generator = YesSayer()
+    plain = ask(uri, generator, controls=(), calibration=True)
+    assert plain.metrics["yes_no"]["yes_rate"] == 100
+    assert plain.metrics["yes_no"]["accuracy"] == 50
+    corrected = ask(uri, generator, controls=(), calibration=True, decoding={"calibrate": decoding})
+    assert corrected.metrics["yes_no"]["accuracy"] == corrected.metrics["exists"]["exact"] == 100
+    assert corrected.metrics["yes_no"]["yes_rate"] == 50
+    assert corrected.metrics["yes_no"]["calibration_error"] != plain.metrics["yes_no"]["calibration_error"]
+    assert corrected.metrics["color"]["exact"] == plain.metrics["color"]["exact"] == 100  # open answers are written as ever
+
+
+def test_debias_lvlm_calibrate_needs_a_model_whose_pictures_can_be_taken_away(uri):
+    with pytest.raises(RequestError, match="calibrate needs a model that reads pictures"):
+        ask(uri, ColourGenerator(), controls=(), decoding={"calibrate": {}})

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vlm.config.errors import DataError
-from vlm.data.loader import build_loader
+from vlm.data.loader import build_loader, open_split
+from vlm.data.mixture import order_of
 from vlm.data.options import DataOptions
 from vlm.data.sources.uri import open_source
 from vlm.workflows.carve import CarvedData, Carving, evaluation_data, held_out, is_held_out
@@ -105,3 +106,20 @@ def _tokenizer():
     from vlm.data.tokenizer import Tokenizer
 
     return Tokenizer.train_bpe(["red green", "blue white"], 300)
+
+
+def test_a_mixture_is_cut_source_by_source_and_keeps_its_shares(pictures):
+    uri = str(pictures / "train.jsonl")
+    options = DataOptions(mixture={"a": {"source": uri, "weight": 3.0}, "b": {"source": uri}})
+    whole = open_split(options, "train")
+    dev, rest = parts(whole)
+    assert not concepts(dev) & concepts(rest)
+    assert concepts(dev) | concepts(rest) == concepts(whole)
+    assert len(dev) + len(rest) == len(whole)
+    assert sorted([*dev.ids, *rest.ids]) == sorted(whole.ids)  # ids are those of the whole: the same draws
+    assert [rest.key(i) for i in (0, len(rest) - 1)] == [whole.key(i) for i in np.flatnonzero(np.isin(whole.ids, rest.ids))[[0, -1]]]
+    assert rest.quotas == whole.quotas
+    order = order_of(rest, 0)
+    names = [rest.key(order.at(i)[1]).split("/")[0] for i in range(128)]
+    assert names.count("a") == 96
+    assert len(concepts(whole)) == len(concepts(open_split(options, "train")))  # the whole is as it was

@@ -7,6 +7,7 @@ import pytest
 from vlm.config.catalogue import list_presets
 from vlm.config.errors import DataError, PresetError, RequestError
 from vlm.config.load import resolve
+from vlm.training.preset import stages_of
 from vlm.workflows.reproduce.claim import (
     BUILTIN,
     BUILTIN_TEST,
@@ -14,10 +15,12 @@ from vlm.workflows.reproduce.claim import (
     claim_of,
     presets_with_claims,
     settled,
+    trained_on,
     with_length,
     with_rate,
     with_seed,
 )
+from vlm.workflows.reproduce.unit import sources_of
 
 CLAIMS = presets_with_claims([entry.key for entry in list_presets()])
 
@@ -33,8 +36,8 @@ def test_every_claim_of_a_preset_can_be_measured(key):
     assert claim.method.name == key
     assert claim.tasks
     for arm in claim.arms:
-        preset, _ = settled(arm.values)
-        assert preset.data.source == claim.train
+        preset, resolved = settled(arm.values)
+        assert {uri for stage in stages_of(resolved) for uri in sources_of(stage)} == {claim.train}
         assert preset.claim is None
         assert not preset.evaluation.tasks  # scored by the rig, on the test data, not inside the run
     assert claim.test != claim.train
@@ -59,6 +62,37 @@ def test_an_ablation_names_its_own_key(make_claim, tmp_path):
     assert own.baseline.name != own.method.name
     assert settled(own.baseline.values)[0].model.log_scale == 0.0
     assert settled(own.method.values)[0].model.log_scale != 0.0
+
+
+def test_the_baseline_may_be_another_figure_of_the_same_model(make_claim, tmp_path):
+    more = f'baseline = "{(tmp_path / "toy.toml").as_posix()}"\nbaseline_metric = "retrieval.text_to_image.r@10"'
+    claim = claim_of(make_claim(more=more))
+    assert claim.baseline.name == "toy-siglip-tiny (retrieval.text_to_image.r@10)"
+    assert claim.baseline.values == claim.method.values
+    assert claim.metric_of(claim.method.name) == "retrieval.image_to_text.r@10"
+    assert claim.metric_of(claim.baseline.name) == "retrieval.text_to_image.r@10"
+    with pytest.raises(RequestError, match=r"reads 'nothing\.at\.all', which no evaluation task gives"):
+        claim_of(make_claim(more=more.replace("retrieval.text_to_image.r@10", "nothing.at.all")))
+
+
+def test_training_data_of_a_claim_take_the_place_of_every_source():
+    values = {
+        "data": {"val": "v"},
+        "stages": [
+            {"name": "a", "data": {"mixture": {"x": {"source": "old", "weight": 2.0}, "y": {"source": "other"}}}, "evaluation": {"every": 1}},
+            {"name": "b", "data": {"source": "old"}},
+        ],
+    }
+    out = trained_on(values, "new")
+    assert out["stages"] == [
+        {"name": "a", "data": {"mixture": {"x": {"source": "new", "weight": 2.0}, "y": {"source": "new"}}}},
+        {"name": "b", "data": {"source": "new"}},
+    ]
+    assert out["data"] == {}  # every stage has its own: one at the top would stand beside the mixture
+    assert trained_on({**values, "stages": [*values["stages"], {"name": "c"}]}, "new")["data"] == {"source": "new"}
+    assert trained_on({"data": {"mixture": {"x": {"source": "old"}}}}, "new")["data"] == {"mixture": {"x": {"source": "new"}}}
+    assert trained_on({"stages": [{"name": "a"}]}, "new")["data"] == {"source": "new"}
+    assert trained_on(values, None)["stages"][0]["data"] == values["stages"][0]["data"]
 
 
 def test_controls_and_gates_are_further_arms(make_claim):
@@ -124,6 +158,7 @@ def test_lengths_shrink_in_every_stage():
     assert short["train"]["steps"] == 34
     assert [stage.get("train") for stage in short["stages"]] == [{"steps": 3}, None, {"epochs": 0.68}]
     assert with_length({"train": {"steps": 1}}, 0.1)["train"]["steps"] == 1
+    assert with_length({"train": {"steps": 0}}, 0.5)["train"]["steps"] == 0  # the model as it starts stays that
     assert STAGED["train"]["steps"] == 100
 
 
@@ -144,9 +179,15 @@ def test_a_seed_changes_the_seed_alone():
     assert seeded == values
 
 
-def test_the_claims_of_presets_name_real_data_and_a_baseline():
+def test_the_claims_of_presets_name_their_data_and_a_baseline():
+    """Real data, or drawn scenes of two splits, which share no composition."""
     for key in CLAIMS:
         claim = resolve(key).values["claim"]
-        assert claim["data"].startswith("data/")
-        assert claim["test"].startswith("data/")
+        if claim["data"].startswith("scenes:"):
+            assert "split" not in claim["data"]
+            assert claim["test"].startswith("scenes:")
+            assert "split=test" in claim["test"]
+        else:
+            assert claim["data"].startswith("data/")
+            assert claim["test"].startswith("data/")
         assert claim["margin"] > 0

@@ -14,6 +14,7 @@ from vlm.workflows.reproduce import unit as units
 from vlm.workflows.reproduce.budget import measure_all, measured, seconds_of, stalest_first
 from vlm.workflows.reproduce.claim import claim_of
 from vlm.workflows.reproduce.measure import Measure, best_factor, gate_holds
+from vlm.workflows.reproduce.page import claim_text
 from vlm.workflows.reproduce.workspace import BudgetSpent
 
 
@@ -223,6 +224,19 @@ def test_a_directory_as_teacher_stays_a_directory(make_claim, make_workspace, tm
     (tmp_path / "clip-tiny").mkdir()
     claim = claim_of(make_claim(extends="clip-tiny-distill"))
     assert not Measure(claim, make_workspace()).seed_unit(claim.method, 0, 1.0).bases
+
+
+def test_two_figures_of_one_model_are_trained_for_once(make_claim, make_workspace, tmp_path):
+    more = f'baseline = "{(tmp_path / "toy.toml").as_posix()}"\nbaseline_metric = "retrieval.text_to_image.r@10"'
+    claim = claim_of(make_claim(more=more))
+    workspace = make_workspace()
+    answer = measured(claim, workspace)
+    assert workspace.trained == 2  # a unit a seed
+    stored = workspace.results.read(claim.key).units.values()
+    for side, metric in (("method", "retrieval.image_to_text.r@10"), ("baseline", "retrieval.text_to_image.r@10")):
+        assert sorted(answer[side]["values"]) == sorted(unit["figures"][metric] for unit in stored)
+    assert answer["baseline_metric"] == "retrieval.text_to_image.r@10"
+    assert "retrieval.text_to_image.r@10 of" in claim_text({**claim.options.model_dump(), "baseline": claim.key})
 
 
 def test_the_budget_stops_before_a_unit_that_would_not_end_in_time(make_claim, make_workspace):

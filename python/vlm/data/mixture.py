@@ -6,7 +6,8 @@ what stands at a position is computed without walking, whatever the rank, and ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from fnmatch import fnmatchcase
 from math import gcd
 from typing import Any
@@ -94,6 +95,15 @@ class Mixture:
         self._first = np.cumsum([0] + [len(source) for source in self.sources])
         ids = [np.asarray([stable_id(name, str(i)) for i in s.ids.tolist()], np.int64) for name, s in zip(self.names, self.sources)]
         self.ids = distinct(np.concatenate(ids))
+
+    def cut(self, part_of: Callable[[Source], Source]) -> Mixture:
+        """The same mixture, in the same shares, of a part of each source: what `part_of` leaves of it."""
+        out = copy(self)
+        kept = [part_of(source) for source in self.sources]
+        chosen = [self.start(i) + part.places for i, part in enumerate(kept)]  # type: ignore[attr-defined]
+        out.sources, out.ids = kept, self.ids[np.concatenate(chosen)]
+        out._first = np.cumsum([0] + [len(source) for source in kept])
+        return out
 
     def __len__(self) -> int:
         return int(self._first[-1])

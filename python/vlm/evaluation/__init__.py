@@ -14,6 +14,7 @@ from vlm.evaluation.cost import CostOptions
 from vlm.evaluation.hallucination import HallucinationOptions
 from vlm.evaluation.linear_probe import LinearProbeOptions
 from vlm.evaluation.perplexity import PerplexityOptions
+from vlm.evaluation.preference import PreferenceTaskOptions
 from vlm.evaluation.result import Result, save_results
 from vlm.evaluation.retrieval import RetrievalOptions
 from vlm.evaluation.session import evaluate, evaluate_in_memory, numbers_of
@@ -29,6 +30,7 @@ TaskOptions = Annotated[
     | CaptionOptions
     | VqaOptions
     | HallucinationOptions
+    | PreferenceTaskOptions
     | AgreementOptions
     | CostOptions,
     Field(discriminator="task"),
@@ -53,6 +55,7 @@ __all__ = [
     "HallucinationOptions",
     "LinearProbeOptions",
     "PerplexityOptions",
+    "PreferenceTaskOptions",
     "Result",
     "RetrievalOptions",
     "TaskOptions",

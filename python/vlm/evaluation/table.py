@@ -7,11 +7,11 @@ from typing import Any
 
 from vlm.evaluation.result import Result, flatten
 
-PERCENT = ("retrieval", "zero-shot", "linear-probe", "vqa", "hallucination", "agreement")
+PERCENT = ("retrieval", "zero-shot", "linear-probe", "vqa", "hallucination", "preference", "agreement")
 """Tasks whose figures are percentages, but for COUNTS."""
 
-COUNTS = frozenset({"mentions", "objects_named", "divergence"})
-"""Figures of such tasks in a unit of their own: objects a caption, nats a token."""
+COUNTS = frozenset({"mentions", "objects_named", "margin", "divergence"})
+"""Figures of such tasks in a unit of their own: objects a caption, nats an answer, nats a token."""
 
 CONTROLS = ("shuffled", "none")
 OVER = "over_"

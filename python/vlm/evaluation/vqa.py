@@ -1,7 +1,7 @@
 """Questions about pictures with short answers: exact match, yes-no figures, and what is left without the picture.
 
 n samples, q questions, S statistics of a question. Sources: limber (shuffled control), debias-lvlm (yes-no figures,
-calibration error).
+calibration error, calibrated answers).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,10 @@ from vlm.evaluation.writing import (
     texts_at,
     written,
 )
-from vlm.evaluation.yes_no import yes_confidence
+from vlm.evaluation.yes_no import calibrated_yes, yes_confidence
+
+if TYPE_CHECKING:
+    from vlm.runtime.generation import Calibration
 
 Floats = NDArray[np.float64]
 
@@ -50,8 +53,13 @@ _RESERVED = frozenset({"exact", "yes_no", "shuffled", "none", "over_shuffled", "
 
 
 class VqaOptions(WritingTask):
-    """Percent of questions answered right after the normalisation of answers, by kind where questions have one."""
+    """Percent of questions answered right after the normalisation of answers, by kind where questions have one.
 
+    With `decoding.calibrate` a question whose answer is yes or no is answered by the likelier of the two after the
+    correction; other questions are written as ever.
+    """
+
+    closed: ClassVar[bool] = True
     task: Literal["vqa"] = "vqa"
     max_new_tokens: int = Field(8, ge=1, description="longest answer in tokens")
     prompt: str = Field("{}", description="what the user says, with {} for the question")
@@ -69,6 +77,13 @@ class VqaOptions(WritingTask):
     calibration: bool = Field(
         False, description="also the calibration error of yes and no by their probabilities as the first token"
     )
+
+    def calibrated(self) -> Calibration | None:
+        """The correction that `decoding.calibrate` asks for."""
+        from vlm.decoding import GenerateOptions
+
+        given = GenerateOptions.model_validate(self.decoding).calibrate
+        return None if given is None else given.to_runtime()
 
     @field_validator("prompt")
     @classmethod
@@ -200,7 +215,8 @@ def vqa(samples: Pictured, options: VqaOptions, batch: int) -> Result:
     yes_no = np.array([_is_yes_no(question) for question in questions])
     asks = [Ask(question.sample, filled(options.prompt, question.text)) for question in questions]
     arms, permutes = arms_of(samples, options.controls, options.seed)
-    answers = written(samples, asks, arms, options.settings(), batch)
+    calibrated = _calibrated(samples, asks, np.flatnonzero(yes_no), arms, options, batch)
+    answers = _answers(samples, asks, arms, options, batch, np.flatnonzero(yes_no), calibrated)
     statistics = {arm: vqa_statistics(questions, texts, kinds) for arm, texts in answers.items()}
     figures = vqa_figures(kinds, bool(yes_no.any()))
     concepts = samples.concepts()
@@ -220,7 +236,7 @@ def vqa(samples: Pictured, options: VqaOptions, batch: int) -> Result:
         details["shuffled"] = "permutation" if permutes else "drawn with replacement: one concept has over half"
     if options.calibration and yes_no.any():
         for arm, shown in arms.items():
-            value = _calibration(samples, questions, asks, np.flatnonzero(yes_no), shown, batch)
+            value = _calibration(samples, questions, asks, np.flatnonzero(yes_no), shown, batch, calibrated.get(arm))
             put(found.metrics, f"{arm}/yes_no/calibration_error" if arm else "yes_no/calibration_error", value)
     right = statistics[MAIN][:, 0] > 0
     return Result(
@@ -235,6 +251,43 @@ def vqa(samples: Pictured, options: VqaOptions, batch: int) -> Result:
     )
 
 
+def _calibrated(
+    samples: Pictured,
+    asks: Sequence[Ask],
+    closed: Integers,
+    arms: Mapping[str, Integers | None],
+    options: VqaOptions,
+    batch: int,
+) -> dict[str, Floats]:
+    """arm -> the corrected probability of yes of each yes-no question; {} without `decoding.calibrate`."""
+    calibration = options.calibrated()
+    if calibration is None or not len(closed):
+        return {}
+    chosen = [asks[i] for i in closed]
+    return {arm: calibrated_yes(samples, chosen, shown, calibration, batch) for arm, shown in arms.items()}
+
+
+def _answers(
+    samples: Pictured,
+    asks: Sequence[Ask],
+    arms: Mapping[str, Integers | None],
+    options: VqaOptions,
+    batch: int,
+    closed: Integers,
+    calibrated: Mapping[str, Floats],
+) -> dict[str, list[str]]:
+    """arm -> the answer to each question: yes or no by the corrected probability where there is one, else written."""
+    if not calibrated:
+        return written(samples, asks, arms, options.settings(), batch)
+    # The whole list is written, that keys of draws, and so open answers, are those of the plain task.
+    open_ = len(closed) < len(asks)
+    answers = written(samples, asks, arms, options.settings(), batch) if open_ else {arm: [""] * len(asks) for arm in arms}
+    for arm, yes in calibrated.items():
+        for place, value in zip(closed.tolist(), yes.tolist()):
+            answers[arm][place] = "yes" if value > 0.5 else "no"
+    return answers
+
+
 def _calibration(
     samples: Pictured,
     questions: Sequence[Question],
@@ -242,9 +295,10 @@ def _calibration(
     chosen: Integers,
     shown: Integers | None,
     batch: int,
+    corrected: Floats | None = None,
 ) -> float:
-    """Percent: |confidence in the likelier of yes and no - share right|, over ten bins."""
-    yes = yes_confidence(samples, [asks[i] for i in chosen], shown, batch)
+    """Percent: |confidence in the likelier of yes and no - share right|, over ten bins. corrected: p(yes), if calibrated."""
+    yes = yes_confidence(samples, [asks[i] for i in chosen], shown, batch) if corrected is None else corrected
     true = np.array([normalise_answer(questions[i].answers[0]) == "yes" for i in chosen])
     return round(100 * calibration_error(np.maximum(yes, 1 - yes), (yes >= 0.5) == true), 6)
 

@@ -30,6 +30,8 @@ class WritingTask(Task):
     """A task that reads what a model writes about pictures. Greedy decoding unless `decoding` says otherwise."""
 
     needs: ClassVar[Needs] = "generator"
+    closed: ClassVar[bool] = False
+    """Whether answers of a closed set are among those asked for."""
     controls: tuple[Control, ...] = Field(
         ("shuffled", "none"),
         description="the same model with a picture of another concept (shuffled) and without one (none)",
@@ -55,6 +57,8 @@ class WritingTask(Task):
             except ValidationError as error:
                 first = error.errors()[0]
                 raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            if value.get("calibrate") is not None and not cls.closed:
+                raise ValueError("calibrate corrects answers of a closed set, which this task does not ask for; it goes with vqa")
         return value
 
     def settings(self) -> Decoding:

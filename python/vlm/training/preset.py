@@ -46,7 +46,7 @@ class StartOptions(Options):
 class TrainOptions(Options):
     """Length, batch and safety of a stage."""
 
-    steps: int | None = Field(None, gt=0, description="updates; wins over epochs")
+    steps: int | None = Field(None, ge=0, description="updates; wins over epochs; 0: the model stays as it starts")
     epochs: float | None = Field(None, gt=0, description="passes over the data, for sources of known length")
     batch_size: int = Field(256, gt=0, description="samples of one update over all processes and micro-batches")
     accumulate: int = Field(1, gt=0, description="micro-batches of one update in each process; exact for every objective")
@@ -130,6 +130,9 @@ class ClaimOptions(Options):
 
     baseline: str = Field(description="key of the preset it is compared with; the own key for an ablation")
     metric: str = Field(description="NAME.path of a figure of the preset's evaluation tasks: retrieval.text_to_image.r@10")
+    baseline_metric: str | None = Field(
+        None, description="figure of the baseline, where it is another one: the same model under another evaluation task"
+    )
     direction: Literal["higher", "lower"] = "higher"
     margin: float = Field(ge=0, description="difference that counts")
     tier: Literal["S", "M", "L"] = Field("S", description="minutes in all, bases aside: S 4, M 12, L 45")

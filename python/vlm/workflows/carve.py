@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config.errors import DataError
+from vlm.data.mixture import Mixture
 from vlm.data.options import DataOptions
 from vlm.data.samples import BadSample, Sample, field_at, group_id
 from vlm.data.sources.base import Source
@@ -31,8 +32,10 @@ class Carving:
     share: float
     held_out: bool
 
-    def of(self, source: Source, limits: PictureLimits = DEFAULT_LIMITS) -> Subset:
-        """This part of a source. Raises DataError when it would be empty."""
+    def of(self, source: Source, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
+        """This part of a source, of each source of a mixture. Raises DataError when it would be empty."""
+        if isinstance(source, Mixture):
+            return source.cut(lambda part: self.of(part, limits))
         inside = held_out(source, self.by, self.share, limits)
         chosen = np.flatnonzero(inside if self.held_out else ~inside)
         if not len(chosen):

@@ -60,8 +60,8 @@ def description(scene: Scene) -> str:
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
 
-def questions(scene: Scene, draws: Sequence[float]) -> list[dict[str, Any]]:
-    """Questions of five kinds; yes and no are equally likely. draws: at least 8 numbers in [0, 1)."""
+def questions(scene: Scene, draws: Sequence[float], yes: float = 0.5) -> list[dict[str, Any]]:
+    """Questions of five kinds. draws: at least 8 numbers in [0, 1). yes: how likely the answer of a yes-no question is yes."""
     things = scene.things
     out: list[dict[str, Any]] = []
 
@@ -76,7 +76,7 @@ def questions(scene: Scene, draws: Sequence[float]) -> list[dict[str, Any]]:
         ask("color", f"what color is the {thing.shape}?", thing.color)
     if colors.count(thing.color) == 1:
         ask("shape", f"what shape is the {thing.color} object?", thing.shape)
-    if draws[1] < 0.5:
+    if draws[1] < yes:
         ask("exists", f"is there {a(thing.name)}?", "yes")
     else:
         present = {t.name for t in things}
@@ -91,7 +91,7 @@ def questions(scene: Scene, draws: Sequence[float]) -> list[dict[str, Any]]:
     relations = scene.relations
     if relations:
         i, name, j = relations[int(draws[4] * len(relations))]
-        yes = draws[5] < 0.5
-        said = name if yes else OPPOSITE[name]
-        ask("relation", f"is the {things[i].name} {said} the {things[j].name}?", "yes" if yes else "no")
+        holds = draws[5] < yes
+        said = name if holds else OPPOSITE[name]
+        ask("relation", f"is the {things[i].name} {said} the {things[j].name}?", "yes" if holds else "no")
     return out

@@ -10,12 +10,13 @@ from vlm.data.scenes.layout import Scene, compose, scene_generator
 
 
 class SceneReader:
-    """Recipe: the index of the scene. spec: `key` of the set, `split`, `size` in pixels."""
+    """Recipe: the index of the scene. spec: `key` of the set, `split`, `size` in pixels, `yes`, the percent of its answers."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.key = int(spec["key"])
         self.split = str(spec["split"])
         self.size = int(spec["size"])
+        self.yes = int(spec.get("yes", 50)) / 100
 
     def read(self, recipe: Any) -> dict[str, Any]:
         """Fields `image` (drawn), `caption`, `captions`, `description`, `name` ("red circle"), `shape`, `color`,
@@ -48,5 +49,5 @@ class SceneReader:
             ],
             "boxes": [t.box for t in scene.things],
             "relations": [list(relation) for relation in scene.relations],
-            "questions": questions(scene, draws),
+            "questions": questions(scene, draws, self.yes),
         }

@@ -1,4 +1,4 @@
-"""The address of drawn scenes: `scenes:?n=20000&seed=1&split=val&size=64`."""
+"""The address of drawn scenes: `scenes:?n=20000&seed=1&split=val&size=64&yes=75`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from vlm.data.samples import Sample
 from vlm.data.scenes.reader import SceneReader
 from vlm.types.random import draw_key, mix
 
-_OPTIONS = {"n": (20_000, 1, 50_000_000), "seed": (0, 0, 2**62), "size": (64, 8, 1024)}
+_OPTIONS = {"n": (20_000, 1, 50_000_000), "seed": (0, 0, 2**62), "size": (64, 8, 1024), "yes": (50, 0, 100)}
 _SPLITS = ("train", "val", "test")
 
 
 class ScenesSource:
-    """The first `n` scenes of a seed and split. A composition occurs in one split only, whatever the seed."""
+    """The first `n` scenes of a seed and split. A composition occurs in one split only, whatever the seed.
+
+    yes: percent of the yes-no questions that are answered by yes (debias-lvlm needs a skewed set).
+    """
 
     kind = "drawn scenes"
 
-    def __init__(self, n: int = 20_000, seed: int = 0, split: str = "train", size: int = 64) -> None:
-        self.n, self.seed, self.split, self.size = n, seed, split, size
+    def __init__(self, n: int = 20_000, seed: int = 0, split: str = "train", size: int = 64, yes: int = 50) -> None:
+        self.n, self.seed, self.split, self.size, self.yes = n, seed, split, size, yes
         self._key = draw_key(seed, "scenes", split)
         self._reader = SceneReader(self.spec())
         self.ids = (mix(np.arange(n, dtype=np.uint64), self._key) >> np.uint64(1)).astype(np.int64)
@@ -62,7 +65,7 @@ class ScenesSource:
         return index
 
     def spec(self) -> dict[str, Any]:
-        return {"kind": "scenes", "key": self._key, "split": self.split, "size": self.size}
+        return {"kind": "scenes", "key": self._key, "split": self.split, "size": self.size, "yes": self.yes}
 
     def read(self, index: int) -> Sample:
         return Sample(self.key(index), self._reader.read(index))
@@ -74,4 +77,5 @@ class ScenesSource:
             "seed": self.seed,
             "split": self.split,
             "size": self.size,
+            "yes": self.yes,
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm.config.errors import DataError, PresetError, RequestError
 from vlm.config.load import Resolved, merge_tables, resolve, validate
-from vlm.config.tree import node_of
+from vlm.config.tree import DELETE, node_of
 from vlm.data.sources.uri import open_source
 from vlm.training.preset import AgainstOptions, ClaimOptions, Preset, load_preset, stages_of
 
@@ -60,6 +60,11 @@ class Claim:
     def baseline(self) -> Arm:
         return self.arms[1]
 
+    def metric_of(self, arm: str) -> str:
+        """The figure that is read of an arm."""
+        other = self.options.baseline_metric
+        return other if other is not None and arm == self.baseline.name else self.options.metric
+
     def check_data(self) -> None:
         """Raises DataError (exit code 3) that says how to go on where the claim's data are absent."""
         for uri in (self.train, self.test):
@@ -99,8 +104,9 @@ def claim_of(key: str, data: str = REAL) -> Claim:
         _arm(preset.method.key, own, train, options.overrides),
         _arm(str(other.get("method", {}).get("key")), other, train, options.overrides, options.baseline_overrides),
     ]
-    if arms[0].name == arms[1].name:  # an ablation
-        arms[1] = Arm(f"{arms[1].name} (ablated)", arms[1].values)
+    if arms[0].name == arms[1].name:  # an ablation, or another figure of the same model
+        same = arms[0].values == arms[1].values and options.baseline_metric is not None
+        arms[1] = Arm(f"{arms[1].name} ({options.baseline_metric if same else 'ablated'})", arms[1].values)
     for control in options.controls:
         values = own if control.preset is None else resolve(control.preset).values
         arms.append(_arm(control.name, values, train, options.overrides, control.overrides))
@@ -128,16 +134,40 @@ def gate_arm(number: int) -> str:
     return f"gate-{number}"
 
 
-def trained_on(values: Values, train: str) -> Values:
-    """A preset's values for a unit: on these training data, without claim and without evaluation of its own."""
+def trained_on(values: Values, train: str | None) -> Values:
+    """A preset's values for a unit: on these training data, without claim and without evaluation of its own.
+
+    Every source of a mixture becomes these data too: what a mixture mixes then is kinds of samples, not pictures.
+    """
     values = {name: value for name, value in values.items() if name not in ("claim", "evaluation")}
     values["stages"] = [
-        {name: value for name, value in stage.items() if name != "evaluation"} for stage in values.get("stages", [])
+        _reading({name: value for name, value in stage.items() if name != "evaluation"}, train) for stage in values.get("stages", [])
     ]
     if not values["stages"]:
         del values["stages"]
-    values["data"] = {name: value for name, value in values.get("data", {}).items() if name != "val"} | {"source": train}
-    return values
+    values["data"] = {name: value for name, value in values.get("data", {}).items() if name != "val"}
+    stages = values.get("stages", [])
+    if train is not None and not (stages and all(_has_source(stage) for stage in stages)):
+        values["data"].setdefault("source", train)
+    return _reading(values, train)
+
+
+def _has_source(table: Values) -> bool:
+    return any(table.get("data", {}).get(name) for name in ("source", "mixture"))
+
+
+def _reading(table: Values, train: str | None) -> Values:
+    """A table, or one of a stage, whose data come from `train` wherever it says where they come from; None: as it is."""
+    data = table.get("data")
+    if train is None or not isinstance(data, Mapping):
+        return table
+    data = dict(data)
+    if isinstance(data.get("mixture"), Mapping) and data["mixture"]:
+        data.pop("source", None)
+        data["mixture"] = {name: {**part, "source": train} for name, part in data["mixture"].items()}
+    elif "source" in data and data["source"] != DELETE:
+        data["source"] = train
+    return {**table, "data": data}
 
 
 def with_length(values: Values, share: float) -> Values:
@@ -164,7 +194,7 @@ def _changed(values: Values, change: Any) -> Values:
 
 
 def _scaled(table: Values, name: str, factors: Mapping[str, float]) -> Values:
-    """The table with some numbers under `name` multiplied; counts stay whole and above 0."""
+    """The table with some numbers under `name` multiplied; counts stay whole, and those above 0 stay so."""
     inside = table.get(name)
     if not isinstance(inside, Mapping):
         return table
@@ -172,7 +202,8 @@ def _scaled(table: Values, name: str, factors: Mapping[str, float]) -> Values:
     for key, factor in factors.items():
         value = inside.get(key)
         if value is not None:
-            inside[key] = max(1, round(value * factor)) if isinstance(value, int) and key == "steps" else value * factor
+            whole = isinstance(value, int) and key == "steps"
+            inside[key] = max(min(1, value), round(value * factor)) if whole else value * factor
     return {**table, name: inside}
 
 
@@ -194,7 +225,7 @@ def _tasks(key: str, arm: Arm, own: Values, options: ClaimOptions) -> tuple[Any,
     evaluation = merged.get("evaluation", {})
     known = settled({**arm.values, "evaluation": evaluation})[0].evaluation.tasks
     wanted: list[Any] = []
-    for metric in (options.metric, *(gate.metric for gate in options.gates)):
+    for metric in filter(None, (options.metric, options.baseline_metric, *(gate.metric for gate in options.gates))):
         found = [task for task in known if metric.startswith(f"{task.title}.")]
         if not found:
             raise RequestError(

@@ -7,7 +7,8 @@
 3. Judging. Mean paired difference, 95 % t-interval over seeds, the rule of `statistics.verdict`; then the gates.
 
 Bases (a teacher, a model to start from) that a preset names by key are trained once, on the training data without the dev
-part, so that one base serves tuning and measuring and has seen nothing that either is scored on.
+part, so that one base serves tuning and measuring and has seen nothing that either is scored on. A base is scored on
+nothing itself, so that claims with other tasks share it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Measurement:
             "title": claim.title,
             "verdict": "fails" if missed and found == "holds" else found,
             "metric": claim.options.metric,
+            **({} if claim.options.baseline_metric is None else {"baseline_metric": claim.options.baseline_metric}),
             "direction": claim.options.direction,
             "margin": claim.options.margin,
             "method": self._side(claim.method),
@@ -144,7 +146,7 @@ class Measure:
         return Measurement(
             self.claim,
             self.seeds,
-            {name: [self._figure(one, self.claim.options.metric) for one in own] for name, own in records.items()},
+            {name: [self._figure(one, self.claim.metric_of(name)) for one in own] for name, own in records.items()},
             factors,
             dev,
             [one for own in records.values() for one in own],
@@ -160,7 +162,10 @@ class Measure:
             for arm in self.claim.arms:
                 units.append(self.seed_unit(arm, seed, self.known_factor(arm)))
         bases = {base.key: base for unit in units for base in _all_bases(unit)}
-        return [(unit, self._state(unit)) for unit in [*bases.values(), *units]]
+        told: dict[str, Unit] = {}
+        for unit in [*bases.values(), *units]:
+            told.setdefault(unit.key, unit)  # two arms may read two figures of one unit
+        return [(unit, self._state(unit)) for unit in told.values()]
 
     def _state(self, unit: Unit) -> str:
         if unit.phase == "base":
@@ -204,7 +209,7 @@ class Measure:
         return with_seed(values, BASE_SEED)
 
     def _make_base(self, key: str, values: Values, bases: dict[str, Unit]) -> Unit:
-        return Unit(key, "base", BASE_SEED, values, self.rest, self.claim.test, None, self.claim.tasks, bases)
+        return Unit(key, "base", BASE_SEED, values, self.rest, None, None, (), bases)
 
     def _tuned(self, arm: Arm) -> tuple[float, dict[str, float], float]:
         """The chosen factor, the dev figure of each, and the seconds that choosing took."""
@@ -212,7 +217,7 @@ class Measure:
         if not units:
             return self.claim.options.tune.factors[0], {}, 0.0
         records = [(unit.factor or 1.0, self._do(unit)) for unit in units]
-        dev = {factor: self._figure(record, self.claim.options.metric) for factor, record in records}
+        dev = {factor: self._figure(record, self.claim.metric_of(arm.name)) for factor, record in records}
         chosen = best_factor(dev, self.claim.options.direction)
         return chosen, {f"{factor:g}": value for factor, value in dev.items()}, sum(record["seconds"] for _, record in records)
 
@@ -223,7 +228,7 @@ class Measure:
             stored = self.workspace.results.find(unit.key)
             if stored is None:
                 return min(self.claim.options.tune.factors, key=_distance)
-            dev[unit.factor] = self._figure(stored, self.claim.options.metric)
+            dev[unit.factor] = self._figure(stored, self.claim.metric_of(arm.name))
         return best_factor(dev, self.claim.options.direction) if dev else self.claim.options.tune.factors[0]  # type: ignore[arg-type]
 
     def _do(self, unit: Unit) -> dict[str, Any]:

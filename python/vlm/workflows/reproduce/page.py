@@ -63,7 +63,9 @@ def methods_page(results: Results) -> str:
 def claim_text(claim: Mapping[str, Any]) -> str:
     """A claim in words."""
     word = "above" if claim.get("direction", "higher") == "higher" else "below"
-    return f"{claim['metric']} {word} `{claim['baseline']}` by {claim['margin']:g} or more"
+    other = claim.get("baseline_metric")
+    against = f"`{claim['baseline']}`" if other is None else f"{other} of `{claim['baseline']}`"
+    return f"{claim['metric']} {word} {against} by {claim['margin']:g} or more"
 
 
 def _row(key: str, title: str, command: str, claim: Mapping[str, Any] | None, results: Results) -> str:

@@ -30,7 +30,8 @@ def rig_claims(claim: Claim, factor: float = 1.0) -> dict[str, Claim]:
     factor: of the baseline's learning rate, as its tuning chose it.
     """
     whole = replace(claim.baseline, values=with_rate(claim.baseline.values, factor))
-    untuned = claim.options.model_copy(update={"tune": TuneOptions.model_validate({"factors": (1.0,)}), "controls": [], "gates": []})
+    plain: dict[str, Any] = {"metric": claim.metric_of(claim.baseline.name), "baseline_metric": None, "controls": [], "gates": []}
+    untuned = claim.options.model_copy(update={"tune": TuneOptions.model_validate({"factors": (1.0,)}), **plain})
     planted = Arm(f"{whole.name} (a quarter of the updates)", with_length(whole.values, PLANTED_SHARE))
     again = Arm(f"{whole.name} (other seeds)", whole.values, seed_offset=OTHER_SEEDS)
     return {

@@ -67,7 +67,7 @@ class Unit:
             {
                 "schema": SCHEMA,
                 "stages": [stage.model_dump(mode="json") for stage in stages],
-                "train": [_fingerprint(stage.data.source) for stage in stages],
+                "train": [_fingerprint(uri) for stage in stages for uri in sources_of(stage)],
                 "part": _as_values(self.part),
                 "test": None if self.test is None else _fingerprint(self.test),
                 "test_part": _as_values(self.test_part),
@@ -217,6 +217,12 @@ def locked(folder: Path) -> Iterator[None]:
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def sources_of(stage: Stage) -> list[str]:
+    """The addresses that a stage learns from, each once."""
+    parts = [part.source for part in stage.data.mixture.values()]
+    return list(dict.fromkeys(parts)) or [stage.data.source]
 
 
 @cache

@@ -43,6 +43,9 @@ class ImageOptions(Options):
     flip: bool = Field(
         False, description="mirror left and right half of the time (texts may say left and right)"
     )
+    tiles: bool = Field(
+        True, description="cut pictures as the model's tiler says; false: each is read as a picture of one tile"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ImageOptions:

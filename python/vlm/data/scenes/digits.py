@@ -49,15 +49,15 @@ def compose(generator: np.random.Generator, split: str, length: int, aspect: flo
         if split_of(number) == split:
             break
     cell = aspect / length
-    u = generator.random((length, 3))
+    u = generator.random((length, 3)).tolist()
     boxes = []
     for k in range(length):
-        high = min(0.72, 1.4 * cell) * (0.8 + 0.2 * u[k, 0])
+        high = min(0.72, 1.4 * cell) * (0.8 + 0.2 * u[k][0])
         wide = 0.6 * high
-        x = k * cell + (cell - wide) * (0.5 + 0.6 * (u[k, 1] - 0.5))
-        y = (1 - high) * (0.5 + 0.6 * (u[k, 2] - 0.5))
+        x = k * cell + (cell - wide) * (0.5 + 0.6 * (u[k][1] - 0.5))
+        y = (1 - high) * (0.5 + 0.6 * (u[k][2] - 0.5))
         boxes.append((x, y, x + wide, y + high))
-    background, ink, pen = generator.random(3)
+    background, ink, pen = generator.random(3).tolist()
     return Digits(
         number, tuple(boxes), BACKGROUNDS[int(background * len(BACKGROUNDS))], INKS[int(ink * len(INKS))], 0.1 + 0.06 * pen
     )

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.data.talk_makers import IMAGE_ID, TOKENIZER, loader_of
-from tests.models.model_makers import TOWER
+from tests.models.model_makers import TOWER, shaken
 from vlm.config.errors import DataError
 from vlm.evaluation.generator import TorchGenerator, pictures_of
 from vlm.models import VisionLanguageOptions
@@ -165,6 +165,33 @@ def test_the_row_that_generation_reads_is_as_long_as_the_model_makes_it(folder):
         stepper = generator.stepper()
         stepper.start([prompt])
         assert generator.positions(prompt) == int(stepper._cache.layers[0].mask.sum()), fusion
+
+
+@pytest.mark.parametrize("kind", ["prefix", "cross-attention", "hybrid"])
+@torch.no_grad()
+def test_nvlm_generation_reads_what_training_reads(folder, kind):
+    """The logits after a prompt are those of the row of training before its answer; so are the answer's bits."""
+    generator = generator_of({}, fusion={"kind": kind} | ({} if kind == "prefix" else {"every": 1}))
+    model = shaken(generator.model)  # opens the gates too
+    with tiled(folder, model.tiling) as loader:
+        batch = next(loader)
+    output = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    logits, layout = output.vocabulary.logits(), output.layout
+    chosen = [row for row, key in enumerate(batch.keys) if names_of(key)][:4]
+    prompts, answers = [], []
+    for row in chosen:
+        pictures = [generator.prepare_image(picture_of(folder, number)) for number in names_of(batch.keys[row])]
+        number = number_of(batch.keys[row])
+        prompts.append(generator.prompt([Message("user", (f"what is thing {number}?",))], pictures))
+        answers.append(f"a thing number {number}")
+    started = generator.stepper().start(prompts)
+    nats = generator.nats(prompts, answers)
+    for at, row in enumerate(chosen):
+        first = int((layout.role[row] == int(Role.ANSWER)).nonzero()[0, 0])
+        np.testing.assert_allclose(started[at], logits[row, first - 1].numpy(), atol=1e-4)
+        own = layout.role[row, 1:] == int(Role.ANSWER)
+        expected = -logits[row, :-1].log_softmax(-1).gather(1, layout.label[row, 1:].clamp(min=0)[:, None])[own, 0]
+        np.testing.assert_allclose(nats[at], expected.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("fusion", ["prefix", "hybrid"])

@@ -310,7 +310,7 @@ def test_nvlm_cached_equals_uncached_decoding(fusion):
     index = torch.tensor([2, 0])
     _, cache = model.prefill(batch["text"], {"image": batch["image"]})
     kept, _ = model.advance(torch.tensor([40, 41]), cache.rows(index))
-    wanted = text_logits(model, tiled(*[row + [token] for row, token in zip(ROWS, [41, 1, 40, 1])]))
+    wanted = text_logits(model, tiled(*[[*row, token] for row, token in zip(ROWS, [41, 1, 40, 1])]))
     assert torch.allclose(kept, torch.stack([wanted[2][-1], wanted[0][-1]]), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm.config.errors import DataError
-from vlm.runtime.chat import ANSWER, CONTEXT, INSTRUCTION, TAG, TEMPLATES, Message, Piece, PicturePart
+from vlm.runtime.chat import ANSWER, CONTEXT, INSTRUCTION, TAG, TEMPLATES, Message, PicturePart, Piece
 from vlm.runtime.generation import Prompt, without_pictures
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiled import cut_picture, row_positions, with_tiles

@@ -38,7 +38,7 @@ def batch_of(stage, options, size=32):
 
 @pytest.mark.parametrize("key", FORMS)
 def test_nvlm_stages(key):
-    preset, resolved = load_preset(key)
+    _, resolved = load_preset(key)
     align, instruct = stages_of(resolved)
     options = instruct.model
     assert isinstance(options, VisionLanguageOptions)

@@ -78,7 +78,8 @@ class VisionLanguageOptions(Options):
         if self.language is not None:
             self._check_depth(self.language)
         if self.tokens is not None and self.fusion.kind != "prefix":
-            raise ValueError(f'tokens: with fusion "{self.fusion.kind}" there are visual tokens that could not be dropped')
+            left = "tiles beside the row" if self.fusion.kind == "hybrid" else "no visual positions to drop"
+            raise ValueError(f'tokens: with fusion "{self.fusion.kind}" there are {left}')
         if self.fusion.kind == "hybrid" and (self.tiler is None or self.tiler.thumbnail == "none"):
             raise ValueError('fusion "hybrid" needs a tiler with thumbnails: they stand in the row, the tiles beside it')
         return self

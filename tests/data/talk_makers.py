@@ -43,7 +43,7 @@ def loader_of(
     source: str | None, streams: dict[str, Any], *, preprocess: Any = PRE, batch_size: int = 6, seed: int = 3, **rest: Any
 ) -> Any:
     """A loader of streams; rest: further entries of the `[data]` table and arguments of `build_loader`."""
-    known = ("communicator", "quarantine", "picture_positions", "template", "tokenizer")
+    known = ("communicator", "quarantine", "picture_positions", "template", "tokenizer", "tiling", "tiles_apart")
     outer = {name: rest.pop(name) for name in known if name in rest}
     table = {"streams": streams, "text": {"length": 64}, "bad_samples": {"budget": 0.5}, **rest}
     if source is not None:

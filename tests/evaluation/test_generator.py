@@ -11,6 +11,7 @@ from tests.models.model_makers import answering, language
 from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation.generator import TorchGenerator, pictures_of
 from vlm.models import load_model
+from vlm.runtime.generation import Prompt
 
 IMAGE = 3
 PREFIX, CROSS = {"kind": "prefix"}, {"kind": "cross-attention", "every": 2}
@@ -22,7 +23,7 @@ def tokenizer():
 
 
 def asked(ids, pictures=None):
-    return SimpleNamespace(ids=ids, pictures=pictures or {})
+    return Prompt(ids, pictures or {})
 
 
 def pictures(count, seed=0, size=16):

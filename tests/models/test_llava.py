@@ -23,6 +23,7 @@ from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation.generator import TorchGenerator
 from vlm.models import LanguageOptions, VisionLanguageOptions, load_model, save_model
 from vlm.models.layouts import LLAVA
+from vlm.runtime.generation import Prompt
 from vlm.types import VocabularyLayout
 
 IMAGE = 98
@@ -88,13 +89,9 @@ def test_greedy_tokens_on_a_picture_and_a_text_are_those_of_transformers(vision,
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (3, 16, 16), dtype=np.uint8) for _ in range(3)]
     taken = iter(pictures)
-
-    class Prompt:
-        def __init__(self, ids, count):
-            self.ids, self.pictures = ids, {"image": [next(taken) for _ in range(count)]}
-
+    prompts = [Prompt(row, {"image": [next(taken) for _ in range(count)]}) for row, count in zip(ROWS, COUNTS)]
     stepper = TorchGenerator(ours, tokenizer, None).stepper()
-    logits, got = stepper.start([Prompt(row, count) for row, count in zip(ROWS, COUNTS)]), []
+    logits, got = stepper.start(prompts), []
     for _ in range(12):
         got.append(logits.argmax(-1))
         logits = stepper.advance(got[-1])

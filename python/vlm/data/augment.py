@@ -50,3 +50,9 @@ def augmented(picture: Image.Image, preprocess: Preprocess, options: dict[str, A
     if options["flip"] and generator.random() < 0.5:
         pixels = pixels[:, :, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def flipped(picture: Image.Image, key: int) -> Image.Image:
+    """The picture, mirrored half of the time, drawn from `key`: what a picture is given before it is cut into tiles."""
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else picture

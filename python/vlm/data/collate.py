@@ -30,7 +30,7 @@ class Shape:
     """What every batch holds, whatever its samples.
 
     pictures: picture stream -> (side, whether values are float in 0..1). length: tokens of a caption; None: no captions.
-    conversations: names of conversation streams.
+    conversations: names of conversation streams. tiled: rows of pictures are tiles, with their `place`.
     """
 
     pictures: Mapping[str, tuple[int, bool]]
@@ -38,6 +38,7 @@ class Shape:
     conversations: Sequence[str] = ()
     grouped: bool = False
     labelled: bool = False
+    tiled: bool = False
 
 
 def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> Batch:
@@ -50,7 +51,8 @@ def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> B
     everyone = torch.arange(len(rows))
     for name, (size, floating) in shape.pictures.items():
         parts = [row.decoded.pixels[name] for row in rows]
-        streams[name] = picture_stream(parts, size, floating, bool(shape.conversations))
+        places = [row.decoded.places for row in rows] if shape.tiled else None
+        streams[name] = picture_stream(parts, size, floating, bool(shape.conversations), places)
     if tokenizer is not None:
         if shape.length is not None:
             streams["text"] = text_stream(tokenizer, [row.decoded.texts for row in rows], shape.length)
@@ -79,19 +81,33 @@ def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> B
     )
 
 
-def picture_stream(parts: Sequence[np.ndarray], size: int, floating: bool, numbered: bool) -> Pictures:
-    """The pictures [k, 3, size, size] of each sample as rows in order; numbered: with their `slot`."""
+def picture_stream(
+    parts: Sequence[np.ndarray],
+    size: int,
+    floating: bool,
+    numbered: bool,
+    places: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+) -> Pictures:
+    """The pictures [k, 3, size, size] of each sample as rows in order; numbered: with their `slot`.
+
+    places: (picture, tile row, tile column) of each row where rows are tiles; their `slot` is the picture's number.
+    """
     counts = [len(part) for part in parts]
     n = sum(counts)
     pixels = torch.empty((n, 3, size, size), dtype=torch.float32 if floating else torch.uint8)
     if n:
         np.concatenate(parts, out=pixels.numpy())
     slots = [slot for count in counts for slot in range(count)]
+    place = None
+    if places is not None:
+        flat = torch.tensor([at for own in places for at in own], dtype=torch.int64).reshape(-1, 3)
+        place, slots, numbered = torch.cat([flat.new_zeros(len(flat), 1), flat[:, 1:]], 1), flat[:, 0].tolist(), True
     return Pictures(
         pixels,
         torch.ones(n, dtype=torch.bool),
         torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts, dtype=torch.int64)),
         slot=torch.tensor(slots, dtype=torch.int64) if numbered else None,
+        place=place,
     )
 
 

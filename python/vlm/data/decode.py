@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from vlm.config.errors import DataError
-from vlm.data.augment import augmented
+from vlm.data.augment import augmented, flipped
 from vlm.data.boxes import seen_box
 from vlm.data.captions import choose
 from vlm.data.noise import noisy, signal_shares
@@ -24,6 +24,8 @@ from vlm.data.streams.options import ConversationStream
 from vlm.runtime.chat import Piece, Template
 from vlm.runtime.pictures import BadPicture, PictureLimits, decode_picture
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.tiled import TiledPicture, cut_picture, with_tiles
+from vlm.runtime.tiling import Tiling
 from vlm.types.random import draw_key
 
 AUTO_IMAGE = ("image", "picture", "file_name", "filepath", "image_path")
@@ -46,8 +48,9 @@ class Job:
 class Decoded:
     """A good sample (reason is empty) or the reason why it is bad.
 
-    pixels: picture stream -> [k, 3, S, S], uint8 or float32 in 0..1, k pictures in order. texts: by slot, None where a
-    slot is empty. label: class. extra: fields that JSON can say, where they are asked for. conversations: stream -> pieces.
+    pixels: picture stream -> [k, 3, S, S], uint8 or float32 in 0..1, k pictures in order; or their tiles, with places:
+    (picture, tile row, tile column) of each. texts: by slot, None where a slot is empty. label: class. extra: fields that
+    JSON can say, where they are asked for. conversations: stream -> pieces.
     """
 
     reason: str = ""
@@ -58,12 +61,14 @@ class Decoded:
     label: int | None = None
     extra: dict[str, Any] | None = None
     conversations: dict[str, list[Piece]] = field(default_factory=dict)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class Decoder:
     """Built from one JSON value, so that a worker can build the same.
 
-    spec: `source` (of the reader), `limits`, `pictures` (stream -> fields of Preprocess), `image` (ImageOptions),
+    spec: `source` (of the reader), `limits`, `pictures` (stream -> fields of Preprocess), `tiling` (fields of Tiling, or
+    None), `image` (ImageOptions),
     `captions`, `columns`, `max_text`, `group_by`, `label`, `classes`, `texts` (whether captions are asked for), `train`,
     `extra`; `conversations` and `noises` (name -> table), `template`, `nouns`, `weights`.
     """
@@ -76,6 +81,7 @@ class Decoder:
             name: Preprocess(**{**made, "mean": tuple(made["mean"]), "std": tuple(made["std"])})
             for name, made in spec["pictures"].items()
         }
+        self.tiling = None if spec["tiling"] is None else Tiling(**spec["tiling"])
         self._classes = {name: number for number, name in enumerate(spec["classes"])}
         image = spec["image"]
         self._varies = spec["train"] and (image["augment"] != "none" or image["flip"])
@@ -120,10 +126,20 @@ class Decoder:
             pictures, said = self.converse(fields, job.stream_keys)
         else:
             pictures, said = [self._picture(fields)] if self.preprocesses else [], {}
-        pixels = self._pixels(pictures, job)
+        conversations = self.write(said, len(pictures))
+        places: list[tuple[int, int, int]] = []
+        if self.tiling is not None:
+            cut = self._cut(pictures, self.tiling, job)
+            places = [(number, *place) for number, one in enumerate(cut) for place in one.places]
+            tags = [one.tags for one in cut]
+            conversations = {name: with_tiles(pieces, tags, self.tiling) for name, pieces in conversations.items()}
+            rows = {name: np.concatenate([one[name] for one in cut]) for name in self.preprocesses if cut}
+        else:
+            rows = self._rows(pictures, job)
+        pixels = self._pixels(rows, job)
         extra = plain_fields(fields) if spec["extra"] else None
         return Decoded(
-            pixels=pixels, texts=texts, group=group, label=label, extra=extra, conversations=self.write(said, len(pictures))
+            pixels=pixels, texts=texts, group=group, label=label, extra=extra, conversations=conversations, places=places
         )
 
     def converse(self, fields: dict[str, Any], keys: dict[str, int]) -> tuple[list[Image.Image], dict[str, Said]]:
@@ -154,19 +170,37 @@ class Decoder:
                 raise BadSample(error.reason, f"{name}: {error.detail}") from None
         return out
 
-    def _pixels(self, pictures: list[Image.Image], job: Job) -> dict[str, np.ndarray]:
-        """The pictures under each tower's preprocessing, all from the same draw, and the noisy ones."""
+    def _cut(self, pictures: list[Image.Image], tiling: Tiling, job: Job) -> list[TiledPicture]:
+        """The pictures in tiles, whose pixels together are bounded as those of the pictures are."""
+        pieces = sum(len(tiling.places_of(tiling.grid(*picture.size))) for picture in pictures)
+        largest = max((preprocess.size for preprocess in self.preprocesses.values()), default=0)
+        most = 2 * self.limits.max_pixels
+        if pieces * largest**2 > most:
+            raise BadSample("too_many_pictures", f"{pieces} tiles of {largest} x {largest} pixels, expected at most {most} pixels")
+        if self._varies:
+            pictures = [flipped(picture, slot_key(job.image_key, slot)) for slot, picture in enumerate(pictures)]
+        return [cut_picture(picture, tiling, self.preprocesses) for picture in pictures]
+
+    def _rows(self, pictures: list[Image.Image], job: Job) -> dict[str, np.ndarray]:
+        """The pictures under each tower's preprocessing, all from the same draw."""
         out: dict[str, np.ndarray] = {}
         for name, preprocess in self.preprocesses.items():
             rows = []
             for slot, picture in enumerate(pictures):
                 if self._varies:
-                    key = job.image_key if slot == 0 else draw_key(job.image_key, "slot", slot)
-                    rows.append(augmented(picture, preprocess, self.spec["image"], key))
+                    rows.append(augmented(picture, preprocess, self.spec["image"], slot_key(job.image_key, slot)))
                 else:
                     rows.append(preprocess.to_array(picture))
+            if rows:
+                out[name] = np.stack(rows)
+        return out
+
+    def _pixels(self, rows: dict[str, np.ndarray], job: Job) -> dict[str, np.ndarray]:
+        """Every picture stream: the rows of the towers, none where there is no picture, and the noisy ones."""
+        out: dict[str, np.ndarray] = {}
+        for name, preprocess in self.preprocesses.items():
             size = preprocess.size
-            out[name] = np.stack(rows) if rows else np.zeros((0, 3, size, size), np.uint8)
+            out[name] = rows[name] if name in rows else np.zeros((0, 3, size, size), np.uint8)
         if self.preprocesses:
             for name, noise in self.spec["noises"].items():
                 clean, key = out[noise["of"]], job.stream_keys.get(name, 0)
@@ -225,6 +259,11 @@ def decoder_of(spec: dict[str, Any]) -> Decoder | MixedDecoder:
     return MixedDecoder(spec["parts"]) if "parts" in spec else Decoder(spec)
 
 
+def slot_key(key: int, slot: int) -> int:
+    """The key of the draws of a sample's picture number `slot`."""
+    return key if slot == 0 else draw_key(key, "slot", slot)
+
+
 def pieces_of(said: Said, pictures: int, template: Template) -> list[Piece]:
     """The pieces of a conversation with so many pictures. Raises BadSample with both counts when they do not fit."""
     placed = sum(message.pictures for message in said.messages)
@@ -252,19 +291,20 @@ def pack(results: list[Decoded]) -> tuple[bytes, bytes]:
         arrays = [[name, value.dtype.str, value.shape] for name, value in r.pixels.items()]
         pixels += [np.ascontiguousarray(value).tobytes() for value in r.pixels.values()]
         said = {name: [[p.kind, p.text, p.role, p.supervised] for p in pieces] for name, pieces in r.conversations.items()}
-        head.append([r.reason, r.detail, arrays, r.texts, r.group, r.label, r.extra, said])
+        head.append([r.reason, r.detail, arrays, r.texts, r.group, r.label, r.extra, said, r.places])
     return json.dumps(head).encode(), b"".join(pixels)
 
 
 def unpack(head: bytes, pixels: bytes) -> list[Decoded]:
     """The inverse of `pack`."""
     out, at = [], 0
-    for reason, detail, arrays, texts, group, label, extra, said in json.loads(head):
+    for reason, detail, arrays, texts, group, label, extra, said, places in json.loads(head):
         values: dict[str, np.ndarray] = {}
         for name, kind, shape in arrays:
             dtype, count = np.dtype(kind), math.prod(shape)
             values[name] = np.frombuffer(pixels[at : at + count * dtype.itemsize], dtype, count).reshape(shape)
             at += count * dtype.itemsize
         conversations = {name: [Piece(*piece) for piece in pieces] for name, pieces in said.items()}
-        out.append(Decoded(reason, detail, values, texts, group, label, extra, conversations))
+        cut = [(picture, row, column) for picture, row, column in places]
+        out.append(Decoded(reason, detail, values, texts, group, label, extra, conversations, cut))
     return out

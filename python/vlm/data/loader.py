@@ -26,6 +26,7 @@ from vlm.data.sources.base import Source
 from vlm.data.texts import field_values
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.chat import Template
+from vlm.runtime.tiling import Tiling
 from vlm.types.batch import Batch
 from vlm.types.communicator import Communicator, SingleProcess
 from vlm.types.state import Tree
@@ -80,6 +81,8 @@ def build_loader(
     classes: Sequence[str] | None = None,
     picture_positions: int | None = None,
     template: Template | None = None,
+    tiling: Tiling | None = None,
+    tiles_apart: bool = False,
 ) -> Loader:
     """The loader of a `[data]` table: next(loader) is this rank's share of the next global batch.
 
@@ -89,14 +92,16 @@ def build_loader(
     (those of the training data for `val`); else they are collected from the source.
     preprocess: one, or one for each picture stream (`image`, `image.NAME`). picture_positions: positions that a picture
     takes in a row once it is expanded (1 unless said): what a row's length counts. template: how messages are written,
-    where `data.text.template` does not say; else plain.
+    where `data.text.template` does not say; else plain. tiling: how a picture becomes several rows, each of which takes
+    `picture_positions` beside the text that announces it; None: it is one row. tiles_apart: tiles and that text take none,
+    thumbnails alone do.
     Raises DataError (exit code 3) when data are missing, and from next() when the budget of bad samples is spent.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
     communicator = communicator if communicator is not None else SingleProcess()
     source = source if source is not None else open_split(options, split)
-    reads = Reads.of(tokenizer, preprocess, picture_positions, template)
+    reads = Reads.of(tokenizer, preprocess, picture_positions, template, tiling, tiles_apart)
     talks = [*options.conversations, *(name for part in options.mixture for name in options.of_part(part).conversations)]
     if options.packer is not None and talks:
         from vlm.data.packing_conversations import PackedConversations

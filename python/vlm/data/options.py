@@ -43,6 +43,9 @@ class ImageOptions(Options):
     flip: bool = Field(
         False, description="mirror left and right half of the time (texts may say left and right)"
     )
+    tiles: bool = Field(
+        True, description="cut pictures as the model's tiler says; false: each is read as a picture of one tile"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ImageOptions:
@@ -157,7 +160,7 @@ class MixturePart(Options):
 class DataOptions(Options):
     """The `[data]` table."""
 
-    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines or scenes:")
+    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, scenes: or digits:")
     val: str | None = Field(None, description="evaluation data, an address like source")
     mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
     where: Where = Field({}, description="samples to keep: field = pattern, or patterns of which one must fit")

@@ -172,7 +172,8 @@ class PackedConversations:
         for name, (size, floating) in self._plan.shape.pictures.items():
             empty = np.zeros((0, 3, size, size), np.float32 if floating else np.uint8)
             parts = [np.concatenate([empty, *(s.decoded.pixels[name] for s in row.rows)]) for row in packed]
-            streams[name] = picture_stream(parts, size, floating, True)
+            places = [_counted_through(row) for row in packed] if self._plan.shape.tiled else None
+            streams[name] = picture_stream(parts, size, floating, True, places)
         streams["text"] = replace(text, segment=torch.from_numpy(segment), position=torch.from_numpy(position))
         draws = [stable_id(*(str(row.draw) for row in samples.rows)) for samples in packed]
         return Batch(
@@ -205,3 +206,14 @@ class PackedConversations:
     def report(self) -> dict[str, Any]:
         epoch = self._sample // len(self.source)
         return {**self._ledger.report(), "waited": self._waited, "epoch": epoch}
+
+
+def _counted_through(packed: PackedSamples) -> list[tuple[int, int, int]]:
+    """The places of a row's tiles, its pictures counted through all its samples."""
+    out: list[tuple[int, int, int]] = []
+    first = 0
+    for row in packed.rows:
+        places = row.decoded.places
+        out += [(first + picture, line, column) for picture, line, column in places]
+        first += len({picture for picture, _, _ in places})
+    return out

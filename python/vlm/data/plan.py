@@ -20,6 +20,7 @@ from vlm.data.streams.tables import stream_tables
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.chat import TEMPLATES, Template
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.tiling import Tiling
 from vlm.types.batch import Batch
 from vlm.types.random import draw_key
 
@@ -35,12 +36,15 @@ def by_stream(preprocess: Preprocesses) -> dict[str, Preprocess]:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a model reads: its tokenizer, the preprocessing of each picture stream, positions of a picture, template."""
+    """What a model reads: its tokenizer, the preprocessing of each picture stream, positions of a row of pictures,
+    template, how pictures are cut into such rows (None: a picture is one), and whether tiles take no position."""
 
     tokenizer: Tokenizer | None
     pictures: Mapping[str, Preprocess]
     picture_positions: int | None = None
     template: Template | None = None
+    tiling: Tiling | None = None
+    tiles_apart: bool = False
 
     @classmethod
     def of(
@@ -49,12 +53,14 @@ class Reads:
         preprocess: Preprocesses,
         picture_positions: int | None = None,
         template: Template | None = None,
+        tiling: Tiling | None = None,
+        tiles_apart: bool = False,
     ) -> Reads:
         pictures = by_stream(preprocess)
         wrong = sorted(name for name in pictures if name != "image" and not name.startswith("image."))
         if wrong or (pictures and "image" not in pictures):
             raise DataError(f"picture streams {', '.join(pictures)}: expected image, and image.NAME for further towers")
-        return cls(tokenizer, pictures, picture_positions, template)
+        return cls(tokenizer, pictures, picture_positions, template, tiling if pictures else None, tiles_apart)
 
 
 class Plan:
@@ -71,7 +77,8 @@ class Plan:
         extra: bool = False,
         classes: Sequence[str] = (),
     ) -> None:
-        """Raises DataError when a stream is made from a picture stream that the model does not read."""
+        """Raises DataError when a stream is made from a picture stream that the model does not read, and for random crops
+        of pictures that are cut into tiles."""
         self.source, self.options, self.reads, self.seed = source, options, reads, seed
         parts = parts_of(source, options)
         tables = [part for _, part in parts]
@@ -86,17 +93,24 @@ class Plan:
                         f"of = {noise.of!r}: the model reads {', '.join(reads.pictures)}", where=f"data.streams.{name}"
                     )
                 sides[name] = (reads.pictures[noise.of].size, True)
+        if reads.tiling is not None and train and options.image.augment != "none":
+            raise DataError(
+                "a random crop has another shape, so other tiles", where="data.image.augment", remedy='set it to "none"'
+            )
         captions = reads.tokenizer is not None and not self.conversations
         length = options.text.length if options.packer is None else options.packer.length
         self.encoder = None
         if self.conversations and reads.tokenizer is not None:
-            self.encoder = ConversationEncoder(reads.tokenizer, length, reads.picture_positions, bool(sides))
+            self.encoder = ConversationEncoder(
+                reads.tokenizer, length, reads.picture_positions, bool(sides), tiles_apart=reads.tiles_apart
+            )
         self.shape = Shape(
             sides,
             options.text.length if captions else None,
             self.conversations,
             grouped=options.group_by is not None,
             labelled=options.label is not None,
+            tiled=reads.tiling is not None,
         )
         specs = [
             decoder_spec(own, part, reads, captions, bool(self.conversations), train=train, extra=extra, classes=classes)
@@ -123,7 +137,7 @@ class Plan:
         """The sample with its conversations as ids; one that does not fit becomes bad."""
         if self.encoder is None or decoded.reason:
             return decoded, {}
-        rows, reason, detail = encoded_or_reason(self.encoder, decoded.conversations)
+        rows, reason, detail = encoded_or_reason(self.encoder, decoded.conversations, decoded.places)
         return (Decoded(reason=reason, detail=detail), {}) if reason else (decoded, rows)
 
     def row(self, index: int, epoch: int, decoded: Decoded, encoded: dict[str, EncodedRow]) -> Row:
@@ -148,10 +162,14 @@ def decoder_spec(
     template = reads.template
     if template is None or "template" in options.text.model_fields_set:
         template = TEMPLATES[options.text.template or "plain"]
+    tiling = reads.tiling
+    if tiling is not None and not options.image.tiles:
+        tiling = replace(tiling, max_tiles=1)
     return {
         "source": source.spec(),
         "limits": asdict(options.limits),
         "pictures": {name: asdict(preprocess) for name, preprocess in reads.pictures.items()},
+        "tiling": None if tiling is None else asdict(tiling),
         "image": options.image.model_dump(mode="json"),
         "captions": options.captions.model_dump(mode="json"),
         "columns": options.column_names,

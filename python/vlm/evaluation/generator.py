@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from vlm.runtime.chat import Message, Template
     from vlm.runtime.generation import Negatives, Prompt
     from vlm.runtime.pictures import PictureLimits
+    from vlm.runtime.tiled import TiledPicture
     from vlm.types import Pictures, TokenIds
 
 Floats = NDArray[np.float32]
 Prepared = Mapping[str, np.ndarray]
-"""Picture stream -> one prepared picture, uint8 [3, S, S]."""
+"""Picture stream -> one prepared picture, uint8 [3, S, S]; a `TiledPicture`, whose arrays are [k, 3, S, S], of a model
+that reads tiles."""
 
 
 class Asked(Protocol):
@@ -40,6 +42,10 @@ class Asked(Protocol):
 
     @property
     def pictures(self) -> Mapping[str, Sequence[np.ndarray]]: ...
+    @property
+    def places(self) -> Sequence[tuple[int, int, int]]: ...
+    @property
+    def tags(self) -> frozenset[int]: ...
 
 
 class TorchStepper:
@@ -55,7 +61,7 @@ class TorchStepper:
         placeholders and pictures that do not agree."""
         if not prompts:
             raise ValueError("the stepper was given no prompt")
-        text, _ = rows_of([list(prompt.ids) for prompt in prompts])
+        text, _ = rows_of([list(prompt.ids) for prompt in prompts], tags=[prompt.tags for prompt in prompts])
         with evaluating(self.model) as device:
             pictures = {name: stream.map(lambda t: t.to(device)) for name, stream in pictures_of(prompts).items()}
             moved: Any = text.map(lambda t: t.to(device))
@@ -116,34 +122,54 @@ class TorchGenerator:
         self.image_id = model.vocabulary.special.get("image")
         self.eos_ids: frozenset[int] = _ends(template, tokenizer)
 
-    def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> dict[str, NDArray[np.uint8]]:
-        """One picture as each picture stream of the model wants it, uint8 [3, S, S]. Raises BadPicture."""
+    def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> dict[str, NDArray[np.uint8]] | TiledPicture:
+        """One picture as each picture stream of the model wants it, uint8 [3, S, S]; cut into its tiles [k, 3, S, S] where
+        the model reads tiles. Raises BadPicture."""
         from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
 
         rgb = picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
         rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+        if self.model.tiling is not None:
+            from vlm.runtime.tiled import cut_picture
+
+            return cut_picture(rgb, self.model.tiling, self.model.preprocesses())
         return {name: preprocess.to_array(rgb) for name, preprocess in self.model.preprocesses().items()}
 
     def prompt(self, messages: Sequence[Message], pictures: Sequence[Prepared] = ()) -> Prompt:
         """The prompt of a conversation; pictures that no message places go where the template puts them.
 
-        Raises DataError for a conversation that the template cannot write.
+        Raises DataError for a conversation that the template cannot write, and ValueError when a model that reads tiles is
+        given a picture that `prepare_image` did not cut.
         """
-        from vlm.runtime.chat import PieceIds, encode_pieces
+        from vlm.runtime.chat import TAG, PieceIds, encode_pieces
         from vlm.runtime.generation import Prompt
+        from vlm.runtime.tiled import TiledPicture, with_tiles
 
         placed = self.template.with_pictures(messages, len(pictures))
         special = () if self.image_id is None else (self.image_id,)
         ids_of = PieceIds(self.tokenizer._core, special)
         pieces = self.template.pieces(placed, answer=False)
-        ids, _, _ = encode_pieces(pieces, ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id)
-        streams = self.model.preprocesses()
-        return Prompt(tuple(ids), {name: tuple(picture[name] for picture in pictures) for name in streams if pictures})
+        places: list[tuple[int, int, int]] = []
+        tiling = self.model.tiling
+        if tiling is not None:
+            cut = [picture for picture in pictures if isinstance(picture, TiledPicture)]
+            if len(cut) != len(pictures):
+                raise ValueError("this model reads tiles: pictures must come from prepare_image")
+            pieces = with_tiles(pieces, [picture.tags for picture in cut], tiling)
+            places = [(number, *place) for number, picture in enumerate(cut) for place in picture.places]
+        ids, role, _ = encode_pieces(pieces, ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        rows: dict[str, tuple[np.ndarray, ...]] = {}
+        for name in self.model.preprocesses() if pictures else ():
+            given = [picture[name] for picture in pictures]
+            rows[name] = tuple(given) if tiling is None else tuple(row for one in given for row in one)
+        return Prompt(tuple(ids), rows, tuple(places), frozenset(at for at, own in enumerate(role) if own == TAG))
 
     def positions(self, prompt: Asked) -> int:
         """Positions of a prompt after its pictures are expanded."""
-        each = self.model.picture_positions
-        return len(prompt.ids) + (0 if each is None else sum(i == self.image_id for i in prompt.ids) * (each - 1))
+        from vlm.runtime.tiled import row_positions
+
+        cost = self.model.picture_positions or 1
+        return row_positions(prompt.ids, self.image_id, cost, prompt.places, prompt.tags, apart=self.model.tiles_apart)
 
     def stepper(self) -> TorchStepper:
         return TorchStepper(self.model)
@@ -215,7 +241,7 @@ class TorchGenerator:
 
         from vlm.types import Batch, Vocabulary
 
-        text, answered = rows_of([list(p.ids) for p in prompts], [list(a) for a in answers])
+        text, answered = rows_of([list(p.ids) for p in prompts], [list(a) for a in answers], [p.tags for p in prompts])
         count = len(prompts)
         zeros = torch.zeros(count, dtype=torch.int64)
         streams: dict[str, Any] = {"text": text, **pictures_of(prompts)}
@@ -259,10 +285,14 @@ def language_part(model: LanguageModel | VisionLanguageModel) -> LanguageModel:
     return inner
 
 
-def rows_of(prompts: Sequence[list[int]], answers: Sequence[list[int]] | None = None) -> tuple[TokenIds, list[int]]:
+def rows_of(
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]] | None = None,
+    tags: Sequence[frozenset[int]] | None = None,
+) -> tuple[TokenIds, list[int]]:
     """Right-padded rows of prompts, and of their answers behind them; and how many tokens each answer has.
 
-    All of a prompt is instruction; the answer is supervised. Raises ValueError for an empty prompt: nothing would
+    All of a prompt is instruction but its tags, indices of ids; the answer is supervised. Raises ValueError for an empty prompt: nothing would
     predict the token after it.
     """
     import torch
@@ -283,12 +313,17 @@ def rows_of(prompts: Sequence[list[int]], answers: Sequence[list[int]] | None = 
         mask[row, : start + more] = True
         role[row, :start], role[row, start : start + more] = int(Role.INSTRUCTION), int(Role.ANSWER)
         supervised[row, start : start + more] = True
+        if tags is not None and tags[row]:
+            role[row, torch.tensor(sorted(tags[row]))] = int(Role.TAG)
     stream = TokenIds(ids, mask, torch.arange(len(prompts)), supervised=supervised, role=role)
     return stream, [more for _, more in sizes]
 
 
 def pictures_of(prompts: Sequence[Asked]) -> dict[str, Pictures]:
-    """The prompts' pictures by stream, in order; streams that no prompt has are left out."""
+    """The prompts' pictures by stream, in order; streams that no prompt has are left out.
+
+    Where a prompt says the places of its tiles, so must all that have pictures. Raises ValueError.
+    """
     import torch
 
     from vlm.types import Pictures
@@ -298,8 +333,16 @@ def pictures_of(prompts: Sequence[Asked]) -> dict[str, Pictures]:
         rows = [(row, slot, p) for row, prompt in enumerate(prompts) for slot, p in enumerate(prompt.pictures.get(name, ()))]
         if rows:
             index, slots, values = zip(*rows)
+            place = None
+            if any(prompt.places for prompt in prompts):
+                places = [at for prompt in prompts if prompt.pictures.get(name) for at in prompt.places]
+                if len(places) != len(rows):
+                    raise ValueError(f"{len(rows)} rows of pictures in {name!r}, places of {len(places)}")
+                slots = tuple(number for number, _, _ in places)
+                place = torch.tensor([(0, row, column) for _, row, column in places])
             stacked = torch.from_numpy(np.stack(values))
-            out[name] = Pictures(stacked, torch.ones(len(rows), dtype=torch.bool), torch.tensor(index), torch.tensor(slots))
+            mask = torch.ones(len(rows), dtype=torch.bool)
+            out[name] = Pictures(stacked, mask, torch.tensor(index), torch.tensor(slots), place)
     return out
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm.runtime.generation import Generator
 
 Prepared = Mapping[str, NDArray[Any]]
-"""Picture stream -> a prepared picture [3, S, S]."""
+"""Picture stream -> a prepared picture [3, S, S], or its tiles [k, 3, S, S]."""
 
 CACHE_BYTES = 2**28
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlm.config.errors import CheckpointError, RequestError
 from vlm.config.options import Options
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.tiling import Tiling
 from vlm.types import Batch, Outputs, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted, split_key
@@ -91,9 +92,19 @@ class Model(nn.Module):
         return {} if single is None else {"image": single}
 
     @property
+    def tiling(self) -> Tiling | None:
+        """How a picture is cut into rows of the picture streams; None: it is one row of each."""
+        return None
+
+    @property
     def picture_positions(self) -> int | None:
         """Positions that one row of pictures takes in a row of text; None for a model that expands none."""
         return None
+
+    @property
+    def tiles_apart(self) -> bool:
+        """Whether tiles and their tags have no position in a row of text, so that thumbnails alone have."""
+        return False
 
     def export_parts(self) -> dict[str, ExportPart]:
         """The graphs that a bundle of this model has."""

@@ -1,6 +1,7 @@
 """Gated cross-attention: text positions read the visual tokens of the pictures before them.
 
-n rows, N positions, M visual tokens of a row, C width, G key and value heads, D head width. Source: nvlm (form X), flamingo.
+n rows, N positions, M visual tokens of a row, C width, G key and value heads, D head width. Source: nvlm (forms X and H),
+flamingo.
 """
 
 from __future__ import annotations
@@ -50,23 +51,29 @@ class GatedCrossBlock(nn.Module):
 class Media:
     """Visual tokens beside the rows of a text.
 
-    tokens [n, M, C]; mask [n, M] bool; anchor [n, M] int64, index (`Layout.kept`) of the placeholder of the token's
-    picture; segment [n, M] int64, its document.
+    tokens [n, M, C]; mask [n, M] bool; anchor [n, M] int64, the first position (`Layout.kept`) that sees the token: the
+    placeholder of its picture; segment [n, M] int64, its document. announced [n, N] int64: the anchor of the tile that a
+    position announces, -1 elsewhere: a tag sees its own tile alone. None: no tags.
     """
 
     tokens: Tensor
     mask: Tensor
     anchor: Tensor
     segment: Tensor
+    announced: Tensor | None = None
 
     def visible(self, layout: Layout) -> Tensor:
-        """[n, N, M] bool: tokens of the pictures at or before a position, in its own document."""
+        """[n, N, M] bool: tokens of the pictures at or before a position, in its own document; of a tag, its own tile's."""
         before = self.anchor[:, None, :] <= layout.kept[:, :, None]
+        if self.announced is not None:
+            own = self.announced[:, :, None]
+            before = torch.where(own >= 0, self.anchor[:, None, :] == own, before)
         return before & (self.segment[:, None, :] == layout.segment[:, :, None]) & (self.mask[:, None, :] & layout.mask[:, :, None])
 
     def rows(self, index: Tensor) -> Media:
         """The rows `index`, kept, repeated or reordered."""
-        return Media(self.tokens[index], self.mask[index], self.anchor[index], self.segment[index])
+        announced = None if self.announced is None else self.announced[index]
+        return Media(self.tokens[index], self.mask[index], self.anchor[index], self.segment[index], announced)
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,12 @@ class LogitDistill(_PositionDistill):
                 'use per = "sample"'
             )
 
+        if options.per == "token" and options.at != "answers" and context.model.tiles_apart:
+            raise ValueError(
+                f'objective {options.name!r}: per = "token" at {options.at} positions needs a model whose tiles all stand in the row; '
+                'use per = "sample"'
+            )
+
     def count(self, batch: Batch) -> Tensor:
         options, samples = self.options, batch[bare(self.options.stream)].sample_index
         if options.at == "visual":

@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 
 from vlm.config.errors import DataError
 
-CONTEXT, INSTRUCTION, ANSWER = 0, 1, 2
-"""Roles of a piece, numbered as `vlm.types.Role`."""
+CONTEXT, INSTRUCTION, ANSWER, TAG = 0, 1, 2, 4
+"""Roles of a piece, numbered as `vlm.types.Role`; TAG: text that announces the tile of the next placeholder."""
 IMAGE = "<image>"
 """How a picture is written in LLaVA's data and in rendered text."""
 
@@ -47,7 +47,7 @@ class Message:
 @dataclass(frozen=True)
 class Piece:
     """A part of a row. kind: `text` of a message (never a special token), `markup` of the template (may be one),
-    `picture` (the placeholder), `bos`, `eos`; the last three have no text. role: CONTEXT, INSTRUCTION or ANSWER."""
+    `picture` (the placeholder), `bos`, `eos`; the last three have no text. role: CONTEXT, INSTRUCTION, ANSWER or TAG."""
 
     kind: PieceKind
     text: str = ""

@@ -93,9 +93,19 @@ def tiles(
     It is resized to exactly the grid, its aspect changed and nothing padded, and cut in raster order. The thumbnail
     is the whole picture resized to side x side.
     """
+    return cut_grid(picture, choose(*picture.size, side, max_tiles, select), side, thumbnail, resampling)
+
+
+def cut_grid(
+    picture: Image.Image,
+    grid: Grid,
+    side: int,
+    thumbnail: Thumbnail = "last",
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> list[Piece]:
+    """An RGB picture in the pieces of a grid that was chosen for it, each of side x side pixels."""
     if picture.mode != "RGB":
         raise ValueError(f"tiles takes RGB pictures, got mode {picture.mode}")
-    grid = choose(*picture.size, side, max_tiles, select)
     wanted = places(grid, thumbnail)
     whole = None if wanted == [THUMBNAIL] else resized(picture, (grid[0] * side, grid[1] * side), resampling)
     pieces = []
@@ -159,7 +169,8 @@ def _positive(value: int, name: str) -> None:
 class Tiling:
     """How pictures become pieces: the settings above as one value, which a bundle keeps beside its `Preprocess`.
 
-    side: pixels of a tile's side, that of the model's input. Raises ValueError on settings that are none.
+    side: pixels of a tile's side, that of the model's input. before, after: text around all pieces of a picture.
+    Raises ValueError on settings that are none.
     """
 
     side: int
@@ -167,6 +178,8 @@ class Tiling:
     select: Select = "closest-ratio"
     thumbnail: Thumbnail = "last"
     tags: TagStyle = "text-1d"
+    before: str = ""
+    after: str = ""
 
     def __post_init__(self) -> None:
         grid = choose(1, 1, self.side, self.max_tiles, self.select)
@@ -181,10 +194,20 @@ class Tiling:
         self, picture: Image.Image, resampling: Image.Resampling = Image.Resampling.BICUBIC
     ) -> list[tuple[Piece, str]]:
         """The pieces of an RGB picture, each with its tag."""
-        pieces = tiles(
-            picture, self.side, self.max_tiles, select=self.select, thumbnail=self.thumbnail, resampling=resampling
-        )
-        return list(zip(pieces, tags(self.grid(*picture.size), self.tags, self.thumbnail, self.side), strict=True))
+        grid = self.grid(*picture.size)
+        return list(zip(self.pieces(picture, grid, self.side, resampling), self.tags_of(grid), strict=True))
+
+    def pieces(self, picture: Image.Image, grid: Grid, side: int, resampling: Image.Resampling) -> list[Piece]:
+        """The pieces of a picture whose grid is known; side: of the tower that reads them."""
+        return cut_grid(picture, grid, side, self.thumbnail, resampling)
+
+    def tags_of(self, grid: Grid) -> list[str]:
+        """The tag of each piece, in order; empty texts where pieces have none."""
+        return tags(grid, self.tags, self.thumbnail, self.side)
+
+    def places_of(self, grid: Grid) -> list[tuple[int, int]]:
+        """The place of each piece, in order."""
+        return places(grid, self.thumbnail)
 
     @property
     def most_pieces(self) -> int:

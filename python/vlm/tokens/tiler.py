@@ -24,6 +24,9 @@ class TilerOptions(Options):
         "text-1d", description="text before each tile: its number, its column and row, or its box in pixels"
     )
 
+    before: str = Field("", description='text before the pieces of a picture, inside the template\'s own: "<Image>"')
+    after: str = Field("", description='text after them: "</Image>"')
+
     def build(self, side: int) -> Tiling:
         """The tiling for a tower whose pictures have `side` x `side` pixels."""
-        return Tiling(side, self.max_tiles, self.select, self.thumbnail, self.tags)
+        return Tiling(side, self.max_tiles, self.select, self.thumbnail, self.tags, self.before, self.after)

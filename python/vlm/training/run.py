@@ -301,6 +301,8 @@ class Run:
             communicator=self.communicator,
             source=source,
             picture_positions=model.picture_positions,
+            tiling=model.tiling,
+            tiles_apart=model.tiles_apart,
             template=_template_of(model, data),
             quarantine=self.directory.root if self.communicator.rank == 0 else None,
         )

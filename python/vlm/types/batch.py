@@ -72,12 +72,13 @@ class Pictures(Stream):
 
 
 class Role(IntEnum):
-    """Which part of a sample a token is from."""
+    """Which part of a sample a token is from. TAG: text that announces the tile of the next placeholder."""
 
     CONTEXT = 0
     INSTRUCTION = 1
     ANSWER = 2
     LEARNED = 3
+    TAG = 4
 
 
 @dataclass(frozen=True)

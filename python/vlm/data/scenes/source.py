@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 
-from vlm.config.errors import DataError
 from vlm.data.samples import Sample
+from vlm.data.scenes.address import options_of
 from vlm.data.scenes.reader import SceneReader
 from vlm.types.random import draw_key, mix
 
-_OPTIONS = {"n": (20_000, 1, 50_000_000), "seed": (0, 0, 2**62), "size": (64, 8, 1024), "yes": (50, 0, 100)}
-_SPLITS = ("train", "val", "test")
+_NUMBERS = {"n": (1, 50_000_000), "seed": (0, 2**62), "size": (8, 1024), "yes": (0, 100)}
 
 
 class ScenesSource:
@@ -34,26 +32,7 @@ class ScenesSource:
     @classmethod
     def from_uri(cls, uri: str) -> ScenesSource:
         """Raises DataError that names a wrong option and the known ones."""
-        query = uri.removeprefix("scenes:").lstrip("/").removeprefix("?")
-        known = ", ".join([*_OPTIONS, "split"])
-        options: dict[str, Any] = {}
-        for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=False):
-            if name == "split" and value in _SPLITS:
-                options[name] = value
-            elif name == "split":
-                raise DataError(f"split is {value!r}, expected one of {', '.join(_SPLITS)}", where=uri)
-            elif name in _OPTIONS:
-                _, low, high = _OPTIONS[name]
-                if not value.isascii() or not value.isdigit() or not low <= int(value) <= high:
-                    raise DataError(f"{name} is {value!r}, expected a number from {low} to {high}", where=uri)
-                options[name] = int(value)
-            else:
-                raise DataError(f"unknown option {name!r}", where=uri, remedy=f"known options: {known}")
-        if query and not options:
-            raise DataError(
-                f"cannot read the options {query!r}", where=uri, remedy="write scenes:?n=1000&split=val"
-            )
-        return cls(**options)
+        return cls(**options_of(uri, "scenes", _NUMBERS))
 
     def __len__(self) -> int:
         return self.n

@@ -48,6 +48,10 @@ def open_reader(spec: dict[str, Any], limits: PictureLimits) -> Reader:
         from vlm.data.scenes.reader import SceneReader
 
         return SceneReader(spec)
+    if kind == "digits":
+        from vlm.data.scenes.digits import DigitsReader
+
+        return DigitsReader(spec)
     if kind == "mixture":
         return MixedReader([open_reader(part, limits) for part in spec["parts"]])
     raise ValueError(f"no reader of kind {kind!r}")

@@ -2,7 +2,7 @@
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
 `text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`);
-`scenes:?n=20000&seed=1&split=val&size=64` (drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles
+`scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64` (drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles
 what the ending does not say. Several addresses of one kind are joined by commas.
 """
 
@@ -13,6 +13,7 @@ import os
 import re
 
 from vlm.config.errors import DataError
+from vlm.data.scenes.digits_source import DigitsSource
 from vlm.data.scenes.source import ScenesSource
 from vlm.data.sources.base import Source
 from vlm.data.sources.folder import FolderSource
@@ -21,10 +22,10 @@ from vlm.data.sources.json_lines import JsonLinesSource
 from vlm.data.sources.webdataset import WebDatasetSource
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 
-_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes):(?!//)")
+_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes|digits):(?!//)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
-_KNOWN = "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), or scenes:"
+_KNOWN = "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), scenes: or digits:"
 
 
 def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
@@ -36,6 +37,8 @@ def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
     rest = uri[found.end() :] if found else uri
     if prefix == "scenes":
         return ScenesSource.from_uri(uri)
+    if prefix == "digits":
+        return DigitsSource.from_uri(uri)
     remote = re.match(r"^([a-z][a-z0-9+.-]*)://|^pipe:", rest)
     if remote:
         raise DataError(

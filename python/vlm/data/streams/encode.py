@@ -11,7 +11,8 @@ import torch
 from vlm.config.errors import DataError
 from vlm.data.samples import BadSample
 from vlm.data.tokenizer import Tokenizer
-from vlm.runtime.chat import IMAGE, Piece, PieceIds, encode_pieces
+from vlm.runtime.chat import IMAGE, TAG, Piece, PieceIds, encode_pieces
+from vlm.runtime.tiled import row_positions
 from vlm.types.batch import TokenIds
 
 
@@ -27,11 +28,22 @@ class EncodedRow:
 
 
 class ConversationEncoder:
-    """length: positions of a row, of which a picture takes `picture_positions` (1 where the model does not say)."""
+    """length: positions of a row, of which a row of pictures takes `picture_positions` (1 where the model does not say).
 
-    def __init__(self, tokenizer: Tokenizer, length: int, picture_positions: int | None, pictures: bool) -> None:
+    tiles_apart: tiles and their tags take none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        length: int,
+        picture_positions: int | None,
+        pictures: bool,
+        *,
+        tiles_apart: bool = False,
+    ) -> None:
         """Raises DataError when there are pictures and the tokenizer has no placeholder for them."""
-        self.tokenizer, self.length = tokenizer, length
+        self.tokenizer, self.length, self.tiles_apart = tokenizer, length, tiles_apart
         self.cost = 1 if picture_positions is None else picture_positions
         self.image_id = tokenizer.token_to_id(IMAGE)
         if pictures and self.image_id is None:
@@ -41,21 +53,22 @@ class ConversationEncoder:
             )
         self._ids_of = PieceIds(tokenizer._core, () if self.image_id is None else (self.image_id,))
 
-    def encode(self, pieces: Sequence[Piece]) -> EncodedRow:
+    def encode(self, pieces: Sequence[Piece], places: Sequence[tuple[int, int, int]] = ()) -> EncodedRow:
         """The row, its answer cut from the right where it is too long (then without what ends it).
 
-        Raises BadSample when a picture or the whole answer would have to go.
+        places: of the tile of each placeholder, where pictures were cut. Raises BadSample when a picture or the whole answer would have to go.
         """
         ids, role, supervised = encode_pieces(
             pieces, self._ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id
         )
         pictures = sum(piece.kind == "picture" for piece in pieces)
-        positions = len(ids) + pictures * (self.cost - 1)
+        tags = {at for at, own in enumerate(role) if own == TAG}
+        positions = row_positions(ids, self.image_id, self.cost, places, tags, apart=self.tiles_apart)
         excess = positions - self.length
         if excess > 0:
             kept = max(0, len(ids) - excess)
             if not any(supervised[:kept]) or (pictures and self.image_id in ids[kept:]):
-                first = supervised.index(True) + pictures * (self.cost - 1) if any(supervised) else positions
+                first = positions - (len(ids) - supervised.index(True)) if any(supervised) else positions
                 raise BadSample("too_long", f"the prompt takes {first} of {self.length} positions, {pictures} pictures included")
             ids, role, supervised = ids[:kept], role[:kept], supervised[:kept]
             positions = self.length
@@ -83,13 +96,15 @@ def conversation_stream(rows: Sequence[tuple[int, EncodedRow]], pad_id: int) -> 
 
 
 def encoded_or_reason(
-    encoder: ConversationEncoder, conversations: Mapping[str, Sequence[Piece]]
+    encoder: ConversationEncoder,
+    conversations: Mapping[str, Sequence[Piece]],
+    places: Sequence[tuple[int, int, int]] = (),
 ) -> tuple[dict[str, EncodedRow], str, str]:
     """(rows by stream, reason, detail): reason is empty where all conversations of a sample fit."""
     rows: dict[str, EncodedRow] = {}
     for name, pieces in conversations.items():
         try:
-            rows[name] = encoder.encode(pieces)
+            rows[name] = encoder.encode(pieces, places)
         except BadSample as error:
             return {}, error.reason, f"{name}: {error.detail}"
     return rows, "", ""

@@ -41,6 +41,7 @@ class LlavaLayout(PublishedLayout):
         return (
             isinstance(options.fusion, PrefixOptions)
             and options.tokens is None
+            and options.tiler is None
             and not tower.norm
             and _tower_kind(tower) is not None
             and isinstance(connector, MlpOptions)

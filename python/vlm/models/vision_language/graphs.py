@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlm.config.errors import RequestError
 from vlm.models.graphs import cross_part, decoder_part, embed_part
 from vlm.models.reduced_graphs import counts_of, decode_part, prefill_part
 from vlm.types.export import ExportPart
@@ -30,8 +31,15 @@ class VisionGraph(nn.Module):
 
 
 def export_parts(model: VisionLanguageModel) -> dict[str, ExportPart]:
-    """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`."""
+    """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`.
+
+    Raises RequestError for a model that reads pictures in tiles.
+    """
     options = model.options
+    if options.tiler is not None:
+        raise RequestError(
+            "a model that reads pictures in tiles has no bundle yet", remedy="keep the model directory: every command reads it"
+        )
     inputs = {}
     for name, stream in options.picture_streams().items():
         size = options.towers[name].vit().image_size

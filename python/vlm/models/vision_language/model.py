@@ -1,7 +1,7 @@
 """The `vision-language` family: pictures and texts to the vocabulary of a language model.
 
 n rows of text, T tokens, S positions after the expansion, P rows of pictures, K visual tokens of a picture, C width,
-V vocabulary. Sources: limber, infmllm, nvlm (forms D and X), pyramiddrop, povid.
+V vocabulary. Sources: limber, infmllm, nvlm, pyramiddrop, povid.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from vlm.models.decoder import DecoderCache, DecoderResult, run_decoder
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.language import LanguageModel, LanguageOptions, layout_of
 from vlm.models.towers import VisionTransformer
-from vlm.models.vision_language.expand import Visual, beside, expand, place_pictures
+from vlm.models.vision_language.expand import Visual, announced, beside, divided, expand, place_pictures
 from vlm.models.vision_language.graphs import export_parts
 from vlm.models.vision_language.options import (
     CrossAttentionOptions,
     FusionOptions,
+    HybridOptions,
     PrefixOptions,
     VitTowerOptions,
 )
 from vlm.models.vision_language.parts import connector_of, copy_into, language_of, language_state, tower_of
 from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.tiling import Tiling
 from vlm.tokens import TokensOptions
+from vlm.tokens.tiler import TilerOptions
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
 from vlm.types.export import ExportPart
@@ -58,6 +61,7 @@ class VisionLanguageOptions(Options):
     connector: ConnectorOptions = Field(description="from the towers' tokens to the language model's width")
     language: LanguageOptions | None = Field(None, description="the language model; default: the part's")
     fusion: FusionOptions = PrefixOptions()
+    tiler: TilerOptions | None = Field(None, description="cut large pictures into tiles; none: a picture is one square")
     tokens: TokensOptions | None = Field(None, description="drop visual positions between layers; none: keep all")
     template: str = Field("plain", description="how messages become text: plain, vicuna, llama3 or chatml")
     length: int = Field(gt=0, description="greatest number of positions of a row, pictures expanded")
@@ -74,11 +78,14 @@ class VisionLanguageOptions(Options):
         if self.language is not None:
             self._check_depth(self.language)
         if self.tokens is not None and self.fusion.kind != "prefix":
-            raise ValueError('tokens: with fusion "cross-attention" there are no visual positions to drop')
+            left = "tiles beside the row" if self.fusion.kind == "hybrid" else "no visual positions to drop"
+            raise ValueError(f'tokens: with fusion "{self.fusion.kind}" there are {left}')
+        if self.fusion.kind == "hybrid" and (self.tiler is None or self.tiler.thumbnail == "none"):
+            raise ValueError('fusion "hybrid" needs a tiler with thumbnails: they stand in the row, the tiles beside it')
         return self
 
     def _check_depth(self, language: LanguageOptions) -> None:
-        if isinstance(self.fusion, CrossAttentionOptions) and self.fusion.every > language.depth:
+        if not isinstance(self.fusion, PrefixOptions) and self.fusion.every > language.depth:
             raise ValueError(f"fusion.every is {self.fusion.every} for {language.depth} blocks: no gated block would stand")
         if self.tokens is not None and max(self.tokens.keep.layers) >= language.depth:
             raise ValueError(
@@ -189,7 +196,7 @@ class VisionLanguageModel(Model):
         self.connector = options.connector.build(width, options.language.width, options.grid)
         self.language = LanguageModel(options.language, vocabulary)
         self.cross = nn.ModuleDict()
-        if isinstance(options.fusion, CrossAttentionOptions):
+        if isinstance(options.fusion, CrossAttentionOptions | HybridOptions):
             every, trunk = options.fusion.every, options.language.trunk()
             self.cross = nn.ModuleDict(
                 {str(layer): GatedCrossBlock(trunk) for layer in range(every, options.language.depth + 1, every)}
@@ -199,7 +206,16 @@ class VisionLanguageModel(Model):
 
     def preprocesses(self) -> dict[str, Preprocess]:
         streams = self.options.picture_streams()
-        return {streams[name]: tower.preprocess() for name, tower in self.options.towers.items()}
+        made = {streams[name]: tower.preprocess() for name, tower in self.options.towers.items()}
+        if self.options.tiler is None:
+            return made
+        return {name: replace(preprocess, resize="squash") for name, preprocess in made.items()}
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How pictures are cut, by the side of the first tower; every piece is squashed to the side of each tower."""
+        tiler, tower = self.options.tiler, next(iter(self.options.towers.values()))
+        return None if tiler is None else tiler.build(tower.vit().image_size)
 
     def preprocess(self) -> Preprocess:
         """How pictures of the stream `image` are prepared."""
@@ -214,7 +230,11 @@ class VisionLanguageModel(Model):
     @property
     def picture_positions(self) -> int | None:
         """Positions that the placeholder of one row of pictures becomes; None where it stays one token."""
-        return None if self.cross else self.picture_tokens
+        return None if self.options.fusion.kind == "cross-attention" else self.picture_tokens
+
+    @property
+    def tiles_apart(self) -> bool:
+        return self.options.fusion.kind == "hybrid"
 
     # Pictures
 
@@ -306,16 +326,18 @@ class VisionLanguageModel(Model):
         keep_cache: bool = False,
     ) -> tuple[DecoderResult, Layout]:
         places = place_pictures(stream, self.vocabulary.special["image"], visual, keys=keys, name=name, context=context)
-        x, cross, reducer = self.language.tokens(stream.values), None, None
-        if self.cross:
-            layout, media = beside(layout_of(stream), places, visual)
-            if media is not None:
-                blocks = {int(layer): block for layer, block in self.cross.items() if isinstance(block, GatedCrossBlock)}
-                cross = Cross(blocks, media)
+        x, media, cross, reducer = self.language.tokens(stream.values), None, None, None
+        if self.options.fusion.kind == "cross-attention":
+            layout, media = beside(layout_of(stream), places, visual, announced(stream, places))
+        elif self.options.fusion.kind == "hybrid":
+            x, layout, media = divided(stream, x, places, visual, announced(stream, places))
         else:
             x, layout = expand(stream, x, places, visual)
             if self.options.tokens is not None:
                 reducer = self.options.tokens.reducer(layout)
+        if media is not None:
+            blocks = {int(layer): block for layer, block in self.cross.items() if isinstance(block, GatedCrossBlock)}
+            cross = Cross(blocks, media)
         result = run_decoder(
             self.language.trunk, x, layout, keep_cache=keep_cache, reducer=reducer, cross=cross, collect=layers_of(fields)
         )

@@ -92,4 +92,12 @@ class CrossAttentionOptions(Options):
     every: int = Field(gt=0, description="one gated block after this many decoder blocks")
 
 
-FusionOptions = Annotated[PrefixOptions | CrossAttentionOptions, Field(discriminator="kind")]
+class HybridOptions(Options):
+    """The thumbnail takes the place of its placeholder; gated blocks attend the tiles, each behind the embeddings of its
+    tag, and neither tiles nor their tags have a position in the row (nvlm form H)."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    every: int = Field(gt=0, description="one gated block after this many decoder blocks")
+
+
+FusionOptions = Annotated[PrefixOptions | CrossAttentionOptions | HybridOptions, Field(discriminator="kind")]

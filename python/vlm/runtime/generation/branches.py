@@ -18,12 +18,12 @@ Pictures = Mapping[str, Sequence[np.ndarray]]
 
 
 def without_pictures(prompt: Prompt, image_id: int) -> Prompt:
-    """The prompt with its pictures and their placeholders deleted."""
-    return Prompt(tuple(i for i in prompt.ids if i != image_id))
+    """The prompt with its pictures, their placeholders and their tags deleted."""
+    return Prompt(tuple(i for at, i in enumerate(prompt.ids) if i != image_id and at not in prompt.tags))
 
 
 def with_unknown(prompt: Prompt, image_id: int, unknown_id: int) -> Prompt:
-    """The prompt with its pictures deleted and each placeholder replaced by the unknown (or padding) token."""
+    """The prompt with its pictures deleted and each placeholder replaced by the unknown (or padding) token; tags stay."""
     return Prompt(tuple(unknown_id if i == image_id else i for i in prompt.ids))
 
 

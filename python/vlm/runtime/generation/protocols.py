@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 class Prompt:
     """What a model reads before it writes.
 
-    ids: token ids, one placeholder a picture; pictures: picture stream -> prepared pictures [3, S, S], in order.
+    ids: token ids, one placeholder a row of pictures; pictures: picture stream -> rows [3, S, S], in order.
+    places: (picture, tile row, tile column) of each row where pictures were cut into tiles, the thumbnail at (-1, -1);
+    empty: each row is a picture. tags: the indices of ids that announce the tile of the next placeholder.
     """
 
     ids: Sequence[int]
     pictures: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    places: Sequence[tuple[int, int, int]] = ()
+    tags: frozenset[int] = frozenset()
 
 
 @runtime_checkable
@@ -61,7 +65,8 @@ class Generator(Protocol):
     eos_ids: frozenset[int]
 
     def prepare_image(self, picture: Picture, limits: PictureLimits = DEFAULT_LIMITS) -> Mapping[str, np.ndarray]:
-        """Picture stream -> float32 [3, S, S], normalised. Raises BadPicture."""
+        """Picture stream -> [3, S, S]; of a model that reads tiles, a `vlm.runtime.tiled.TiledPicture`, whose arrays are
+        [k, 3, S, S]. A bundle gives normalised float32. Raises BadPicture."""
         ...
 
     def prompt(self, messages: Sequence[Message], pictures: Sequence[Mapping[str, np.ndarray]]) -> Prompt:

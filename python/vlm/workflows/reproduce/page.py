@@ -76,6 +76,9 @@ def _row(key: str, title: str, command: str, claim: Mapping[str, Any] | None, re
     if found is None:
         return _joined(head, command, claim_text(claim), "not yet run", *[""] * 6)
     verdict = found["verdict"] if found["data"] == REAL else f"{found['verdict']} (on drawn scenes, not the claim's data)"
+    judged = (found["metric"], float(found["margin"]), found["direction"])
+    if judged != (claim["metric"], float(claim["margin"]), claim.get("direction", "higher")):
+        verdict += f" (an earlier claim: {found['metric']} by {found['margin']:g}; this one is not yet run)"
     return _joined(
         head, command, claim_text(claim), verdict, _side(found["method"]), _side(found["baseline"]),
         interval(found["difference"]), str(len(found["seeds"])), f"`{found['command']}`", _commits(found),
@@ -87,11 +90,15 @@ def _rig_row(found: Mapping[str, Any]) -> str:
         found["claim"] + ("" if found["data"] == REAL else " (drawn scenes)"),
         "as it must be" if found["ok"] else "**not as it must be**",
         f"{interval(found['planted']['difference'])}: {found['planted']['verdict']}",
-        f"{interval(found['self']['difference'])}: {found['self']['verdict']}",
+        f"{interval(found['self']['difference'])}: 0 is {'inside' if _holds_zero(found['self']['difference']) else '**outside**'}",
         str(len(found["planted"]["seeds"])),
         f"`{found['command']}`",
         _commits(found),
     )
+
+
+def _holds_zero(difference: Mapping[str, Any]) -> bool:
+    return bool(difference["lower"] <= 0 <= difference["upper"])
 
 
 def _commits(found: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ def small(key, models, *overrides):
         given.append('data.val="scenes:?n=12&split=val"')
     if preset.model is not None:
         given += SMALL[preset.model.kind]
+        if getattr(preset.model, "tokens", None) is not None:  # a language model of two layers has one place to drop
+            given += ["model.tokens.keep.layers=[1]", "model.tokens.keep.ratios=[0.5]"]
     elif preset.start.model is None:  # one that is to be given a model
         given.append(f'start.model="{models["clip-tiny"]}"')
     preset, resolved = load_preset(key, [*given, *overrides])

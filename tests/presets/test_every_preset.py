@@ -20,13 +20,14 @@ SIGNATURES = {
     "llava-kd": "a teacher in two stages of three",
     "debias-lvlm": "a whole model with weights of its own",
     "vlm-tiny": "two parts, two stages",
+    "pyramiddrop": "positions dropped between layers",
     "lora-tiny": "adapters on a dual encoder",
     "linear-probe": "a head on a frozen tower",
 }
 """Presets that between them have every part, and what each is here for."""
 
 
-def test_the_presets_of_this_round_are_there():
+def test_every_signature_names_a_preset():
     assert set(SIGNATURES) <= set(KEYS)
 
 

@@ -216,7 +216,8 @@ class Run:
         choose_trainable(model, tuning)
         model.set_recompute(stage.train.recompute)
         source = open_split(stage.data, "train")
-        self.note(f"data: {stage.data.source} is {source.kind}, {len(source)} samples")
+        address = ", ".join(stage.data.mixture) or stage.data.source
+        self.note(f"data: {address} is {source.kind}, {len(source)} samples")
         loader = self._loader(stage, model, source)
         try:
             sources = CompanionSources(

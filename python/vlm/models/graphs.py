@@ -7,22 +7,33 @@ a row. Traced by the exporter; `run_decoder` computes the same where lengths may
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.models.blocks import Attention
+from vlm.models.blocks import Attention, Trunk
 from vlm.types.export import ExportPart
 
 if TYPE_CHECKING:
     from vlm.models.cross import GatedCrossBlock
-    from vlm.models.language import LanguageModel
 
 Rotary = tuple[Tensor, Tensor]
 LOWEST = torch.finfo(torch.float32).min
 """Added to the logit of a key that is not seen. Finite: a row without any key gives no NaN."""
+
+
+class Decoder(Protocol):
+    """What the graphs read of a language model."""
+
+    options: Any
+    tokens: nn.Embedding
+    trunk: Trunk
+    post_norm: nn.Module
+
+    @property
+    def head_weight(self) -> Tensor: ...
 
 
 class EmbedGraph(nn.Module):
@@ -45,7 +56,7 @@ class DecoderGraph(nn.Module):
     values [b, G, M, D] of each cross block.
     """
 
-    def __init__(self, language: LanguageModel, cross: dict[int, GatedCrossBlock] | None = None) -> None:
+    def __init__(self, language: Decoder, cross: dict[int, GatedCrossBlock] | None = None) -> None:
         super().__init__()
         self.language = language
         self.layers = tuple(cross or ())
@@ -129,7 +140,7 @@ def gated(block: Any, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     return x + torch.where(some, block.ffn_gate.tanh() * block.ffn(block.norm2(x)), 0.0)
 
 
-def last_logits(language: LanguageModel, x: Tensor, valid: Tensor) -> Tensor:
+def last_logits(language: Decoder, x: Tensor, valid: Tensor) -> Tensor:
     """[b, V] at the last valid position of each row, the first of an empty one."""
     place = torch.arange(x.shape[1], device=x.device)
     at = (valid.to(torch.int64) * place).amax(1)
@@ -140,13 +151,13 @@ def last_logits(language: LanguageModel, x: Tensor, valid: Tensor) -> Tensor:
 # The parts of a bundle
 
 
-def embed_part(language: LanguageModel) -> ExportPart:
+def embed_part(language: Decoder) -> ExportPart:
     """`embed`: ids to embeddings."""
     ids = torch.ones(2, 4, dtype=torch.int64)
     return ExportPart(EmbedGraph(language.tokens), {"input_ids": ids}, {"input_ids": {0: "batch", 1: "length"}}, ["inputs_embeds"])
 
 
-def decoder_part(language: LanguageModel, cross: dict[int, GatedCrossBlock] | None = None) -> ExportPart:
+def decoder_part(language: Decoder, cross: dict[int, GatedCrossBlock] | None = None) -> ExportPart:
     """The decoder with its cache as inputs and outputs."""
     inputs, dynamic = new_inputs(language, new=4, total=7)
     if cross:
@@ -160,7 +171,7 @@ def decoder_part(language: LanguageModel, cross: dict[int, GatedCrossBlock] | No
     return ExportPart(DecoderGraph(language, cross), inputs, dynamic, outputs)
 
 
-def cross_part(language: LanguageModel, cross: dict[int, GatedCrossBlock], tokens: int) -> ExportPart:
+def cross_part(language: Decoder, cross: dict[int, GatedCrossBlock], tokens: int) -> ExportPart:
     """`cross`: the keys and values of pictures in each cross block. tokens: K."""
     example = torch.rand(2, tokens, language.options.width)
     return ExportPart(
@@ -168,7 +179,7 @@ def cross_part(language: LanguageModel, cross: dict[int, GatedCrossBlock], token
     )
 
 
-def new_inputs(language: LanguageModel, *, new: int, total: int) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
+def new_inputs(language: Decoder, *, new: int, total: int) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
     """Examples of the inputs that new positions have in every graph, and their free axes."""
     inputs = {
         "inputs_embeds": torch.rand(2, new, language.options.width),
@@ -183,7 +194,7 @@ def new_inputs(language: LanguageModel, *, new: int, total: int) -> tuple[dict[s
     return inputs, dynamic
 
 
-def kept_example(language: LanguageModel, positions: int) -> Tensor:
+def kept_example(language: Decoder, positions: int) -> Tensor:
     """Keys or values [2, G, positions, D]."""
     attention: Any = language.trunk.blocks[0].attention
     return torch.rand(2, attention.kv_heads, positions, attention.head_width)

@@ -7,13 +7,14 @@ all its layers hold as many positions.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm.models.graphs import (
     LOWEST,
+    Decoder,
     Rotary,
     cache_names,
     causal_bias,
@@ -23,9 +24,6 @@ from vlm.models.graphs import (
     new_inputs,
 )
 from vlm.types.export import ExportPart
-
-if TYPE_CHECKING:
-    from vlm.models.language import LanguageModel
 
 
 class PrefillGraph(nn.Module):
@@ -38,7 +36,7 @@ class PrefillGraph(nn.Module):
     after a drop, of equal scores the lower ones; all where no text follows it.
     """
 
-    def __init__(self, language: LanguageModel, counts: dict[int, int], *, renumber: bool) -> None:
+    def __init__(self, language: Decoder, counts: dict[int, int], *, renumber: bool) -> None:
         """counts: layer after which is dropped -> visual positions that a picture keeps."""
         super().__init__()
         self.language, self.counts, self.renumber = language, dict(counts), renumber
@@ -74,7 +72,7 @@ class DecodeGraph(nn.Module):
     values [b, G, p_N, D] of each layer) -> (logits [b, V] at the last valid position, present keys and values).
     """
 
-    def __init__(self, language: LanguageModel, stages: list[int]) -> None:
+    def __init__(self, language: Decoder, stages: list[int]) -> None:
         """stages: the stage of each layer."""
         super().__init__()
         self.language, self.stages = language, stages
@@ -152,7 +150,7 @@ def stages_of(depth: int, drops: list[int]) -> list[int]:
     return [sum(layer > drop for drop in drops) for layer in range(1, depth + 1)]
 
 
-def prefill_part(language: LanguageModel, counts: dict[int, int], *, renumber: bool) -> ExportPart:
+def prefill_part(language: Decoder, counts: dict[int, int], *, renumber: bool) -> ExportPart:
     """`prefill`: prompts with the selection inside."""
     inputs, dynamic = new_inputs(language, new=8, total=8)
     dynamic["attention_mask"] = {0: "batch", 1: "length"}
@@ -165,7 +163,7 @@ def prefill_part(language: LanguageModel, counts: dict[int, int], *, renumber: b
     return ExportPart(PrefillGraph(language, counts, renumber=renumber), inputs, dynamic, outputs)
 
 
-def decode_part(language: LanguageModel, counts: dict[int, int]) -> ExportPart:
+def decode_part(language: Decoder, counts: dict[int, int]) -> ExportPart:
     """`decode`: new positions behind the caches that `prefill` left."""
     depth = language.options.depth
     stages = stages_of(depth, list(counts))

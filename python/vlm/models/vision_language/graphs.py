@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,24 @@ from vlm.models.graphs import cross_part, decoder_part, embed_part
 from vlm.models.reduced_graphs import counts_of, decode_part, prefill_part
 from vlm.types.export import ExportPart
 
-if TYPE_CHECKING:
-    from vlm.models.vision_language.model import VisionLanguageModel
+
+class Reader(Protocol):
+    """What the graphs read of a model of this family."""
+
+    options: Any
+    language: Any
+    cross: nn.ModuleDict
+
+    @property
+    def picture_tokens(self) -> int: ...
+
+    def visual_tokens(self, pixels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]: ...
 
 
 class VisionGraph(nn.Module):
     """pixel_values [n, 3, S, S], normalised, of each tower in order -> visual_tokens [n, K, C], connector included."""
 
-    def __init__(self, model: VisionLanguageModel) -> None:
+    def __init__(self, model: Reader) -> None:
         super().__init__()
         self.model = model
 
@@ -30,7 +41,7 @@ class VisionGraph(nn.Module):
         return tokens
 
 
-def export_parts(model: VisionLanguageModel) -> dict[str, ExportPart]:
+def export_parts(model: Reader) -> dict[str, ExportPart]:
     """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`.
 
     Raises RequestError for a model that reads pictures in tiles.

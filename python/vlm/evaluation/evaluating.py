@@ -18,9 +18,13 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
     device = next(model.parameters()).device
     training = model.training
-    model.eval()
+    # Asked for every token that is written: setting the mode of all modules costs more than looking at it.
+    changes = any(module.training for module in model.modules())
+    if changes:
+        model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield device
     finally:
-        model.train(training)
+        if changes:
+            model.train(training)

@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from vlm.runtime.pictures import BadPicture
 from vlm.serving.chat_schemas import ChatRequest
 from vlm.serving.errors import ApiError
 from vlm.serving.inputs import Item, image_item, text_item
+from vlm.serving.lifecycle import Served
 from vlm.serving.metrics import Metrics
 from vlm.serving.schemas import ImagePart
 from vlm.serving.settings import ServerSettings
@@ -36,39 +36,13 @@ class Asked:
     key: str
 
 
-class ChatEngine:
+class ChatEngine(Served):
     """One generator, shared by all requests."""
 
     def __init__(self, generator: Generator, settings: ServerSettings, metrics: Metrics) -> None:
-        self.generator, self.settings, self.metrics = generator, settings, metrics
-        self.name = settings.name or generator.name
-        self.ready = False
-        self.failure: str | None = None
-        self.created = int(time.time())
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="vlm-decode")
         self._writer = Writer(generator, settings, metrics)
-        self._test: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to serve; ready once the self-test has passed."""
-        self._writer.start()
-        self._test = asyncio.get_running_loop().create_task(self._self_test(), name="vlm-self-test")
-
-    async def close(self) -> None:
-        """Finish the answers that somebody reads and stop."""
-        if self._test is not None:
-            await asyncio.gather(self._test, return_exceptions=True)
-        await self._writer.close()
-        self._decoders.shutdown(wait=True, cancel_futures=True)
-
-    async def _self_test(self) -> None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._decoders, self._check)
-        except Exception as error:
-            self.failure = str(error)
-            log.error("self-test failed: %s", error)
-            return
-        self.ready = True
+        super().__init__(generator.name, settings, self._writer)
+        self.generator, self.metrics = generator, metrics
 
     def _check(self) -> None:
         """The golden answers of a bundle; of another model, that it writes a token."""

@@ -6,8 +6,7 @@ import asyncio
 import io
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,46 +19,21 @@ from vlm.runtime.pictures import BadPicture, decode_picture
 from vlm.serving.batching import Batcher, Kind
 from vlm.serving.errors import ApiError
 from vlm.serving.inputs import Item
+from vlm.serving.lifecycle import Served, unless_gone
 from vlm.serving.metrics import Metrics
 from vlm.serving.settings import ServerSettings
 
 log = logging.getLogger("vlm.serving")
 
 
-class Engine:
+class Engine(Served):
     """One embedder, shared by all requests."""
 
     def __init__(self, embedder: Embedder, settings: ServerSettings, metrics: Metrics) -> None:
-        self.embedder, self.settings, self.metrics = embedder, settings, metrics
-        self.name = settings.name or embedder.name
-        self.ready = False
-        self.failure: str | None = None
-        self.created = int(time.time())
-        self._preparing = embedder if isinstance(embedder, PreparingEmbedder) else None
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="vlm-decode")
         self._batcher = Batcher(self._encode, settings, metrics)
-        self._test: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to serve; ready once the self-test has passed."""
-        self._batcher.start()
-        self._test = asyncio.get_running_loop().create_task(self._self_test(), name="vlm-self-test")
-
-    async def close(self) -> None:
-        """Finish queued work and stop."""
-        if self._test is not None:
-            await asyncio.gather(self._test, return_exceptions=True)
-        await self._batcher.close()
-        self._decoders.shutdown(wait=True, cancel_futures=True)
-
-    async def _self_test(self) -> None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._decoders, self._check)
-        except Exception as error:
-            self.failure = str(error)
-            log.error("self-test failed: %s", error)
-            return
-        self.ready = True
+        super().__init__(embedder.name, settings, self._batcher)
+        self.embedder, self.metrics = embedder, metrics
+        self._preparing = embedder if isinstance(embedder, PreparingEmbedder) else None
 
     def _check(self) -> None:
         """The golden vectors of a bundle; of another model, that a picture and a text give unit vectors."""
@@ -84,7 +58,7 @@ class Engine:
         if not self.ready:
             raise ApiError(503, self.failure or "the server is starting", code="not_ready", headers={"Retry-After": "1"})
         self._batcher.check_room(len(items))
-        return await _unless_gone(request, self._embed(items, deadline))
+        return await unless_gone(request, self._embed(items, deadline))
 
     async def _embed(self, items: Sequence[Item], deadline: float) -> np.ndarray:
         payloads: list[tuple[Kind, Any]] = []
@@ -126,23 +100,3 @@ class Engine:
         """Tokens of the texts, where the embedder can count them."""
         count: Callable[[str], int] | None = getattr(self.embedder, "count_tokens", None)
         return sum(count(item.value) for item in items if isinstance(item.value, str)) if count else 0
-
-
-async def _unless_gone(request: Request, work: Awaitable[np.ndarray]) -> np.ndarray:
-    """The work's result; it is cancelled as soon as the client disconnects."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client left", code="disconnected")
-        return task.result()
-    finally:
-        for pending in (task, watch):
-            pending.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

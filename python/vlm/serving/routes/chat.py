@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -25,8 +24,8 @@ from vlm.serving.chat_schemas import (
     ChunkChoice,
     Delta,
 )
-from vlm.serving.engine import _disconnect
 from vlm.serving.errors import ApiError
+from vlm.serving.lifecycle import unless_gone
 from vlm.serving.routes.models import check_model
 from vlm.serving.schemas import EVERY_ERROR, errors
 from vlm.serving.writing import Job, log
@@ -49,11 +48,11 @@ def router(engine: ChatEngine) -> APIRouter:
         check_model(engine, body.model)  # type: ignore[arg-type]
         deadline = time.monotonic() + engine.settings.deadline_seconds
         engine.check_ready()
-        asked = await _unless_gone(request, engine.prepare(body, deadline))
+        asked = await unless_gone(request, engine.prepare(body, deadline))
         job = engine.begin(asked, deadline)
         reply = _Reply(engine, asked, body)
         if not body.stream:
-            return await _unless_gone(request, reply.whole(job))
+            return await unless_gone(request, reply.whole(job))
         return StreamingResponse(reply.events(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     return routes
@@ -124,18 +123,3 @@ class _Reply:
 
 def _event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """The work's result; it is cancelled as soon as the client disconnects."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client left", code="disconnected")
-        return task.result()
-    finally:
-        for pending in (task, watch):
-            pending.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)

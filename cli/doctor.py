@@ -25,6 +25,7 @@ import click
 
 from vlm.cli.output import colour, echo_json, echo_result
 from vlm.config.errors import ExitCode
+from vlm.config.machine import usable_cores
 
 State = Literal["ok", "note", "broken"]
 
@@ -269,11 +270,6 @@ def cpu_flags() -> list[str]:
                 present = set(line.split())
                 return [flag for flag in CPU_FLAGS if flag in present]
     return []
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

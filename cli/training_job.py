@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm.cli.output import echo_json, echo_result, log, wants_bar
 from vlm.config.errors import CheckpointError, ExitCode, RequestError
+from vlm.config.machine import usable_cores
 
 
 @dataclass
@@ -96,7 +97,7 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     if processes > 1 and "RANK" not in os.environ and not job.dry_run:
         from vlm.training.launch import launch
 
-        threads = max(1, (os.cpu_count() or 1) // processes)
+        threads = max(1, usable_cores() // processes)
         return _as_code(launch(arguments, processes, threads))
     with joined() as communicator:
         settings: dict[str, Any] = {"communicator": communicator, "note": log, "progress": wants_bar() and not job.as_json}

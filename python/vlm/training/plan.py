@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vlm.config.machine import usable_cores
 from vlm.training.engine import Clock
 from vlm.training.memory import keep_freed_memory
 from vlm.training.trainer import Parts
@@ -111,7 +112,7 @@ def make_plan(parts: Parts, output: str, *, before: int = 0) -> Plan:
     processes = max(scale.processes, parts.engine.communicator.size)
     share = -(-train.batch_size // processes)
     micro = -(-share // train.accumulate)
-    torch.set_num_threads(scale.threads or max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(scale.threads or max(1, usable_cores() // processes))
     measured = _Measured(parts)
     parameters = list(parts.model.parameters())
     total = sum(p.numel() for p in parameters)

@@ -66,7 +66,7 @@ class ScaleOptions(Options):
     """How many processes share an update."""
 
     processes: int = Field(1, gt=0, description="processes on this machine (`-n`)")
-    threads: int | None = Field(None, gt=0, description="CPU threads of a process; default: cores / processes")
+    threads: int | None = Field(None, gt=0, description="CPU threads of a process; default: usable cores / processes")
 
 
 class LoopOptions(Options):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import nn
 
 from vlm.config.errors import CheckpointError, RequestError, VlmError
 from vlm.config.load import Resolved
+from vlm.config.machine import usable_cores
 from vlm.config.writing import to_toml
 from vlm.data.loader import Loader, build_loader, open_split
 from vlm.data.options import DataOptions
@@ -118,7 +118,7 @@ class Run:
         started = time.monotonic()
         keep_freed_memory()
         threads = self.stages[0].scale.threads
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.communicator.size))
+        torch.set_num_threads(threads or max(1, usable_cores() // self.communicator.size))
         checkpoints = Checkpoints(self.directory.checkpoints, keep=self.stages[0].train.keep)
         found = checkpoints.newest(self.note, strict=strict)
         tree: Tree | None = None

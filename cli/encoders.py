@@ -26,7 +26,7 @@ def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32
     if threads is not None:
         import_module("torch").set_num_threads(threads)
     if not hasattr(model, "encode_image"):
-        what = "vision-language model answers and" if hasattr(model, "generate") else "language model"
+        what = "vision-language model answers questions and" if hasattr(model, "prepare_image") else "language model"
         raise RequestError(f"a {what} embeds no pictures", where=path, remedy="give a dual encoder, or ask this one with vlm generate")
     return cast(Embedder, model)
 

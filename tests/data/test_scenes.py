@@ -104,6 +104,17 @@ def test_answers_are_true_and_balanced():
         assert max(counts) < 1.6 * min(counts), kind
 
 
+def test_the_inventory_says_each_object_once_in_reading_order():
+    """Its phrases follow the cells of the grid, row by row."""
+    from vlm.data.scenes.language import inventory
+
+    for scene in (compose(scene_generator(1, i), "train") for i in range(50)):
+        text = inventory(scene)
+        places = [text.index(sized(thing)) for thing in sorted(scene.things, key=lambda thing: thing.cell)]
+        assert places == sorted(places)
+        assert text.count(" at the ") + text.count(" on the ") + text.count(" in the ") == len(scene.things)
+
+
 def test_the_description_names_every_object():
     scene = compose(scene_generator(1, 2), "train")
     from vlm.data.scenes.language import description

@@ -60,6 +60,12 @@ def description(scene: Scene) -> str:
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
 
+def inventory(scene: Scene) -> str:
+    """Every object once, with size, color, shape and place, in reading order of the places."""
+    things = sorted(scene.things, key=lambda thing: thing.cell)
+    return listing([f"{a(sized(thing))} {_PLACES[thing.cell]}" for thing in things])
+
+
 def questions(scene: Scene, draws: Sequence[float], yes: float = 0.5) -> list[dict[str, Any]]:
     """Questions of five kinds. draws: at least 8 numbers in [0, 1). yes: how likely the answer of a yes-no question is yes."""
     things = scene.things

@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
         towers={"main": _TOWER, "fine": _TOWER | {"image_size": 24, "patch_size": 12, "layer": -2, "norm": False}},
     ),
     "drop": dict(tokens={"keep": {"layers": [1, 2], "ratios": [0.5, 0.25]}}, language=_LANGUAGE | {"depth": 3}),
+    "tiles": dict(tiler={"max_tiles": 3, "before": "<I>", "after": "</I>"}, language=_LANGUAGE | {"length": 400}, length=400),
     "drop-keep": dict(
         tokens={"keep": {"layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}}, language=_LANGUAGE | {"depth": 3}
     ),

@@ -78,11 +78,20 @@ def test_named_entries_keep_the_bases_order_and_new_ones_follow(base, over):
         assert merged == over
         return
     new = [entry["name"] for entry in over if entry["name"] not in {b["name"] for b in base}]
-    assert [entry["name"] for entry in merged] == [entry["name"] for entry in base] + new
+    said = [entry["name"] for entry in over]
+    complete = {entry["name"] for entry in base} <= set(said)
+    assert [entry["name"] for entry in merged] == (said if complete else [entry["name"] for entry in base] + new)
     for entry in merged:
         parts = [e for e in (*base, *over) if e["name"] == entry["name"]]
         expected = merge_tables(parts[0], parts[-1])
         assert entry == expected
+
+
+def test_a_stage_goes_between_two_by_naming_all():
+    base = {"stages": [{"name": "align", "steps": 1}, {"name": "instruct", "steps": 2}]}
+    over = {"stages": [{"name": "align"}, {"name": "see", "steps": 3}, {"name": "instruct", "steps": 4}]}
+    merged = merge_tables(base, over)["stages"]
+    assert [(e["name"], e["steps"]) for e in merged] == [("align", 1), ("see", 3), ("instruct", 4)]
 
 
 @given(entries.filter(bool), names)

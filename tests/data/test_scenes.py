@@ -115,6 +115,21 @@ def test_the_inventory_says_each_object_once_in_reading_order():
         assert text.count(" at the ") + text.count(" on the ") + text.count(" in the ") == len(scene.things)
 
 
+def test_attributes_ask_what_one_object_answers():
+    """Every answer is that of exactly one object, found again in the fields of the scene."""
+    kinds = Counter()
+    for fields in fields_of("scenes:?n=60", 60):
+        for asked in fields["attributes"]:
+            kinds[asked["kind"]] += 1
+            kind, answer, words = asked["kind"], asked["answer"], asked["question"].rstrip("?").split()
+            if kind == "place":
+                assert f"{answer.split(' ', 1)[1]} {' '.join(words[2:])}" in fields["inventory"], asked
+                continue
+            addressed = [o for o in fields["objects"] if all(o[k] in words for k in ("color", "shape") if k != kind)]
+            assert [o[kind] for o in addressed] == [answer], asked
+    assert set(kinds) == {"shape", "color", "size", "place"}
+
+
 def test_the_description_names_every_object():
     scene = compose(scene_generator(1, 2), "train")
     from vlm.data.scenes.language import description

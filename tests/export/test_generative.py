@@ -24,7 +24,7 @@ from vlm.runtime import open_any_bundle
 from vlm.runtime.chat import Message
 from vlm.runtime.generation import Decoding, generate
 
-KINDS = ["prefix", "cross", "drop"]
+KINDS = ["prefix", "cross", "drop", "tiles"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

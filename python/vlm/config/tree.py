@@ -4,7 +4,8 @@ The rules, tested in tests/config/test_tree.py:
 
 - tables merge key by key; anything else replaces what the base had;
 - lists whose entries are all tables with a `name` merge by name: an entry of the same name is merged into the base's,
-  a new name is appended, `{name = "x", remove = true}` removes; every other list replaces, and an empty list empties;
+  a new name is appended, `{name = "x", remove = true}` removes; a list that names every entry of the base decides the
+  order, so that a stage can go between two; every other list replaces, and an empty list empties;
 - the value `"!delete"` removes a key that the base set;
 - a table that says another `kind` than its base starts anew: the base's keys belong to the other kind and are dropped
   (the `name` of a list entry stays). A base table that leaves `kind` to its default cannot be recognised: its keys stay,
@@ -197,6 +198,9 @@ def _merge_named(base: Node, over: Node) -> Node:
             entries[index] = node if is_removal(entries[index]) else merge(entries[index], node)
         elif not is_removal(entries[index]):
             del entries[index]
+    said = [name_of(node) for node in over.value]
+    if all(name_of(entry) in said for entry in base.value):
+        entries.sort(key=lambda entry: said.index(name_of(entry)))
     return Node(entries, over.origin or base.origin)
 
 

@@ -110,8 +110,8 @@ print(tokenizer.decode(answer))
 
 EXAMPLE_RUNTIME = '''"""Ask about a picture. Run: python example.py picture.png "what is this?" 20
 
-Needs vlm-forge, which needs no torch for this: the layers of this model hold different numbers of positions, or pictures
-stand beside the text, and its stepper does that work.
+Needs vlm-forge, which needs no torch for this: the layers of this model hold different numbers of positions, pictures are
+cut into tiles, or they stand beside the text, and its runtime does that work.
 """
 
 import sys
@@ -136,7 +136,8 @@ def example(about: dict[str, Any]) -> str:
     if about["kind"] == "language":
         return EXAMPLE_LANGUAGE
     decoder = about["decoder"]
-    return EXAMPLE_RUNTIME if decoder.get("cross") or decoder.get("drops") else EXAMPLE_ANSWER
+    runtime = decoder.get("cross") or decoder.get("drops") or about["pictures"].get("tiling")
+    return EXAMPLE_RUNTIME if runtime else EXAMPLE_ANSWER
 
 
 _TASKS = {"dual-encoder": "zero-shot-image-classification", "language": "text-generation", "vision-language": "image-text-to-text"}

@@ -6,11 +6,13 @@ n rows, V vocabulary, S side of the model's input, K visual tokens of a picture.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vlm.config.errors import GateFailed
 from vlm.evaluation.generator import TorchGenerator, language_part, open_generator
@@ -25,6 +27,7 @@ from vlm.runtime.bundle import open_any_bundle
 from vlm.runtime.chat import Message
 from vlm.runtime.generation import Prompt
 from vlm.runtime.generator import BundleGenerator, Prepared
+from vlm.runtime.tiled import TiledPicture, cut_picture
 
 STEPS = 12
 """Tokens of a golden answer, at most."""
@@ -63,9 +66,14 @@ def described(source: Source, about: dict[str, Any]) -> dict[str, Any]:
     model = source.model
     if isinstance(model, VisionLanguageModel):
         ids["image_id"] = model.vocabulary.special["image"]
-        streams = {s: {"graph": _preprocess_name(s), "input": pixels_of(s), "size": p.size} for s, p in _preprocesses(source).items()}
+        streams = {
+            s: {"graph": _preprocess_name(s), "input": pixels_of(s), "size": p.size, "resampling": int(p.resampling)}
+            for s, p in _preprocesses(source).items()
+        }
         positions = model.picture_positions
         extra["pictures"] = {"tokens": model.picture_tokens, "positions": 1 if positions is None else positions, "streams": streams}
+        if model.tiling is not None:
+            extra["pictures"]["tiling"] = asdict(model.tiling)
         decoder["cross"] = [int(layer) for layer in model.cross]
         if model.options.tokens is not None:
             counts = counts_of(model.options.tokens.keep.shares(), model.picture_tokens)
@@ -164,7 +172,7 @@ def _check_pictures(source: Source, bundle: BundleGenerator) -> list[Check]:
     checks = []
     for number, (width, height) in enumerate(ODD_SIZES):
         picture = drawn_picture(width, height, number)
-        pixels = {s: torch.from_numpy(p.normalise(p.to_array(picture))[None]) for s, p in model.preprocesses().items()}
+        pixels = {s: torch.from_numpy(x) for s, x in _prepared(model, picture).items()}
         with torch.no_grad():
             wanted = model.visual_tokens({tower: pixels[stream] for tower, stream in towers.items()})[0]
         got = bundle.visual_tokens([bundle.prepare_image(picture)])
@@ -172,7 +180,16 @@ def _check_pictures(source: Source, bundle: BundleGenerator) -> list[Check]:
     return checks
 
 
-def _as_data(source: Source, prepared: Prepared) -> dict[str, np.ndarray]:
+def _prepared(model: VisionLanguageModel, picture: Image.Image) -> dict[str, np.ndarray]:
+    """Picture stream -> the pieces of one picture as training prepares them, normalised [k, 3, S, S]; k is 1 without tiles."""
+    preprocesses = model.preprocesses()
+    if model.tiling is None:
+        return {stream: p.normalise(p.to_array(picture))[None] for stream, p in preprocesses.items()}
+    cut = cut_picture(picture, model.tiling, preprocesses)
+    return {stream: np.stack([p.normalise(piece) for piece in cut[stream]]) for stream, p in preprocesses.items()}
+
+
+def _as_data(source: Source, prepared: Prepared) -> Prepared:
     """Normalised pixels as the model's data would give them, 0..1.
 
     So both sides read the same pixels: whether the graph prepares pictures as training does is a check of its own.
@@ -181,7 +198,7 @@ def _as_data(source: Source, prepared: Prepared) -> dict[str, np.ndarray]:
     for stream, preprocess in _preprocesses(source).items():
         mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (preprocess.mean, preprocess.std))
         out[stream] = prepared[stream] * std + mean
-    return out
+    return replace(prepared, streams=out) if isinstance(prepared, TiledPicture) else out
 
 
 def _torch(source: Source) -> TorchGenerator:

@@ -6,26 +6,32 @@ n rows, V vocabulary, S side of the model's input.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from vlm.config.errors import CheckpointError, DataError, GateFailed
-from vlm.runtime.chat import ANSWER, Message, Piece, PieceIds, Template, encode_pieces
+from vlm.runtime.chat import ANSWER, TAG, Message, Piece, PieceIds, Template, encode_pieces
 from vlm.runtime.decoder import DecoderGraphs
 from vlm.runtime.generation import Negatives, Prompt
 from vlm.runtime.manifest import GOLDEN, MANIFEST, REMEDY, Manifest, inside, read_json
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.stepper import BundleStepper
+from vlm.runtime.tiled import TiledPicture, row_positions, with_tiles
+from vlm.runtime.tiling import Tiling
 from vlm.runtime.tokens import BundleTokenizer
 
 if TYPE_CHECKING:
     from vlm.runtime.embedder import Picture
 
+MOST_SIDE = 4096
+"""Greatest side of a tile in pixels that a bundle may ask for."""
 Prepared = Mapping[str, np.ndarray]
-"""Picture stream -> one prepared picture, float32 [3, S, S]."""
+"""Picture stream -> one prepared picture, float32 [3, S, S]; of a model that reads tiles a `TiledPicture`, [k, 3, S, S]."""
 
 
 class BundleGenerator:
@@ -51,6 +57,7 @@ class BundleGenerator:
         self.image_id = special["image_id"]
         self.eos_ids = frozenset(_ids(manifest.data["text"].get("eos_ids", []), self.vocab_size, where))
         self._streams = _streams(manifest, where)
+        self._tiling = _tiling(manifest, where)
         self._preprocess = {
             stream: open_graph(directory, manifest, entry["graph"], threads, (CPU,)) for stream, entry in self._streams.items()
         }
@@ -63,26 +70,50 @@ class BundleGenerator:
         """Whether the bundle has the graphs to write with; those of earlier releases had none."""
         return "decoder" in self.manifest.data
 
-    def prepare_image(self, picture: Picture, limits: PictureLimits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
-        """Picture stream -> float32 [3, S, S], normalised, by the bundle's own preprocessing graphs. Raises BadPicture."""
-        rgb = np.asarray(as_rgb(picture, limits))
-        return {stream: graph.run(["pixel_values"], {"picture": rgb})[0] for stream, graph in self._preprocess.items()}
+    def prepare_image(self, picture: Picture, limits: PictureLimits = DEFAULT_LIMITS) -> dict[str, np.ndarray] | TiledPicture:
+        """Picture stream -> float32 [3, S, S], normalised, by the bundle's own preprocessing graphs; cut into its tiles
+        [k, 3, S, S] where the model reads tiles. Raises BadPicture."""
+        rgb = as_rgb(picture, limits)
+        if self._tiling is None:
+            return {stream: self._pixels(stream, rgb) for stream in self._preprocess}
+        grid = self._tiling.grid(*rgb.size)
+        streams = {}
+        for stream, entry in self._streams.items():
+            # A piece has the side of its tower already: the graph's own resizing leaves it as it is.
+            pieces = self._tiling.pieces(rgb, grid, entry["size"], Image.Resampling(entry["resampling"]))
+            streams[stream] = np.stack([self._pixels(stream, piece.picture) for piece in pieces])
+        return TiledPicture(streams, tuple(self._tiling.places_of(grid)), tuple(self._tiling.tags_of(grid)))
+
+    def _pixels(self, stream: str, rgb: Image.Image) -> np.ndarray:
+        out: np.ndarray = self._preprocess[stream].run(["pixel_values"], {"picture": np.asarray(rgb)})[0]
+        return out
 
     def prompt(self, messages: Sequence[Message], pictures: Sequence[Prepared] = ()) -> Prompt:
         """The prompt of a conversation; pictures that no message places go where the template puts them.
 
-        Raises DataError for a conversation that the template cannot write, and for pictures of a model that reads none.
+        Raises DataError for a conversation that the template cannot write, and for pictures of a model that reads none;
+        ValueError when a model that reads tiles is given a picture that `prepare_image` did not cut.
         """
         if pictures and not self._streams:
             raise DataError(f"{self.name} is a language model and reads no pictures")
         pieces = self.template.pieces(self.template.with_pictures(messages, len(pictures)), answer=False)
-        ids, _, _ = encode_pieces(pieces, self._ids_of, self.image_id, self._bos_id, self._eos_id)
-        return Prompt(tuple(ids), {name: tuple(picture[name] for picture in pictures) for name in self._streams if pictures})
+        places: list[tuple[int, int, int]] = []
+        if self._tiling is not None:
+            cut = [picture for picture in pictures if isinstance(picture, TiledPicture)]
+            if len(cut) != len(pictures):
+                raise ValueError("this model reads tiles: pictures must come from prepare_image")
+            pieces = with_tiles(pieces, [picture.tags for picture in cut], self._tiling)
+            places = [(number, *place) for number, picture in enumerate(cut) for place in picture.places]
+        ids, role, _ = encode_pieces(pieces, self._ids_of, self.image_id, self._bos_id, self._eos_id)
+        rows: dict[str, tuple[np.ndarray, ...]] = {}
+        for name in self._streams if pictures else ():
+            given = [picture[name] for picture in pictures]
+            rows[name] = tuple(given) if self._tiling is None else tuple(row for one in given for row in one)
+        return Prompt(tuple(ids), rows, tuple(places), frozenset(at for at, own in enumerate(role) if own == TAG))
 
     def positions(self, prompt: Prompt) -> int:
         """Positions of a prompt after its pictures are expanded."""
-        each = self._picture_positions
-        return len(prompt.ids) + sum(i == self.image_id for i in prompt.ids) * (each - 1)
+        return row_positions(prompt.ids, self.image_id, self._picture_positions, prompt.places, prompt.tags)
 
     def stepper(self) -> BundleStepper:
         """A stepper without rows. Raises CheckpointError for a bundle that was exported without the graphs it needs."""
@@ -93,7 +124,10 @@ class BundleGenerator:
         return BundleStepper(self._graphs)
 
     def visual_tokens(self, pictures: Sequence[Prepared]) -> np.ndarray:
-        """Prepared pictures to visual tokens float32 [n, K, C], as the decoder reads them."""
+        """Prepared pictures to visual tokens float32 [n, K, C], as the decoder reads them; n counts tiles where there are."""
+        if self._tiling is not None:
+            counts = [len(next(iter(picture.values()))) for picture in pictures]
+            pictures = [{name: picture[name][i] for name in picture} for picture, k in zip(pictures, counts) for i in range(k)]
         return self.stepper().graphs.visual(pictures)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -215,8 +249,29 @@ def _id(manifest: Manifest, name: str, vocab_size: int, where: str) -> int | Non
     return None if value is None else _ids([value], vocab_size, where)[0]
 
 
-def _streams(manifest: Manifest, where: str) -> dict[str, dict[str, str]]:
-    """Picture stream -> {graph, input}: its preprocessing graph and what it feeds."""
+def _tiling(manifest: Manifest, where: str) -> Tiling | None:
+    """How pictures are cut, None where they are not. Raises CheckpointError."""
+    pictures = manifest.data.get("pictures")
+    given = pictures.get("tiling") if isinstance(pictures, dict) else None
+    if given is None:
+        return None
+    kinds = {field.name: int if field.name in ("side", "max_tiles") else str for field in fields(Tiling)}
+    if not isinstance(given, dict) or any(type(given.get(name)) is not kind for name, kind in kinds.items()):
+        raise CheckpointError("pictures.tiling is incomplete or of the wrong type", where=where, remedy=REMEDY)
+    sizes = [(entry.get("size"), entry.get("resampling")) for entry in _streams(manifest, where).values()]
+    good = all(type(size) is int and 1 <= size <= MOST_SIDE and how in set(Image.Resampling) for size, how in sizes)
+    if not good:
+        raise CheckpointError("pictures.streams gives no size or resampling of the tiles", where=where, remedy=REMEDY)
+    try:
+        if given["side"] > MOST_SIDE:
+            raise ValueError(f"side is {given['side']}, expected at most {MOST_SIDE}")
+        return Tiling(**{name: given[name] for name in kinds})
+    except ValueError as error:
+        raise CheckpointError(f"pictures.tiling: {error}", where=where, remedy=REMEDY) from error
+
+
+def _streams(manifest: Manifest, where: str) -> dict[str, dict[str, Any]]:
+    """Picture stream -> {graph, input, size, resampling}: its preprocessing graph and what it feeds."""
     pictures = manifest.data.get("pictures")
     if pictures is None:
         return {}

@@ -66,6 +66,24 @@ def inventory(scene: Scene) -> str:
     return listing([f"{a(sized(thing))} {_PLACES[thing.cell]}" for thing in things])
 
 
+def attributes(scene: Scene) -> list[dict[str, Any]]:
+    """What there is to ask about each object alone: its shape by its color, its color by its shape, its size by both, and
+    what is at its place. Only what one object answers is asked."""
+    things = scene.things
+    shapes, colors, names, cells = zip(*((t.shape, t.color, t.name, t.cell) for t in things), strict=True)
+    out: list[dict[str, Any]] = []
+    for thing in sorted(things, key=lambda thing: thing.cell):
+        if colors.count(thing.color) == 1:
+            out.append({"kind": "shape", "question": f"what shape is the {thing.color} object?", "answer": thing.shape})
+        if shapes.count(thing.shape) == 1:
+            out.append({"kind": "color", "question": f"what color is the {thing.shape}?", "answer": thing.color})
+        if names.count(thing.name) == 1:
+            out.append({"kind": "size", "question": f"how large is the {thing.name}?", "answer": thing.size})
+        if cells.count(thing.cell) == 1:
+            out.append({"kind": "place", "question": f"what is {_PLACES[thing.cell]}?", "answer": a(thing.name)})
+    return out
+
+
 def questions(scene: Scene, draws: Sequence[float], yes: float = 0.5) -> list[dict[str, Any]]:
     """Questions of five kinds. draws: at least 8 numbers in [0, 1). yes: how likely the answer of a yes-no question is yes."""
     things = scene.things

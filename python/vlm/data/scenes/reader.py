@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.data.scenes.draw import draw
-from vlm.data.scenes.language import captions, description, inventory, questions
+from vlm.data.scenes.language import attributes, captions, description, inventory, questions
 from vlm.data.scenes.layout import Scene, compose, scene_generator
 
 
@@ -19,7 +19,7 @@ class SceneReader:
         self.yes = int(spec.get("yes", 50)) / 100
 
     def read(self, recipe: Any) -> dict[str, Any]:
-        """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `name` ("red circle"), `shape`, `color`,
+        """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `attributes`, `name` ("red circle"), `shape`, `color`,
         `category` (the shape), `concept` (the name), `count`, `objects`, `boxes`, `relations`, `questions`."""
         scene, fields = self._scene(recipe)
         return {"image": draw(scene, self.size), **fields}
@@ -39,6 +39,7 @@ class SceneReader:
             "captions": texts,
             "description": description(scene),
             "inventory": inventory(scene),
+            "attributes": attributes(scene),
             "name": main.name,
             "shape": main.shape,
             "color": main.color,

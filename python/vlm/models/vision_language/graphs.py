@@ -44,12 +44,13 @@ class VisionGraph(nn.Module):
 def export_parts(model: Reader) -> dict[str, ExportPart]:
     """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`.
 
-    Raises RequestError for a model that reads pictures in tiles.
+    Raises RequestError for a model that attends tiles beside the row (nvlm forms X and H).
     """
     options = model.options
-    if options.tiler is not None:
+    if options.tiler is not None and options.fusion.kind != "prefix":
         raise RequestError(
-            "a model that reads pictures in tiles has no bundle yet", remedy="keep the model directory: every command reads it"
+            f'a model that reads tiles by fusion "{options.fusion.kind}" has no bundle',
+            remedy='fusion "prefix" has one; the model directory serves every other command',
         )
     inputs = {}
     for name, stream in options.picture_streams().items():

@@ -32,6 +32,9 @@ KINDS: dict[str, dict[str, Any]] = {
     ),
     "drop": dict(tokens={"keep": {"layers": [1, 2], "ratios": [0.5, 0.25]}}, language=_LANGUAGE | {"depth": 3}),
     "tiles": dict(tiler={"max_tiles": 3, "before": "<I>", "after": "</I>"}, language=_LANGUAGE | {"length": 400}, length=400),
+    "tiles-beside": dict(
+        tiler={"max_tiles": 3}, fusion={"kind": "cross-attention", "every": 1}, language=_LANGUAGE | {"length": 400}, length=400
+    ),
     "drop-keep": dict(
         tokens={"keep": {"layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}}, language=_LANGUAGE | {"depth": 3}
     ),

@@ -19,7 +19,7 @@ from vlm.runtime.chat import Message, PicturePart
 from vlm.runtime.generation import Contrast, Decoding, Generator, Prompt, Stepper, generate
 from vlm.runtime.stepper import most_kept
 
-KINDS = ["prefix", "cross", "drop", "tiles", "language"]
+KINDS = ["prefix", "cross", "drop", "tiles", "tiles-beside", "language"]
 
 
 def both(kind, count, seed=0):

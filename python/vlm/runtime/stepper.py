@@ -115,7 +115,8 @@ class BundleStepper:
         return x, owner
 
     def _lay_beside(self, prompts: Sequence[Prompt], own: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
-        """Keys and values of the rows' pictures, and which positions see them: those at or after the placeholder."""
+        """Keys and values of the rows' pictures, and which positions see them: those at or after the placeholder; a tag sees
+        the tile that it announces and nothing else."""
         shape, K = self.graphs.shape, self.graphs.tokens
         made = self.graphs.cross_keys(np.concatenate(own))
         most = max(1, max(len(pictures) for pictures in own) * K)
@@ -131,6 +132,11 @@ class BundleStepper:
                     target[row, :, columns] = given[taken + number]
                 self._beside_mask[row, columns] = 1
                 sees[row, size - len(prompt.ids) + at :, columns] = 1
+            for at in prompt.tags:
+                own = next((number for number, place in enumerate(places) if place > at), None)
+                if own is not None:
+                    sees[row, size - len(prompt.ids) + at] = 0
+                    sees[row, size - len(prompt.ids) + at, own * K : (own + 1) * K] = 1
             taken += len(pictures)
         return self._beside_feed(sees)
 

@@ -44,13 +44,13 @@ class VisionGraph(nn.Module):
 def export_parts(model: Reader) -> dict[str, ExportPart]:
     """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`.
 
-    Raises RequestError for a model that attends tiles beside the row (nvlm forms X and H).
+    Raises RequestError for a model whose tiles stand beside the row behind their tags (nvlm form H).
     """
     options = model.options
-    if options.tiler is not None and options.fusion.kind != "prefix":
+    if options.fusion.kind == "hybrid":
         raise RequestError(
-            f'a model that reads tiles by fusion "{options.fusion.kind}" has no bundle',
-            remedy='fusion "prefix" has one; the model directory serves every other command',
+            'a model of fusion "hybrid" has no bundle',
+            remedy='fusions "prefix" and "cross-attention" have one; the model directory serves every other command',
         )
     inputs = {}
     for name, stream in options.picture_streams().items():

@@ -43,7 +43,8 @@ struct Matching {
 
 void order_one(const Matching& m, int64_t b) {
   const TokenMatch& c = m.call;
-  const int64_t sources = (c.length + 1) / 2, first = (c.protect + 1) / 2, kept_count = c.length - c.merged;
+  const int64_t sources = (c.length + 1) / 2, kept_count = c.length - c.merged;
+  const int64_t first = std::min((c.protect + 1) / 2, sources);  // protected sources come first
   const float* best = m.best + b * sources;
   const int32_t* partner = m.partner + b * sources;
   int64_t *source = c.source + b * c.merged, *target = c.target + b * c.merged;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def onnx_run(tmp_path: Path) -> Callable[..., list[Tensor]]:
 
     def run(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         path = tmp_path / "module.onnx"
-        torch.onnx.export(module.eval(), inputs, path, dynamo=True, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter uses what its own torch deprecates
+            torch.onnx.export(module.eval(), inputs, path, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = [i.name for i in session.get_inputs()]
         return [torch.from_numpy(o) for o in session.run(None, {n: t.numpy() for n, t in zip(names, inputs)})]

@@ -52,7 +52,7 @@ def test_core_exact_attention_statistics_match_the_stored_matrix(shape: tuple[in
     b, h, _, n, m, _ = shape
     q, k = inputs(shape)
     mask, weights = torch.rand(b, m) < 0.7, torch.randn(b, h, n, dtype=torch.float64)
-    rows = torch.tensor([[n - 1, -1, 0]] * b) if n else torch.zeros(b, 0, dtype=torch.int64)
+    rows = torch.tensor([[n - 1, -1, 0]]).expand(b, -1) if n else torch.zeros(b, 0, dtype=torch.int64)
     columns = torch.tensor([m - 1, 0]) if m else torch.zeros(0, dtype=torch.int64)
     for causal, use_mask, bias_shape, t in [(False, False, None, 1.0), (True, False, (1, h, n, m), 1.0), (False, True, (b, 1, 1, m), 0.5),
                                             (True, True, (b, h, n, 1), 2.0)]:
@@ -66,7 +66,7 @@ def test_core_exact_attention_statistics_match_the_stored_matrix(shape: tuple[in
                 assert error(ops.attention_column_sums(a, c, weights=weights.to(dtype), **here), (weights[..., None] * p).sum(2)) < limit
                 assert error(ops.attention_column_sums(a, c, **here), p.sum(2)) < limit
                 chosen = ops.attention_rows(a, c, rows, **here)
-                for r, i in enumerate(rows[0].tolist() if b else []):
+                for r, i in enumerate([n - 1, -1, 0] if n else []):
                     assert error(chosen[:, :, r], p[:, :, i] if i >= 0 else torch.zeros_like(p[:, :, 0])) < limit
                 assert error(ops.attention_columns(a, c, columns, **here), p[..., columns]) < limit
                 got = ops.attention_row_statistics(a, c, **here)

@@ -66,6 +66,8 @@ def column_sums_reference(logits: Tensor, lse: Tensor | None, weights: Tensor | 
 def rows_reference(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, alignment: str, key_mask: Tensor | None,
                    bias: Tensor | None, scale: float) -> Tensor:
     """P of the chosen rows [B, R], [B, H, R, M]; a row of -1 is a row of zeros."""
+    if not torch.compiler.is_exporting() and q.shape[2] == 0:  # then every row is -1
+        return q.new_zeros((q.shape[0], q.shape[1], rows.shape[1], k.shape[2]), dtype=torch.promote_types(q.dtype, torch.float32))
     at = rows.clamp(min=0)[:, None, :, None]
     chosen = q.gather(2, at.expand(-1, q.shape[1], -1, q.shape[3]))
     if bias is not None and bias.shape[2] != 1:

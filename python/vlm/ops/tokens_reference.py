@@ -64,6 +64,8 @@ def scatter_reference(x: Tensor, index: Tensor, weights: Tensor | None, slots: i
 
 def gather_reference(x: Tensor, index: Tensor) -> Tensor:
     """x [B, K, C], index [B, N] -> [B, N, C]; zeros where the index is -1."""
+    if not torch.compiler.is_exporting() and x.shape[1] == 0:  # then every index is -1
+        return x.new_zeros((x.shape[0], index.shape[1], x.shape[2]))
     rows = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
     return torch.where((index >= 0)[..., None], rows, torch.zeros((), dtype=x.dtype, device=x.device))
 

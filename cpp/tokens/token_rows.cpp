@@ -10,6 +10,22 @@ namespace {
 VLM_INLINE int64_t grain_of(int64_t width) { return larger(1, 16384 / larger(width, 1)); }
 VLM_INLINE int useful(int64_t rows, int64_t width, int threads) { return rows * width < 100000 ? 1 : threads; }
 
+// A few kilobytes: memcpy's own start costs more here than its tricks gain.
+VLM_INLINE void copied(const char* from, int64_t bytes, char* to) {
+  constexpr int64_t step = W * sizeof(float);
+  int64_t at = 0;
+  for (; at + 4 * step <= bytes; at += 4 * step) {
+    vf block[4];
+    __builtin_memcpy(block, from + at, sizeof(block));
+    __builtin_memcpy(to + at, block, sizeof(block));
+  }
+  for (; at + step <= bytes; at += step) {
+    vf block;
+    __builtin_memcpy(&block, from + at, sizeof(block));
+    __builtin_memcpy(to + at, &block, sizeof(block));
+  }
+  for (; at < bytes; ++at) to[at] = from[at];
+}
 VLM_INLINE void scaled(const float* from, float weight, int64_t width, float* to) {
   int64_t e = 0;
   for (; e + W <= width; e += W) store(to + e, load(from + e) * weight);
@@ -35,8 +51,7 @@ void token_gather(const TokenGather& c, int threads) {
                    if (index < 0 || weight == 0.0f)
                      __builtin_memset(to, 0, static_cast<std::size_t>(bytes));
                    else if (weight == 1.0f)
-                     __builtin_memcpy(to, static_cast<const char*>(c.from) + row * c.element_bytes,
-                                      static_cast<std::size_t>(bytes));
+                     copied(static_cast<const char*>(c.from) + row * c.element_bytes, bytes, to);
                    else
                      scaled(static_cast<const float*>(c.from) + row, weight, c.width, reinterpret_cast<float*>(to));
                  }

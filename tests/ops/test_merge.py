@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -53,7 +54,7 @@ def test_core_exact_attention_any_split_of_the_keys_merges_to_the_whole(m: int, 
         removed[0, 0] = torch.where(torch.ones(n, m, dtype=torch.bool).tril(m - n), 0.0, -math.inf)
 
     def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        pieces = [slice(a, b) for a, b in zip(edges, edges[1:])]
+        pieces = [slice(a, b) for a, b in itertools.pairwise(edges)]
         return ops.merge_attention(*(ops.attention(q, k[:, :, s], v[:, :, s], key_mask=mask[:, s], return_lse=True,
                                                    bias=removed[..., s].to(q.dtype)) for s in pieces))
 
@@ -80,9 +81,11 @@ def test_empty_parts_are_not_read_and_get_no_gradient(backend: ops.Backend) -> N
     for a, b in zip(*results):
         assert torch.equal(a, b)
     out, lse, *gradients = results[0]
-    assert (out[0, 1, 2] == 0).all() and lse[0, 1, 2] == -math.inf
+    assert (out[0, 1, 2] == 0).all()
+    assert lse[0, 1, 2] == -math.inf
     assert all(g.isfinite().all() for g in gradients)
-    assert (gradients[1][0, 0] == 0).all() and (gradients[4][0, 0] == 0).all()
+    assert (gradients[1][0, 0] == 0).all()
+    assert (gradients[4][0, 0] == 0).all()
     assert all((g[0, 1, 2] == 0).all() for g in gradients)
 
 
@@ -94,7 +97,8 @@ def test_merging_is_associative_and_one_part_stays() -> None:
         alone = ops.merge_attention((a, la))
     for x, y in zip(together, left):
         torch.testing.assert_close(x, y)
-    assert torch.equal(alone[0], a) and torch.equal(alone[1], la)
+    assert torch.equal(alone[0], a)
+    assert torch.equal(alone[1], la)
 
 
 def test_far_apart_lse_do_not_overflow() -> None:
@@ -103,7 +107,8 @@ def test_far_apart_lse_do_not_overflow() -> None:
     for backend in ("native", "torch"):
         with ops.backend(backend):
             merged, lse = ops.merge_attention((out * 7, low), (out, high))
-        assert torch.equal(merged, out) and torch.equal(lse, high)
+        assert torch.equal(merged, out)
+        assert torch.equal(lse, high)
 
 
 def test_bits_do_not_depend_on_threads_or_strides(level: str) -> None:
@@ -129,7 +134,8 @@ def test_half_precision_outs_keep_their_type() -> None:
     for backend in ("native", "torch"):
         with ops.backend(backend):
             out, lse = ops.merge_attention((a.bfloat16(), la.float()), (b.bfloat16(), lb.float()))
-        assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        assert out.dtype == torch.bfloat16
+        assert lse.dtype == torch.float32
         assert error(out, ops.merge_attention((a, la), (b, lb))[0]) < 2e-2
 
 

@@ -73,7 +73,8 @@ def test_core_exact_attention_statistics_match_the_stored_matrix(shape: tuple[in
             entropy = torch.special.entr(p).sum(-1)
             assert error(got.entropy, entropy) < limit
             empty = p.sum(-1) == 0
-            assert torch.equal(got.lse == -math.inf, empty) and torch.equal(got.best == -1, empty)
+            assert torch.equal(got.lse == -math.inf, empty)
+            assert torch.equal(got.best == -1, empty)
             if m and n and b:
                 picked = p.gather(3, got.best.clamp(min=0)[..., None])[..., 0]
                 assert (picked >= p.amax(-1) * (1 - 1e-5)).all()
@@ -128,9 +129,15 @@ def test_empty_rows_are_zeros(backend: ops.Backend) -> None:
         lse, entropy, best = ops.attention_row_statistics(q, k, causal=True, key_mask=mask)
         sums = ops.attention_column_sums(q, k, causal=True, key_mask=mask)
         rows = ops.attention_rows(q, k, torch.tensor([0, 5]), causal=True, key_mask=mask)
-    assert (lse[1] == -math.inf).all() and (lse[0, :, :2] == -math.inf).all() and lse[0, :, 2:].isfinite().all()
-    assert (entropy[1] == 0).all() and (best[1] == -1).all() and (sums[1] == 0).all()
-    assert (rows[1] == 0).all() and (rows[0, :, 0] == 0).all() and error(rows[0, :, 1].sum(-1), torch.ones(2)) < 1e-6
+    assert (lse[1] == -math.inf).all()
+    assert (lse[0, :, :2] == -math.inf).all()
+    assert lse[0, :, 2:].isfinite().all()
+    assert (entropy[1] == 0).all()
+    assert (best[1] == -1).all()
+    assert (sums[1] == 0).all()
+    assert (rows[1] == 0).all()
+    assert (rows[0, :, 0] == 0).all()
+    assert error(rows[0, :, 1].sum(-1), torch.ones(2)) < 1e-6
 
 
 def test_equal_logits_give_the_lowest_key_and_the_entropy_of_all() -> None:

@@ -14,7 +14,13 @@ from torch.nn import functional as F
 
 from tests.ops.oracle import error, errors
 from vlm import ops
-from vlm.ops.tokens_native import native_gather, native_match, native_merge_weights, native_scatter, native_select
+from vlm.ops.tokens_native import (
+    native_gather,
+    native_match,
+    native_merge_weights,
+    native_scatter,
+    native_select,
+)
 
 BACKENDS = ["native", "torch"]
 ORDERS: list[ops.MatchOrder] = ["sources-first", "position", "similarity"]
@@ -195,7 +201,8 @@ def test_a_token_of_size_0_is_not_read_and_does_not_count(backend: ops.Backend) 
     with ops.backend(backend):
         merged, after = ops.merge_tokens(dirty, sizes, matching)
         expected, _ = ops.merge_tokens(torch.where(sizes[..., None] > 0, x, 0.0), sizes, matching)
-    assert torch.equal(merged, expected) and merged.isfinite().all()
+    assert torch.equal(merged, expected)
+    assert merged.isfinite().all()
     assert after.sum() == 8
 
 
@@ -264,10 +271,10 @@ def test_core_select_gather_then_scatter_back_restores_kept_rows(backend: ops.Ba
     x = torch.randn(3, 50, 64)
     keep = ops.select_top(torch.randn(3, 50), torch.tensor([20, 0, 50]))
     with ops.backend(backend):
-        back = ops.scatter_tokens(ops.gather_tokens(x, keep.index), keep.index, 50)
+        back = ops.scatter_tokens(ops.gather_tokens(x, keep.indices), keep.indices, 50)
     kept = torch.zeros(3, 50, dtype=torch.bool)
     for b in range(3):
-        kept[b, keep.index[b, : keep.count[b]]] = True
+        kept[b, keep.indices[b, : keep.counts[b]]] = True
     assert torch.equal(back, torch.where(kept[..., None], x, 0.0))
     with ops.backend(backend):
         assert torch.equal(ops.gather_tokens(x, torch.arange(50).expand(3, -1)), x)  # keep all
@@ -282,7 +289,8 @@ def test_half_precision_merges_in_float32_and_keeps_its_type() -> None:
             merged, sizes = ops.merge_tokens(y, None, matching)
             restored = ops.unmerge_tokens(merged, matching)
             assert torch.equal(merged, ops.merge_tokens(y.float(), None, matching)[0].bfloat16())
-        assert merged.dtype == restored.dtype == torch.bfloat16 and sizes.dtype == torch.float32
+        assert merged.dtype == restored.dtype == torch.bfloat16
+        assert sizes.dtype == torch.float32
         (gradient,) = torch.autograd.grad(restored.sum(), y)
         assert gradient.dtype == torch.bfloat16
 
@@ -335,9 +343,9 @@ def test_core_select_top_ascending_ragged_lowest_index(rows: list[list[float]], 
             else:
                 got = ops.select_top(scores, k, protect)
                 expected = [select_by_hand(r, k, [i < protect for i in range(n)], [True] * n) for r in rows]
-        assert got.count.tolist() == [len(e) for e in expected]
-        assert got.index.shape[1] == max(len(e) for e in expected)
-        for row, e in zip(got.index.tolist(), expected):
+        assert got.counts.tolist() == [len(e) for e in expected]
+        assert got.indices.shape[1] == max(len(e) for e in expected)
+        for row, e in zip(got.indices.tolist(), expected):
             assert row == e + [-1] * (len(row) - len(e))
 
 
@@ -348,23 +356,25 @@ def test_core_select_a_ragged_batch_is_a_loop_over_its_rows(backend: ops.Backend
         together = ops.select_top(scores, counts)
         for b in range(5):
             alone = ops.select_top(scores[b : b + 1], int(counts[b]))
-            assert torch.equal(together.index[b, : counts[b]], alone.index[0])
-            assert torch.equal(alone.index[0], scores[b].topk(int(counts[b])).indices.sort().values)
-        assert torch.equal(ops.select_top(scores, 700).index, torch.arange(700).expand(5, -1))
+            assert torch.equal(together.indices[b, : counts[b]], alone.indices[0])
+            assert torch.equal(alone.indices[0], scores[b].topk(int(counts[b])).indices.sort().values)
+        assert torch.equal(ops.select_top(scores, 700).indices, torch.arange(700).expand(5, -1))
         fixed = ops.select_top(scores, counts, size=400)
-    assert fixed.index.shape == (5, 400) and fixed.count.tolist() == [1, 350, 0, 400, 13]
+    assert fixed.indices.shape == (5, 400)
+    assert fixed.counts.tolist() == [1, 350, 0, 400, 13]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threshold(backend: ops.Backend) -> None:
     scores = torch.tensor([[0.9, 0.1, 0.5, math.nan, 0.7, 0.5]] * 2)
     with ops.backend(backend):
-        assert ops.select_threshold(scores, 0.5).index.tolist() == [[0, 4]] * 2
-        assert ops.select_threshold(scores, 0.5, 2).index.tolist() == [[0, 1, 4]] * 2
-        assert ops.select_threshold(scores, 2.0, least=2).index.tolist() == [[0, 4]] * 2
-        assert ops.select_threshold(scores, 0.0, most=3).index.tolist() == [[0, 2, 4]] * 2
+        assert ops.select_threshold(scores, 0.5).indices.tolist() == [[0, 4]] * 2
+        assert ops.select_threshold(scores, 0.5, 2).indices.tolist() == [[0, 1, 4]] * 2
+        assert ops.select_threshold(scores, 2.0, least=2).indices.tolist() == [[0, 4]] * 2
+        assert ops.select_threshold(scores, 0.0, most=3).indices.tolist() == [[0, 2, 4]] * 2
         per_row = ops.select_threshold(scores, torch.tensor([[0.6], [5.0]]))
-    assert per_row.index.tolist() == [[0, 4], [-1, -1]] and per_row.count.tolist() == [2, 0]
+    assert per_row.indices.tolist() == [[0, 4], [-1, -1]]
+    assert per_row.counts.tolist() == [2, 0]
 
 
 def test_fopru_rows() -> None:
@@ -372,13 +382,14 @@ def test_fopru_rows() -> None:
     for k, drop, cut in [(0, [], []), (3, [0, 1, 2], [0, 1, 2]), (5, [0, 1, 2], [0, 1, 2, 4, 5]), (6, [0, 1, 2, 3, 4, 5], None),
                          (12, list(range(12)), None), (99, list(range(12)), None)]:
         got = ops.select_rows(scores, (4, 3), k)
-        assert got.index[0].tolist() == drop and got.count.tolist() == [len(drop)]
-        assert ops.select_rows(scores, (4, 3), k, last="cut").index[0].tolist() == (drop if cut is None else cut)
+        assert got.indices[0].tolist() == drop
+        assert got.counts.tolist() == [len(drop)]
+        assert ops.select_rows(scores, (4, 3), k, last="cut").indices[0].tolist() == (drop if cut is None else cut)
 
 
 def test_fopru_rank_and_rows_agree_when_scores_are_constant_inside_rows() -> None:
     scores = torch.randn(2, 6, 1).expand(2, 6, 5).reshape(2, 30)
-    assert torch.equal(ops.select_rows(scores, (6, 5), 15).index, ops.select_top(scores, 15).index)
+    assert torch.equal(ops.select_rows(scores, (6, 5), 15).indices, ops.select_top(scores, 15).indices)
 
 
 # ---- pooling
@@ -447,9 +458,9 @@ class Reduce(torch.nn.Module):
         merged, sizes = ops.merge_tokens(x, None, matching)
         chosen = ops.select_top(ops.gather_tokens(scores, matching.kept), 5, 1)
         threshold = ops.select_threshold(scores, 0.0, size=6)
-        rows = ops.gather_tokens(merged, chosen.index)
-        return (rows, sizes, chosen.index, threshold.index, ops.unmerge_tokens(merged, matching),
-                ops.select_rows(scores, (4, 4), 8).index, ops.adaptive_pool(x.unflatten(1, (4, 4)), (3, 3)))
+        rows = ops.gather_tokens(merged, chosen.indices)
+        return (rows, sizes, chosen.indices, threshold.indices, ops.unmerge_tokens(merged, matching),
+                ops.select_rows(scores, (4, 4), 8).indices, ops.adaptive_pool(x.unflatten(1, (4, 4)), (3, 3)))
 
 
 def test_compiles_as_one_graph_forward_and_backward() -> None:

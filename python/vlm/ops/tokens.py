@@ -13,7 +13,12 @@ from torch import Tensor
 
 from vlm.ops.backend import use_native
 from vlm.ops.tokens_native import native_gather, native_match, native_merge_weights, native_scatter
-from vlm.ops.tokens_reference import gather_reference, match_reference, merge_weights_reference, scatter_reference
+from vlm.ops.tokens_reference import (
+    gather_reference,
+    match_reference,
+    merge_weights_reference,
+    scatter_reference,
+)
 
 MatchOrder = Literal["sources-first", "position", "similarity"]
 MergeWeighting = Literal["size", "mean"]
@@ -106,7 +111,9 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         raise ValueError(f"gather_tokens wants x of 2 axes or more [B, N, ...], got {tuple(x.shape)}")
     flat = x.flatten(2) if x.ndim > 2 else x[..., None]
     _rows("gather_tokens", flat, index, whole=False)
-    rows = native_gather(flat, index, None) if use_native_rows(flat) else gather_reference(flat, index)
+    # Copies are made in x's own type. Integers and a few numbers a row are torch's: the call would cost more than the work.
+    native = flat.is_floating_point() and use_native(flat, prefer_torch=flat.shape[2] < 8)
+    rows = native_gather(flat, index, None) if native else gather_reference(flat, index)
     return rows.reshape(x.shape[0], index.shape[1], *x.shape[2:])
 
 
@@ -119,11 +126,6 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
     if use_native(x):
         return native_scatter(x.float(), index, None, length).to(x.dtype)
     return scatter_reference(x, index, None, length)
-
-
-def use_native_rows(x: Tensor) -> bool:
-    """Copies are made in x's own type; narrow rows and integers are torch's."""
-    return x.is_floating_point() and use_native(x, prefer_torch=x.shape[2] < 64)
 
 
 def _rows(name: str, x: Tensor, index: Tensor, whole: bool = True) -> None:

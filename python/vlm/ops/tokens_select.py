@@ -16,10 +16,10 @@ from vlm.ops.tokens_reference import by_group, falling, select_reference
 
 
 class Selection(NamedTuple):
-    """index int64 [B, K], strictly rising, then -1; count int64 [B]: how many of them are real."""
+    """indices int64 [B, K], strictly rising, then -1; counts int64 [B]: how many of them are real."""
 
-    index: Tensor
-    count: Tensor
+    indices: Tensor
+    counts: Tensor
 
 
 @torch.no_grad()

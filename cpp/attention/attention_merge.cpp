@@ -17,7 +17,8 @@ template <class Call>
 VLM_INLINE Row row_of(const Call& c, int64_t at) {
   const int64_t b = at / (c.heads * c.length), rest = at % (c.heads * c.length);
   const bool heads_inside = c.outs[0].head_stride < c.outs[0].row_stride;
-  const int64_t h = heads_inside ? rest % c.heads : rest / c.length, i = heads_inside ? rest / c.heads : rest % c.length;
+  const int64_t h = heads_inside ? rest % c.heads : rest / c.length;
+  const int64_t i = heads_inside ? rest / c.heads : rest % c.length;
   return {b, h, i, (b * c.heads + h) * c.length + i};
 }
 VLM_INLINE const float* row_at(const Heads& t, const Row& r) { return head_of(t, r.b, r.h) + r.i * t.row_stride; }

@@ -36,7 +36,9 @@ struct StatisticsWorker {
   float *keys, *query, *scores;
   RowState* state;   // [BLOCK_QUERIES]
 
-  static int64_t state_room() { return round_up(BLOCK_QUERIES * static_cast<int64_t>(sizeof(RowState) / sizeof(float)), W); }
+  static int64_t state_room() {
+    return round_up(BLOCK_QUERIES * static_cast<int64_t>(sizeof(RowState) / sizeof(float)), W);
+  }
   static int64_t room(const StatisticsPlan& s) {
     return round_up((s.masks.tiles + 3) / 4, W) + s.masks.tiles * s.key_tile +
            round_up(packed_rows_room(BLOCK_QUERIES, s.p.width), W) + MR * LDS + state_room();

@@ -1,7 +1,7 @@
 // Weighted column sums of the attention matrix, recomputed tile by tile. Compiled once per level.
 //
-// Work is (batch, query head, key tile), in this order, handed out in ranges: a column has one writer. A worker keeps the
-// packed queries of the last head it met.
+// Work is (batch, query head, key tile), in this order, handed out in ranges: a column has one writer. A worker keeps
+// the packed queries of the last head it met.
 #include "attention/attention_tiles.hpp"
 #include "attention/statistics_kernels.hpp"
 

@@ -59,8 +59,12 @@ struct Tensors {
     sums.resize(c.batch * c.query_heads * c.keys);
     chosen.resize(c.batch * c.query_heads * 3 * c.keys);
   }
-  int64_t query_at(int64_t b, int64_t h, int64_t i) const { return ((b * c.queries + i) * c.query_heads + h) * (c.width + gap); }
-  int64_t key_at(int64_t b, int64_t h, int64_t j) const { return ((b * c.keys + j) * c.key_heads + h) * (c.width + gap); }
+  int64_t query_at(int64_t b, int64_t h, int64_t i) const {
+    return ((b * c.queries + i) * c.query_heads + h) * (c.width + gap);
+  }
+  int64_t key_at(int64_t b, int64_t h, int64_t j) const {
+    return ((b * c.keys + j) * c.key_heads + h) * (c.width + gap);
+  }
   AttentionProblem problem() const {
     AttentionProblem p{};
     p.batch = c.batch;
@@ -142,7 +146,8 @@ void compare(const Case& c) {
 }
 
 void merge(int64_t parts, int64_t length, int64_t width) {
-  const std::string name = "merge P" + std::to_string(parts) + " N" + std::to_string(length) + " V" + std::to_string(width);
+  const std::string name = "merge P" + std::to_string(parts) + " N" + std::to_string(length) + " V" +
+                           std::to_string(width);
   const int64_t batch = 2, heads = 3, rows = batch * heads * length;
   const float nan = std::numeric_limits<float>::quiet_NaN();
   Numbers numbers(3);

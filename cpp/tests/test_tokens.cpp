@@ -104,7 +104,8 @@ void match(int64_t batch, int64_t heads, int64_t length, int64_t width, int64_t 
 }
 
 void rows(int64_t batch, int64_t from_length, int64_t length, int64_t width) {
-  const std::string name = "rows " + std::to_string(from_length) + " " + std::to_string(length) + " " + std::to_string(width);
+  const std::string name = "rows " + std::to_string(from_length) + " " + std::to_string(length) + " " +
+                           std::to_string(width);
   Numbers numbers(5);
   const int64_t stride = width + 3;
   std::vector<float> x = numbers.normal(batch * from_length * stride), y = numbers.normal(batch * length * stride);
@@ -133,8 +134,8 @@ void rows(int64_t batch, int64_t from_length, int64_t length, int64_t width) {
     std::vector<float> first_sums, first_moved;
     for (int threads : {1, 2, 5}) {
       std::vector<float> s(batch * length * width), g(batch * from_length * width);
-      token_scatter({batch, from_length, length, width, x.data(), from_length * stride, stride, index.data(), w, s.data()},
-                    threads);
+      token_scatter(
+          {batch, from_length, length, width, x.data(), from_length * stride, stride, index.data(), w, s.data()}, threads);
       token_gather({batch, length, from_length, width, y.data(), length * stride, stride, 4, index.data(), w, g.data()},
                    threads);
       if (threads == 1) {
@@ -174,9 +175,11 @@ void weights() {
   const std::vector<float> sizes = {3, 1, 4, 0, 0};
   std::vector<float> w(5), totals(3);
   token_weights({1, 5, 3, assign.data(), sizes.data(), true, w.data(), totals.data()});
-  check(w == std::vector<float>{1.0f, 0.2f, 0.8f, 0.5f, 0.5f} && totals == std::vector<float>{3, 5, 0}, "weights by size");
+  check(w == std::vector<float>{1.0f, 0.2f, 0.8f, 0.5f, 0.5f} && totals == std::vector<float>{3, 5, 0},
+        "weights by size");
   token_weights({1, 5, 3, assign.data(), nullptr, false, w.data(), totals.data()});
-  check(w == std::vector<float>{1.0f, 0.5f, 0.5f, 0.5f, 0.5f} && totals == std::vector<float>{1, 2, 2}, "weights by mean");
+  check(w == std::vector<float>{1.0f, 0.5f, 0.5f, 0.5f, 0.5f} && totals == std::vector<float>{1, 2, 2},
+        "weights by mean");
 }
 
 template <class Body>
@@ -205,8 +208,12 @@ int main(int argc, char** argv) {
     const std::vector<int64_t> outside = {2};
     const std::vector<float> one = {1.0f};
     std::vector<float> out(2);
-    refused("an index beyond the slots", [&] { token_scatter({1, 1, 2, 1, one.data(), 1, 1, outside.data(), nullptr, out.data()}, 1); });
-    refused("an index beyond the rows", [&] { token_gather({1, 1, 1, 1, one.data(), 1, 1, 4, outside.data(), nullptr, out.data()}, 1); });
+    refused("an index beyond the slots", [&] {
+      token_scatter({1, 1, 2, 1, one.data(), 1, 1, outside.data(), nullptr, out.data()}, 1);
+    });
+    refused("an index beyond the rows", [&] {
+      token_gather({1, 1, 1, 1, one.data(), 1, 1, 4, outside.data(), nullptr, out.data()}, 1);
+    });
     refused("too many merges", [&] { Metric(1, 1, 5, 4, 1).run(3, 0, MatchOrder::position, 1); });
     refused("a negative size", [&] { token_weights({1, -1, 1, nullptr, nullptr, true, nullptr, nullptr}); });
   });

@@ -50,7 +50,8 @@ VLM_INLINE void follow(const float* scores, const float* scale, int64_t n, int64
   for (int64_t c = 0; c < n; c += W) {
     const vi lane = lane_numbers() + static_cast<int32_t>(j0 + c);
     const vf cosine = load(scores + c) * load(scale + c);
-    const vi better = (cosine > leader.value) & (lane >= static_cast<int32_t>(first)) & (lane < static_cast<int32_t>(j0 + n));
+    const vi there = (lane >= static_cast<int32_t>(first)) & (lane < static_cast<int32_t>(j0 + n));
+    const vi better = (cosine > leader.value) & there;
     leader.value = select(better, cosine, leader.value);
     leader.index = better ? lane : leader.index;
   }

@@ -144,7 +144,8 @@ void token_scatter(const TokenScatter& call, int threads) {
   const int64_t rows = call.batch * call.from_length;
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t index = call.index[n];
-    if (index < -1 || index >= call.length) throw std::invalid_argument("token scatter: an index lies outside of the slots");
+    if (index < -1 || index >= call.length)
+      throw std::invalid_argument("token scatter: an index lies outside of the slots");
     if (index >= 0) ++starts[n / call.from_length * call.length + index + 1];
   }
   for (int64_t slot = 0; slot < call.batch * call.length; ++slot) starts[slot + 1] += starts[slot];
@@ -176,7 +177,8 @@ void token_weights(const TokenWeights& call) {
       weights[n] = static_cast<float>(call.by_size && total[slot] > 0.0 ? size / total[slot]
                                                                        : 1.0 / static_cast<double>(count[slot]));
     }
-    for (int64_t slot = 0; slot < call.slots; ++slot) call.slot_sizes[b * call.slots + slot] = static_cast<float>(total[slot]);
+    for (int64_t slot = 0; slot < call.slots; ++slot)
+      call.slot_sizes[b * call.slots + slot] = static_cast<float>(total[slot]);
   }
 }
 

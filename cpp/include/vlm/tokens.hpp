@@ -10,11 +10,13 @@
 //   select   the `counts[b]` best of the candidate scores [B, N] and every protected entry, as ascending indices padded
 //            with -1; equal scores: the lowest index; NaN counts as -inf. An entry that is not valid is never chosen.
 //   gather   to[b, k] = weight[b, k] * from[b, index[b, k]]; index -1 gives a row of zeros. Without weights any type.
-//   scatter  to[b, k] = sum of weight[b, n] * from[b, n] over the n with index[b, n] = k, by rising n; index -1 and weight
-//            0 are left out without being read. Gather and scatter are each other's adjoint.
-//   weights  of a merge: s_n / sum of s over the slot (size), 1 / members (mean); a slot of total size 0 takes the mean.
+//   scatter  to[b, k] = sum of weight[b, n] * from[b, n] over the n with index[b, n] = k, by rising n; index -1 and
+//            weight 0 are left out without being read. Gather and scatter are each other's adjoint.
+//   weights  of a merge: s_n / sum of s over the slot (size), 1 / members (mean); a slot of total size 0 takes the
+//            mean.
 //
-// Numerics: float32; sizes are summed in double. Every output has one writer: bits do not depend on the number of threads.
+// Numerics: float32; sizes are summed in double. Every output has one writer: bits do not depend on the number of
+// threads.
 #pragma once
 
 #include <cstdint>

@@ -18,5 +18,7 @@ T* address(uintptr_t value) {
 void register_runtime(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_contrastive(pybind11::module_& m);
+void register_attention_statistics(pybind11::module_& m);
+void register_tokens(pybind11::module_& m);
 
 }  // namespace vlm::bindings

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "vlm/attention.hpp"
+#include "vlm/attention_statistics.hpp"
 #include "vlm/contrastive.hpp"
+#include "vlm/tokens.hpp"
 
 namespace vlm {
 
@@ -21,6 +23,14 @@ struct KernelTable {
   void (*softmax_pair_backward)(const PairBackward&, const PairTargets&, int threads);
   void (*sigmoid_pair_forward)(const PairForward&, const PairTargets&, int threads);
   void (*sigmoid_pair_backward)(const PairBackward&, const PairTargets&, int threads);
+  void (*attention_column_sums)(const AttentionColumnSums&, int threads);
+  void (*attention_row_statistics)(const AttentionRowStatistics&, int threads);
+  void (*attention_rows)(const AttentionRows&, int threads);
+  void (*attention_merge)(const AttentionMerge&, int threads);
+  void (*attention_merge_backward)(const AttentionMergeBackward&, int threads);
+  void (*token_partners)(const TokenMatch&, float* best, int32_t* partner, int threads);
+  void (*token_gather)(const TokenGather&, int threads);
+  void (*token_scatter)(const TokenScatter&, const int64_t* starts, const int64_t* members, int threads);
 };
 
 const KernelTable& active_kernels();

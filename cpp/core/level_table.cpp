@@ -1,7 +1,9 @@
 // The kernel table of the level being compiled.
 #include "attention/attention_kernels.hpp"
+#include "attention/statistics_kernels.hpp"
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
+#include "tokens/token_kernels.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -10,6 +12,9 @@ extern const KernelTable kernel_table;
 const KernelTable kernel_table = {
     attention_forward,     attention_backward,   softmax_pair_forward,
     softmax_pair_backward, sigmoid_pair_forward, sigmoid_pair_backward,
+    attention_column_sums, attention_row_statistics, attention_rows,
+    attention_merge, attention_merge_backward,
+    token_partners, token_gather, token_scatter,
 };
 
 }  // namespace VLM_LEVEL

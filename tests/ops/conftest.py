@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
+from torch import Tensor
 
 from vlm.ops.backend import core
 
@@ -29,3 +33,19 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_level(request.param)
     yield request.param
     native.set_level(before)
+
+
+@pytest.fixture
+def onnx_run(tmp_path: Path) -> Callable[..., list[Tensor]]:
+    """Export a module with its example inputs, run it in onnxruntime on the same inputs."""
+
+    def run(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        path = tmp_path / "module.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter uses what its own torch deprecates
+            torch.onnx.export(module.eval(), inputs, path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [i.name for i in session.get_inputs()]
+        return [torch.from_numpy(o) for o in session.run(None, {n: t.numpy() for n, t in zip(names, inputs)})]
+
+    return run

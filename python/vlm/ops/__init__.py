@@ -5,19 +5,86 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.merge import merge_attention
+from vlm.ops.merge_reference import merge_attention_reference
 from vlm.ops.self_check import OperatorCheck, self_test
+from vlm.ops.statistics import (
+    Focus,
+    RowStatistics,
+    attention_column_sums,
+    attention_columns,
+    attention_entropy,
+    attention_focus,
+    attention_lse,
+    attention_pagerank,
+    attention_row_statistics,
+    attention_rows,
+)
+from vlm.ops.tokens import (
+    Matching,
+    MatchOrder,
+    MergeWeighting,
+    bipartite_match,
+    compose_assignments,
+    gather_tokens,
+    merge_tokens,
+    scatter_tokens,
+    unmerge_tokens,
+)
+from vlm.ops.tokens_pool import (
+    ShuffleOrder,
+    adaptive_pool,
+    pixel_shuffle_permutation,
+    pixel_shuffle_tokens,
+    pixel_unshuffle_tokens,
+    pooling_matrix,
+    progressive_pool,
+)
+from vlm.ops.tokens_select import Selection, select_rows, select_threshold, select_top
 
 __all__ = [
     "Alignment",
     "Backend",
+    "Focus",
+    "MatchOrder",
+    "Matching",
+    "MergeWeighting",
     "OperatorCheck",
+    "RowStatistics",
+    "Selection",
+    "ShuffleOrder",
+    "adaptive_pool",
     "attention",
+    "attention_column_sums",
+    "attention_columns",
+    "attention_entropy",
+    "attention_focus",
+    "attention_lse",
+    "attention_pagerank",
     "attention_reference",
+    "attention_row_statistics",
+    "attention_rows",
     "backend",
+    "bipartite_match",
+    "compose_assignments",
     "contrastive_sigmoid",
     "contrastive_sigmoid_reference",
     "contrastive_softmax",
     "contrastive_softmax_reference",
     "current_backend",
+    "gather_tokens",
+    "merge_attention",
+    "merge_attention_reference",
+    "merge_tokens",
+    "pixel_shuffle_permutation",
+    "pixel_shuffle_tokens",
+    "pixel_unshuffle_tokens",
+    "pooling_matrix",
+    "progressive_pool",
+    "scatter_tokens",
+    "select_rows",
+    "select_threshold",
+    "select_top",
     "self_test",
+    "unmerge_tokens",
 ]

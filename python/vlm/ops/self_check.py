@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch import Tensor
 from vlm.ops.attention import attention
 from vlm.ops.backend import NATIVE_AVAILABLE, backend, core
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.merge import merge_attention
+from vlm.ops.statistics import attention_column_sums, attention_row_statistics, attention_rows
+from vlm.ops.tokens import bipartite_match, gather_tokens, merge_tokens
+from vlm.ops.tokens_select import select_top
 
 TOLERANCE = 2e-5
 """Largest accepted error, relative to the largest value of the exact result, forward and gradients."""
@@ -78,10 +82,45 @@ def _sigmoid_case() -> tuple[Call, list[Tensor]]:
     return contrastive_sigmoid, [*_pair_inputs(), torch.tensor(-4.0, dtype=torch.float64)]
 
 
+def _statistics_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 4, 61, 24), (2, 2, 300, 24)))
+    options: dict[str, Any] = {"causal": True, "key_mask": torch.tensor([290, 77])}
+
+    def call(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        rows = attention_row_statistics(q, k, **options)
+        return (attention_column_sums(q, k, **options), torch.where(rows.lse.isinf(), 0.0, rows.lse), rows.entropy,
+                attention_rows(q, k, torch.tensor([0, 60]), **options))
+
+    return call, [q, k]
+
+
+def _merge_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(2, 3, 41, 24), (2, 3, 41, 24), (2, 3, 41), (2, 3, 41)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return lambda a, b, la, lb: merge_attention((a, la), (b, lb)), inputs
+
+
+def _tokens_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    metric, x = (torch.randn(2, 197, width, generator=generator, dtype=torch.float64) for width in (24, 70))
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        merged, sizes = merge_tokens(x, None, bipartite_match(metric.to(x.dtype), 80))
+        best = select_top(merged.detach()[..., 0], 50, 1)
+        return merged, sizes, gather_tokens(merged, best.indices)
+
+    return call, [x]
+
+
 _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "attention": _attention_case,
     "contrastive_softmax": _softmax_case,
     "contrastive_sigmoid": _sigmoid_case,
+    "attention_statistics": _statistics_case,
+    "merge_attention": _merge_case,
+    "tokens": _tokens_case,
 }
 
 
@@ -91,9 +130,9 @@ def _error(call: Call, inputs: list[Tensor]) -> float:
         leaves = [t.to(dtype).requires_grad_() for t in inputs]
         with backend(name):  # type: ignore[arg-type]
             outputs = call(*leaves)
-            loss = sum(o.square().mean() for o in outputs)
-        assert isinstance(loss, Tensor)
-        results.append([*(o.detach() for o in outputs), *torch.autograd.grad(loss, leaves)])
+            trained = [o.square().mean() for o in outputs if o.requires_grad]
+        gradients = torch.autograd.grad(sum(trained), leaves) if trained else ()  # type: ignore[arg-type]
+        results.append([*(o.detach() for o in outputs), *gradients])
     errors = [float((got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-12))
               for exact, got in zip(*results)]
     return max(errors) if all(error == error for error in errors) else float("inf")

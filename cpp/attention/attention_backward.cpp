@@ -25,6 +25,9 @@ struct Plan {
   int64_t width, value_width;          // rounded up to W: row strides of accumulators
   float* column_sums;                  // [batch, query_heads, keys]
   float* dq_parts;                     // [chunks, batch, query_heads, queries, width], if chunks > 1
+  uint8_t* dq_touched;                 // [chunks, batch, query_heads, query blocks]: whether that part was written
+  float* relative_parts;               // [batch, query_heads, chunks, relative], if wanted
+  int64_t relative;                    // numbers of a head
 
   explicit Plan(const AttentionBackward& c)
       : call(c), p(c.problem), masks(c.problem), group(p.query_heads / p.key_heads) {
@@ -38,9 +41,20 @@ struct Plan {
     if (chunk_tiles > 0) chunks = larger(1, (masks.tiles + chunk_tiles - 1) / chunk_tiles);
     width = round_up(larger(p.width, 1), W);
     value_width = round_up(larger(p.value_width, 1), W);
-    column_sums = dq_parts = nullptr;
+    column_sums = dq_parts = relative_parts = nullptr;
+    dq_touched = nullptr;
+    relative = call.drelative == nullptr ? 0 : relative_length(p);
   }
   int64_t column_room() const { return bias_columns ? p.batch * p.query_heads * p.keys : 0; }
+  int64_t query_blocks() const { return (p.queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES; }
+  int64_t touched_room() const { return chunks * p.batch * p.query_heads * query_blocks() / 4 + 1; }
+  uint8_t* touched(int64_t chunk, int64_t b, int64_t h) const {
+    return dq_touched + ((chunk * p.batch + b) * p.query_heads + h) * query_blocks();
+  }
+  int64_t relative_room() const { return p.batch * p.query_heads * chunks * relative; }
+  float* relative_part(int64_t b, int64_t h, int64_t chunk) const {
+    return relative_parts == nullptr ? nullptr : relative_parts + ((b * p.query_heads + h) * chunks + chunk) * relative;
+  }
   int64_t part_room() const { return p.batch * p.query_heads * p.queries * width; }
 };
 
@@ -53,6 +67,7 @@ struct Worker {
   float *dq;                                 // [BLOCK_QUERIES, width]
   float *weights, *gradients;                // score tiles P and dS, [BLOCK_QUERIES, LDS]
   float *lse, *delta;                        // [BLOCK_QUERIES]
+  float *slope;                              // [BC], derivative of the cap
   uint8_t* packed;                           // [chunk tiles]
 
   // Walks the layout; with at = nullptr it only measures.
@@ -79,6 +94,7 @@ struct Worker {
     take(&to.gradients, BLOCK_QUERIES * LDS);
     take(&to.lse, BLOCK_QUERIES);
     take(&to.delta, BLOCK_QUERIES);
+    take(&to.slope, BC);
     float* flags = nullptr;
     take(&flags, n / 4 + 1);
     to.packed = reinterpret_cast<uint8_t*>(flags);
@@ -126,49 +142,85 @@ void load_queries(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t i0, in
   }
 }
 
-// P and dS of one block and tile; returns how many leading keys any of its queries sees.
-int64_t score_tile(const Plan& s, Worker& w, const MaskProgram& program, Cover cover, int64_t b, int64_t h, int64_t i0,
-                   int64_t rows, int64_t slot, int64_t j0, int64_t breadth) {
-  const AttentionProblem& p = s.p;
-  const int64_t seen = program.causal.seen(i0 + rows - 1, j0, breadth);
-  for (int64_t g = 0; g < rows; g += MR) {
-    const int64_t height = smaller(MR, rows - g), n = program.causal.seen(i0 + g + height - 1, j0, breadth);
-    float *weights = w.weights + g * LDS, *gradients = w.gradients + g * LDS;
-    if (n > 0) {
-      multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0, w.keys + slot * p.width * BC, NR * p.width,
-                           weights, LDS, false);
-      multiply<PackedRows>(height, n, p.value_width, w.dout + g * p.value_width, 0,
-                           w.values + slot * p.value_width * BC, NR * p.value_width, gradients, LDS, false);
-    }
-    for (int64_t r = 0; r < height; ++r, weights += LDS, gradients += LDS) {
-      const int64_t i = i0 + g + r, padded = round_up(n, W);
-      finish_scores(weights, n, bias_row(p.bias, b, h, i, j0), program, cover, i, j0);
-      const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
-      for (int64_t c = 0; c < padded; c += W) {
-        const vf weight = exp2(load(weights + c) - lse);
-        store(weights + c, weight);
-        store(gradients + c, weight * (load(gradients + c) - delta));
-      }
-      for (int64_t c = padded; c < seen; c += W) {
-        store(weights + c, vf{});
-        store(gradients + c, vf{});
-      }
-    }
-  }
-  return seen;
-}
-
-void collect_bias(const Plan& s, const Worker& w, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
-                  int64_t n) {
+void collect_bias(const Plan& s, const float* gradients, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) {
   const AttentionBackward& c = s.call;
   float* to = s.bias_columns ? s.column_sums + (b * s.p.query_heads + h) * s.p.keys
-                             : c.dbias + ((c.bias_batch == 1 ? 0 : b) * c.bias_heads + (c.bias_heads == 1 ? 0 : h)) *
-                                             c.bias_rows * s.p.keys +
-                                   i0 * s.p.keys;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = to + (s.bias_columns ? 0 : r * s.p.keys) + j0;
-    for (int64_t e = 0; e < n; e += W)
-      store_first(row + e, load_first(row + e, n - e) + load(w.gradients + r * LDS + e), n - e);
+                             : c.dbias + (((c.bias_batch == 1 ? 0 : b) * c.bias_heads + (c.bias_heads == 1 ? 0 : h)) *
+                                              c.bias_rows +
+                                          i) *
+                                             s.p.keys;
+  to += j0;
+  for (int64_t e = 0; e < n; e += W) store_first(to + e, load_first(to + e, n - e) + load(gradients + e), n - e);
+}
+
+void clear(float* row, int64_t from, int64_t to) {
+  for (int64_t c = from; c < to; c += W) store(row + c, vf{});
+}
+
+// What one row of dS gives to the bias of its relative position.
+void collect_relative(const AttentionProgram& program, const float* gradients, int64_t n, int64_t i, int64_t j0,
+                      float* to) {
+  program.walk_relative(i, j0, n, [&](int64_t column, int64_t at, int64_t count) {
+    for (int64_t c = 0; c < count; ++c) to[at + c] += gradients[column + c];
+  });
+}
+
+// P (dropped, for dV) and the gradient of the product q k (for dQ and dK) of one block and tile, in the columns that
+// any of its queries sees. The gradients of the biases are taken on the way, before the slope of the cap.
+void score_tile(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h, int64_t i0,
+                int64_t rows, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth, Columns block) {
+  const AttentionProblem& p = s.p;
+  const int64_t j0 = tile * BC;
+  float* relative = s.relative_part(b, h, chunk);
+  for (int64_t g = 0; g < rows; g += MR) {
+    const int64_t height = smaller(MR, rows - g);
+    const Columns seen = program.columns(i0 + g, i0 + g + height, j0, breadth, tile);
+    const int64_t n = seen.last - seen.first, j = j0 + seen.first;
+    Cover group = n == 0 ? Cover::skip : cover;
+    if (group == Cover::partial) group = program.cover(i0 + g, i0 + g + height, j, j + n, tile);
+    float *weights = w.weights + g * LDS, *gradients = w.gradients + g * LDS;
+    if (group == Cover::skip) {
+      for (int64_t r = 0; r < height; ++r) {
+        clear(weights + r * LDS, block.first, block.last);
+        clear(gradients + r * LDS, block.first, block.last);
+      }
+      continue;
+    }
+    multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0,
+                         w.keys + slot * p.width * BC + seen.first * p.width, NR * p.width, weights + seen.first, LDS,
+                         false);
+    multiply<PackedRows>(height, n, p.value_width, w.dout + g * p.value_width, 0,
+                         w.values + slot * p.value_width * BC + seen.first * p.value_width, NR * p.value_width,
+                         gradients + seen.first, LDS, false);
+    for (int64_t r = 0; r < height; ++r, weights += LDS, gradients += LDS) {
+      const int64_t i = i0 + g + r, padded = round_up(n, W);
+      float *row = weights + seen.first, *slope = gradients + seen.first;
+      finish_scores(row, n, bias_row(p.bias, b, h, i, j), program, group, i, j, w.slope);
+      const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
+      if (program.drop_below == 0) {
+        for (int64_t c = 0; c < padded; c += W) {
+          const vf weight = exp2(load(row + c) - lse);
+          store(row + c, weight);
+          store(slope + c, weight * (load(slope + c) - delta));
+        }
+      } else {
+        const uint32_t key = row_key(program.drop_key, i);
+        for (int64_t c = 0; c < padded; c += W) {
+          const vi kept = kept_lanes(key, j + c, program.drop_below);
+          const vf weight = exp2(load(row + c) - lse), factor = select(kept, splat(program.drop_scale), vf{});
+          store(row + c, weight * factor);
+          store(slope + c, weight * (load(slope + c) * factor - delta));
+        }
+      }
+      if (s.call.dbias != nullptr) collect_bias(s, slope, b, h, i, j, n);
+      if (relative != nullptr) collect_relative(program, slope, n, i, j, relative);
+      if (program.softcap != 0.0f)
+        for (int64_t c = 0; c < padded; c += W) store(slope + c, load(slope + c) * load(w.slope + c));
+      clear(weights, block.first, seen.first);
+      clear(gradients, block.first, seen.first);
+      clear(weights, seen.first + padded, block.last);
+      clear(gradients, seen.first + padded, block.last);
+    }
   }
 }
 
@@ -179,32 +231,40 @@ void run_head(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t chu
   for (int64_t t = first_tile; t < last_tile; ++t) w.packed[t - first_tile] = 0;
   fill(w.dk, larger(keys, 0) * s.width);
   fill(w.dv, larger(keys, 0) * s.value_width);
-  const MaskProgram program = s.masks.program(p, b);
   for (int64_t h = key_head * s.group; h < (key_head + 1) * s.group; ++h) {
+    const AttentionProgram program = s.masks.program(p, b, h);
     for (int64_t i0 = 0; i0 < p.queries; i0 += BLOCK_QUERIES) {
       const int64_t rows = smaller(BLOCK_QUERIES, p.queries - i0);
       bool loaded = false;
-      fill(w.dq, rows * s.width);
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         const int64_t j0 = tile * BC, breadth = smaller(BC, p.keys - j0), slot = tile - first_tile;
         const Cover cover = program.cover(i0, i0 + rows, j0, j0 + breadth, tile);
         if (cover == Cover::skip) continue;
-        if (!loaded) load_queries(s, w, b, h, i0, rows);
+        const Columns seen = program.columns(i0, i0 + rows, j0, breadth, tile);
+        const int64_t n = seen.last - seen.first;
+        if (n == 0) continue;
+        if (!loaded) {
+          load_queries(s, w, b, h, i0, rows);
+          fill(w.dq, rows * s.width);
+        }
         loaded = true;
         need_tile(s, w, b, key_head, first_tile, tile);
-        const int64_t n = score_tile(s, w, program, cover, b, h, i0, rows, slot, j0, breadth);
-        multiply<TileColumns>(n, p.value_width, rows, w.weights, MR, w.plain_dout, NR * BLOCK_QUERIES,
-                              w.dv + slot * BC * s.value_width, s.value_width, true);
-        multiply<TileColumns>(n, p.width, rows, w.gradients, MR, w.plain_query, NR * BLOCK_QUERIES,
-                              w.dk + slot * BC * s.width, s.width, true);
-        multiply<TileRows>(rows, p.width, n, w.gradients, MR * LDS,
-                           w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC, w.dq, s.width, true);
-        if (s.call.dbias != nullptr) collect_bias(s, w, b, h, i0, rows, j0, n);
+        score_tile(s, w, program, cover, b, h, i0, rows, chunk, slot, tile, breadth, seen);
+        multiply<TileColumns>(n, p.value_width, rows, w.weights + seen.first, MR, w.plain_dout, NR * BLOCK_QUERIES,
+                              w.dv + (slot * BC + seen.first) * s.value_width, s.value_width, true);
+        multiply<TileColumns>(n, p.width, rows, w.gradients + seen.first, MR, w.plain_query, NR * BLOCK_QUERIES,
+                              w.dk + (slot * BC + seen.first) * s.width, s.width, true);
+        multiply<TileRows>(rows, p.width, n, w.gradients + seen.first, MR * LDS,
+                           w.plain_keys + slot * round_up(p.width, NR) * BC + seen.first * NR, NR * BC, w.dq, s.width,
+                           true);
       }
       if (s.chunks > 1) {
+        s.touched(chunk, b, h)[i0 / BLOCK_QUERIES] = loaded;
+        if (!loaded) continue;
         float* to = s.dq_parts + chunk * s.part_room() + ((b * p.query_heads + h) * p.queries + i0) * s.width;
         for (int64_t e = 0; e < rows * s.width; e += W) store(to + e, load(w.dq + e));
       } else {
+        if (!loaded) fill(w.dq, rows * s.width);
         float* to = head_of(s.call.dq, b, h) + i0 * s.call.dq.row_stride;
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t e = 0; e < p.width; e += W)
@@ -230,12 +290,29 @@ void merge_queries(const Plan& s, int threads) {
       float* to = head_of(s.call.dq, head / p.query_heads, head % p.query_heads) + i * s.call.dq.row_stride;
       for (int64_t e = 0; e < p.width; e += W) {
         vf sum{};
-        for (int64_t chunk = 0; chunk < s.chunks; ++chunk)
+        for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
+          if (!s.touched(chunk, head / p.query_heads, head % p.query_heads)[i / BLOCK_QUERIES]) continue;
           sum += load(s.dq_parts + chunk * s.part_room() + at * s.width + e);
+        }
         store_first(to + e, sum * p.scale, p.width - e);
       }
     }
   });
+}
+
+// The gradient of each relative position: over batch, chunks, and heads if they share it, always in this order.
+void merge_relative(const Plan& s) {
+  const AttentionProblem& p = s.p;
+  const bool shared = p.relative_head_stride == 0;
+  for (int64_t head = 0; head < (shared ? 1 : p.query_heads); ++head)
+    for (int64_t e = 0; e < s.relative; ++e) {
+      double sum = 0.0;
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t h = head; h < (shared ? p.query_heads : head + 1); ++h)
+          for (int64_t chunk = 0; chunk < s.chunks; ++chunk)
+            sum += static_cast<double>(s.relative_part(b, h, chunk)[e]);
+      s.call.drelative[head * s.relative + e] = static_cast<float>(sum);
+    }
 }
 
 void merge_columns(const Plan& s) {
@@ -258,6 +335,10 @@ void attention_backward(const AttentionBackward& call, int threads) {
   Scratch columns(plan.column_room()), parts(plan.chunks > 1 ? plan.chunks * plan.part_room() : 0);
   plan.column_sums = columns.data;
   plan.dq_parts = parts.data;
+  Scratch touched(plan.chunks > 1 ? plan.touched_room() : 0), relative(plan.relative_room());
+  plan.dq_touched = reinterpret_cast<uint8_t*>(touched.data);
+  if (call.drelative != nullptr) plan.relative_parts = relative.data;
+  fill(relative.data, plan.relative_room());
   fill(columns.data, plan.column_room());
   if (call.dbias != nullptr) fill(call.dbias, call.bias_batch * call.bias_heads * call.bias_rows * p.keys);
 
@@ -275,6 +356,7 @@ void attention_backward(const AttentionBackward& call, int threads) {
   });
   if (plan.chunks > 1) merge_queries(plan, threads);
   if (plan.bias_columns) merge_columns(plan);
+  if (call.drelative != nullptr) merge_relative(plan);
 }
 
 }  // namespace VLM_LEVEL

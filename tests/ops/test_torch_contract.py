@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm import ops
-from vlm.ops.attention_native import native_attention
+from vlm.ops.attention_native import _attention, native_attention
 from vlm.ops.backend import core
 from vlm.ops.contrastive_native import native_pair_loss
 
@@ -28,7 +28,8 @@ ATTENTION_CASES = [
 
 @pytest.mark.parametrize("arguments", ATTENTION_CASES, ids=["full", "plain"])
 def test_attention_passes_opcheck(arguments: tuple[object, ...]) -> None:
-    torch.library.opcheck(native_attention, arguments)
+    q, k, v, key_mask, bias, scale, causal, offset = arguments
+    torch.library.opcheck(_attention, (q, k, v, key_mask, bias, None, None, None, None, scale, causal, offset, 0, 0, 0.0, 0.0, 0))
 
 
 @pytest.mark.parametrize("groups", [False, True])

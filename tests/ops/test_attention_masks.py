@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.oracle import error, errors, run
+from tests.ops.oracle import error, run
 from vlm import ops
 from vlm.ops import masks
 from vlm.ops.masks import MaskProgram, MaskShape

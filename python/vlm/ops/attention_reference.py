@@ -70,7 +70,7 @@ def attention_reference(
     if atoms is not None:
         allow = atoms if allow is None else allow & atoms
     if return_lse or softcap or dropout is not None or k.shape[-2] == 0 or q.numel() == 0:
-        kept = None if dropout is None else (kept_pairs(*dropout, *shape), dropout[0])
+        kept = None if dropout is None else (kept_pairs(dropout[0], dropout[1], *shape[:4], device=q.device), dropout[0])
         out, lse = _explicit(q, k, v, allow, added, scale, softcap, kept)
         return (out, lse) if return_lse else out
     return _sdpa(q, k, v, allow, added, scale)

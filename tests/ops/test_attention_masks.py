@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pathlib
 from collections.abc import Callable
 
 import pytest
@@ -305,6 +306,21 @@ def test_programs_export_with_dynamic_lengths() -> None:
     inputs = example(3, 14)
     with ops.backend("native"):
         torch.testing.assert_close(program.module()(*inputs), Masked()(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_run_in_onnxruntime(tmp_path: pathlib.Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=5)
+    tensor = {0: batch, 2: length}
+    torch.onnx.export(Masked().eval(), example(2, 9), str(tmp_path / "masked.onnx"), dynamo=True, verbose=False,
+                      input_names=["q", "k", "v", "lengths", "ids"],
+                      dynamic_shapes=(tensor, tensor, tensor, {0: batch}, {0: batch, 1: length}))
+    session = runtime.InferenceSession(str(tmp_path / "masked.onnx"), providers=["CPUExecutionProvider"])
+    inputs = example(3, 14)
+    (got,) = session.run(None, {name: t.numpy() for name, t in zip(["q", "k", "v", "lengths", "ids"], inputs)})
+    with ops.backend("native"):
+        torch.testing.assert_close(torch.from_numpy(got), Masked()(*inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_programs_compile_as_one_graph() -> None:

@@ -18,6 +18,7 @@ struct Plan {
   const AttentionBackward& call;
   const AttentionProblem& p;
   KeyMasks masks;
+  InverseLengths lengths;
   int64_t group;
   bool bias_matrix, bias_columns;      // how the bias gradient is collected: by tile, or as column sums
   int64_t owner_batches, owner_heads;  // owners; 1 where several members share one
@@ -29,8 +30,8 @@ struct Plan {
   float* relative_parts;               // [batch, query_heads, chunks, relative], if wanted
   int64_t relative;                    // numbers of a head
 
-  explicit Plan(const AttentionBackward& c)
-      : call(c), p(c.problem), masks(c.problem), group(p.query_heads / p.key_heads) {
+  Plan(const AttentionBackward& c, int threads)
+      : call(c), p(c.problem), masks(c.problem), lengths(c.problem, threads), group(p.query_heads / p.key_heads) {
     bias_columns = call.dbias != nullptr && call.bias_rows == 1;
     bias_matrix = call.dbias != nullptr && !bias_columns;
     owner_batches = bias_matrix && call.bias_batch == 1 ? 1 : p.batch;
@@ -68,6 +69,7 @@ struct Worker {
   float *weights, *gradients;                // score tiles P and dS, [BLOCK_QUERIES, LDS]
   float *lse, *delta;                        // [BLOCK_QUERIES]
   float *slope;                              // [BC], derivative of the cap
+  float *row_factor;                         // [BLOCK_QUERIES], for the cosine
   uint8_t* packed;                           // [chunk tiles]
 
   // Walks the layout; with at = nullptr it only measures.
@@ -95,6 +97,7 @@ struct Worker {
     take(&to.lse, BLOCK_QUERIES);
     take(&to.delta, BLOCK_QUERIES);
     take(&to.slope, BC);
+    take(&to.row_factor, BLOCK_QUERIES);
     float* flags = nullptr;
     take(&flags, n / 4 + 1);
     to.packed = reinterpret_cast<uint8_t*>(flags);
@@ -113,9 +116,11 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t fi
   const uint8_t* kept = s.masks.kept(b, j0);
   const float* k = head_of(p.k, b, key_head) + j0 * p.k.row_stride;
   const float* v = head_of(p.v, b, key_head) + j0 * p.v.row_stride;
-  pack_transposed(k, p.k.row_stride, n, p.width, kept, w.keys + slot * p.width * BC);
+  const float* lengths = s.lengths.of_keys(b, key_head, j0);
+  pack_transposed(k, p.k.row_stride, n, p.width, kept, w.keys + slot * p.width * BC, lengths);
   pack_transposed(v, p.v.row_stride, n, p.value_width, kept, w.values + slot * p.value_width * BC);
-  pack_plain(k, p.k.row_stride, n, p.width, kept, w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC);
+  pack_plain(k, p.k.row_stride, n, p.width, kept, w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC,
+             lengths);
   w.packed[slot] = 1;
 }
 
@@ -123,12 +128,15 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t fi
 void load_queries(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t i0, int64_t rows) {
   const AttentionProblem& p = s.p;
   const AttentionBackward& c = s.call;
-  const float* q = head_of(p.q, b, h) + i0 * p.q.row_stride;
+  const float *q = head_of(p.q, b, h) + i0 * p.q.row_stride, *lengths = s.lengths.of_queries(b, h, i0);
+  if (lengths != nullptr)  // heads of a group may differ in temperature: it goes into dK here
+    for (int64_t r = 0; r < rows; ++r) w.row_factor[r] = lengths[r] * p.temperature[h * p.temperature_stride];
   const float* dout = head_of(c.dout, b, h) + i0 * c.dout.row_stride;
   const float* out = head_of(c.out, b, h) + i0 * c.out.row_stride;
-  pack_rows(q, p.q.row_stride, rows, p.width, p.scale * log2_e, w.query);
+  pack_rows(q, p.q.row_stride, rows, p.width, scale_of(p, h) * log2_e, w.query, lengths);
   pack_rows(dout, c.dout.row_stride, rows, p.value_width, 1.0f, w.dout);
-  pack_plain(q, p.q.row_stride, rows, p.width, nullptr, w.plain_query, NR * BLOCK_QUERIES);
+  pack_plain(q, p.q.row_stride, rows, p.width, nullptr, w.plain_query, NR * BLOCK_QUERIES,
+             lengths == nullptr ? nullptr : w.row_factor);
   pack_plain(dout, c.dout.row_stride, rows, p.value_width, nullptr, w.plain_dout, NR * BLOCK_QUERIES);
   const int64_t at = (b * p.query_heads + h) * p.queries + i0;
   for (int64_t r = 0; r < rows; ++r) {
@@ -268,7 +276,7 @@ void run_head(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t chu
         float* to = head_of(s.call.dq, b, h) + i0 * s.call.dq.row_stride;
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t e = 0; e < p.width; e += W)
-            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * p.scale, p.width - e);
+            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * scale_of(p, h), p.width - e);
       }
     }
   }
@@ -294,10 +302,59 @@ void merge_queries(const Plan& s, int threads) {
           if (!s.touched(chunk, head / p.query_heads, head % p.query_heads)[i / BLOCK_QUERIES]) continue;
           sum += load(s.dq_parts + chunk * s.part_room() + at * s.width + e);
         }
-        store_first(to + e, sum * p.scale, p.width - e);
+        store_first(to + e, sum * scale_of(p, head % p.query_heads), p.width - e);
       }
     }
   });
+}
+
+// From the gradient g of a unit vector x / |x| to that of x: (g - u <u, g>) / |x|. Returns <u, g>.
+float through_length(const float* x, float inverse, int64_t width, float* g) {
+  vf sum{};
+  for (int64_t e = 0; e < width; e += W) sum += load_first(x + e, width - e) * load_first(g + e, width - e);
+  const float along = sum_lanes(sum) * inverse;
+  for (int64_t e = 0; e < width; e += W) {
+    const vf unit = load_first(x + e, width - e) * inverse;
+    store_first(g + e, (load_first(g + e, width - e) - unit * along) * inverse, width - e);
+  }
+  return along;
+}
+
+// The cosine score: dQ and dK so far are those of unit vectors. The temperature's gradient is <u_i, g_i> / temperature
+// summed over queries and, in this order, over batch and heads.
+void finish_cosine(const Plan& s, int threads) {
+  const AttentionProblem& p = s.p;
+  Scratch memory(2 * p.batch * p.query_heads);
+  double* sums = reinterpret_cast<double*>(memory.data);
+  parallel_for(p.batch * p.query_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / p.query_heads, h = at % p.query_heads;
+      const float *q = head_of(p.q, b, h), *inverse = s.lengths.of_queries(b, h, 0);
+      float* dq = head_of(s.call.dq, b, h);
+      sums[at] = 0.0;
+      for (int64_t i = 0; i < p.queries; ++i)
+        sums[at] += static_cast<double>(through_length(q + i * p.q.row_stride, inverse[i], p.width, dq + i * s.call.dq.row_stride));
+    }
+  });
+  parallel_for(p.batch * p.key_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / p.key_heads, h = at % p.key_heads;
+      const float *k = head_of(p.k, b, h), *inverse = s.lengths.of_keys(b, h, 0);
+      const uint8_t* kept = s.masks.kept(b, 0);
+      float* dk = head_of(s.call.dk, b, h);
+      for (int64_t j = 0; j < p.keys; ++j)
+        if (kept == nullptr || kept[j] != 0)
+          through_length(k + j * p.k.row_stride, inverse[j], p.width, dk + j * s.call.dk.row_stride);
+    }
+  });
+  if (s.call.dtemperature == nullptr) return;
+  const bool shared = p.temperature_stride == 0;
+  for (int64_t head = 0; head < (shared ? 1 : p.query_heads); ++head) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t h = head; h < (shared ? p.query_heads : head + 1); ++h) sum += sums[b * p.query_heads + h];
+    s.call.dtemperature[head] = static_cast<float>(sum / static_cast<double>(p.temperature[head]));
+  }
 }
 
 // The gradient of each relative position: over batch, chunks, and heads if they share it, always in this order.
@@ -329,9 +386,9 @@ void merge_columns(const Plan& s) {
 }  // namespace
 
 void attention_backward(const AttentionBackward& call, int threads) {
-  Plan plan(call);
+  threads = useful_threads(call.problem, threads);
+  Plan plan(call, threads);
   const AttentionProblem& p = plan.p;
-  threads = useful_threads(p, threads);
   Scratch columns(plan.column_room()), parts(plan.chunks > 1 ? plan.chunks * plan.part_room() : 0);
   plan.column_sums = columns.data;
   plan.dq_parts = parts.data;
@@ -357,6 +414,7 @@ void attention_backward(const AttentionBackward& call, int threads) {
   if (plan.chunks > 1) merge_queries(plan, threads);
   if (plan.bias_columns) merge_columns(plan);
   if (call.drelative != nullptr) merge_relative(plan);
+  if (p.temperature != nullptr) finish_cosine(plan, threads);
 }
 
 }  // namespace VLM_LEVEL

@@ -15,13 +15,15 @@ struct Plan {
   const AttentionForward& call;
   const AttentionProblem& p;
   KeyMasks masks;
+  InverseLengths lengths;
   int64_t group, blocks;              // query heads of a key head, query blocks of a head
   int64_t key_tile, value_tile;       // floats of a packed tile
   int64_t out_stride;                 // of the accumulator
-  explicit Plan(const AttentionForward& c)
+  Plan(const AttentionForward& c, int threads)
       : call(c),
         p(c.problem),
         masks(c.problem),
+        lengths(c.problem, threads),
         group(p.query_heads / p.key_heads),
         blocks((p.queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES),
         key_tile(p.width * BC),
@@ -66,7 +68,7 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t ti
   const int64_t j0 = tile * BC, n = smaller(BC, p.keys - j0);
   const uint8_t* kept = s.masks.kept(b, j0);
   pack_transposed(head_of(p.k, b, key_head) + j0 * p.k.row_stride, p.k.row_stride, n, p.width, kept,
-                  w.keys + tile * s.key_tile);
+                  w.keys + tile * s.key_tile, s.lengths.of_keys(b, key_head, j0));
   pack_plain(head_of(p.v, b, key_head) + j0 * p.v.row_stride, p.v.row_stride, n, p.value_width, kept,
              w.values + tile * s.value_tile, NR * BC);
   w.packed[tile] = 1;
@@ -112,7 +114,8 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
     w.head = b * p.key_heads + key_head;
     for (int64_t t = 0; t < s.masks.tiles; ++t) w.packed[t] = 0;
   }
-  pack_rows(head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, rows, p.width, p.scale * log2_e, w.query);
+  pack_rows(head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, rows, p.width, scale_of(p, h) * log2_e, w.query,
+            s.lengths.of_queries(b, h, i0));
   for (int64_t r = 0; r < rows; ++r) {
     w.top[r] = -infinity;
     w.sum[r] = 0.0f;
@@ -160,8 +163,8 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
 }  // namespace
 
 void attention_forward(const AttentionForward& call, int threads) {
-  const Plan plan(call);
-  threads = useful_threads(plan.p, threads);
+  threads = useful_threads(call.problem, threads);
+  const Plan plan(call, threads);
   const int64_t per_key_head = plan.group * plan.blocks, total = plan.p.batch * plan.p.key_heads * per_key_head;
   const int64_t grain = larger(1, smaller(per_key_head, (total + 4 * threads - 1) / (4 * threads)));
   const int64_t room = round_up(Worker::room(plan), W);

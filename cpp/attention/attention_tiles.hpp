@@ -102,6 +102,48 @@ struct KeyMasks {
   }
 };
 
+// 1 / |row| of queries and keys for the cosine score: [batch, query_heads, queries], [batch, key_heads, keys].
+struct InverseLengths {
+  const AttentionProblem& p;
+  Scratch queries, keys;
+
+  InverseLengths(const AttentionProblem& problem, int threads)
+      : p(problem),
+        queries(problem.temperature == nullptr ? 0 : problem.batch * problem.query_heads * problem.queries),
+        keys(problem.temperature == nullptr ? 0 : problem.batch * problem.key_heads * problem.keys) {
+    if (p.temperature == nullptr) return;
+    measure(p.q, p.query_heads, p.queries, queries.data, threads);
+    measure(p.k, p.key_heads, p.keys, keys.data, threads);
+  }
+  void measure(const Heads& of, int64_t heads, int64_t length, float* to, int threads) const {
+    parallel_for(p.batch * heads, 1, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t at = begin; at < end; ++at)
+        for (int64_t i = 0; i < length; ++i) {
+          const float* row = head_of(of, at / heads, at % heads) + i * of.row_stride;
+          vf sum{};
+          for (int64_t e = 0; e < p.width; e += W) {
+            const vf x = load_first(row + e, p.width - e);
+            sum += x * x;
+          }
+          const float norm = __builtin_sqrtf(sum_lanes(sum));
+          to[at * length + i] = 1.0f / (norm > 1e-12f ? norm : 1e-12f);
+        }
+    });
+  }
+  // Null for plain products.
+  const float* of_queries(int64_t b, int64_t h, int64_t i0) const {
+    return p.temperature == nullptr ? nullptr : queries.data + (b * p.query_heads + h) * p.queries + i0;
+  }
+  const float* of_keys(int64_t b, int64_t key_head, int64_t j0) const {
+    return p.temperature == nullptr ? nullptr : keys.data + (b * p.key_heads + key_head) * p.keys + j0;
+  }
+};
+
+// What the product of a head is multiplied by.
+VLM_INLINE float scale_of(const AttentionProblem& p, int64_t h) {
+  return p.temperature == nullptr ? p.scale : p.scale * p.temperature[h * p.temperature_stride];
+}
+
 // x -> cap tanh(x / cap) in units of log 2; `slope`, if given, gets the derivative 1 - tanh^2.
 static void cap_scores(float* scores, int64_t n, float cap, float* slope) {
   const float inward = ln_2 / cap, outward = cap * log2_e;

@@ -37,6 +37,7 @@ struct Extras {
   std::vector<MaskAtom> atoms;
   float softcap = 0.0f;
   std::array<int64_t, 4> relative{};  // address, head stride, rows and columns of the grid
+  std::array<int64_t, 2> temperature{};  // address, stride
   double dropout = 0.0;
   uint32_t drop_below = 0;
   uint64_t seed = 0;
@@ -50,6 +51,8 @@ struct Extras {
         softcap = py::cast<float>(value);
       else if (name == "relative")
         relative = py::cast<std::array<int64_t, 4>>(value);
+      else if (name == "temperature")
+        temperature = py::cast<std::array<int64_t, 2>>(value);
       else if (name == "dropout")
         dropout = py::cast<double>(value);
       else if (name == "drop_below")
@@ -71,6 +74,8 @@ struct Extras {
     p.drop_below = drop_below;
     p.keep_share = static_cast<float>(1.0 - dropout);
     p.seed = seed;
+    p.temperature = address<const float>(temperature[0]);
+    p.temperature_stride = temperature[1];
   }
 };
 
@@ -109,7 +114,7 @@ void register_attention(py::module_& m) {
          int64_t causal_offset, uintptr_t key_mask, int64_t key_mask_stride, const View& bias, const View& out,
          uintptr_t lse, const View& dout, uintptr_t dlse, const View& dq, const View& dk, const View& dv,
          uintptr_t dbias, const std::array<int64_t, 3>& bias_sizes, int threads, uintptr_t drelative,
-         const py::dict& extras) {
+         uintptr_t dtemperature, const py::dict& extras) {
         const Extras more(extras);
         const AttentionBackward call{
             problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, key_mask_stride, bias, more),
@@ -124,14 +129,16 @@ void register_attention(py::module_& m) {
             bias_sizes[0],
             bias_sizes[1],
             bias_sizes[2],
-            address<float>(drelative)};
+            address<float>(drelative),
+            address<float>(dtemperature)};
         py::gil_scoped_release release;
         attention_backward(call, threads);
       },
       py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("causal"),
       py::arg("causal_offset"), py::arg("key_mask"), py::arg("key_mask_stride"), py::arg("bias"), py::arg("out"),
       py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"),
-      py::arg("bias_sizes"), py::arg("threads"), py::arg("drelative") = 0, py::arg("extras") = py::dict(),
+      py::arg("bias_sizes"), py::arg("threads"), py::arg("drelative") = 0,
+      py::arg("dtemperature") = 0, py::arg("extras") = py::dict(),
       "Gradients of exact attention.");
 }
 

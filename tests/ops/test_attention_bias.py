@@ -122,15 +122,20 @@ def test_swin_v2_cosine_ignores_the_length_of_q_and_k(level: str) -> None:
 
 
 def test_swin_v2_temperature_has_a_gradient_where_it_is_not_clamped() -> None:
-    inputs = [*tensors(2, 3, 3, 20, 30, 8), torch.tensor([2.0, 8.0, 200.0], dtype=torch.float64)]
+    inputs = [*tensors(2, 4, 2, 20, 300, 8), torch.tensor([2.0, 8.0, 30.0, 200.0], dtype=torch.float64)]
+    inputs[1][1, :, 100:] = math.nan  # padded keys: their gradient is 0, whatever they hold
+    lengths = torch.tensor([300, 100])
 
-    def call(q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor]:
-        return (ops.attention(q, k, v, score="cosine", temperature=tau),)
+    def call(q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.attention(q, k, v, score="cosine", temperature=tau, key_mask=lengths, softcap=20.0, return_lse=True)
 
-    assert max(errors(call, inputs)) < 1e-4
-    gradient = run(call, inputs, "native", torch.float32)[4]
-    assert gradient[2] == 0
-    assert (gradient[:2] != 0).all()
+    got = run(call, inputs, "native", torch.float32)
+    inputs[1][1, :, 100:] = 1.0
+    for ours, want in zip(got, run(call, inputs, "torch", torch.float64)):
+        assert error(ours, want) < 1e-4
+    assert got[5][3] == 0
+    assert (got[5][:3] != 0).all()
+    assert max(errors(call, [*inputs[:3], torch.tensor([3.0])])) < 1e-4
 
 
 def test_dropout_is_the_same_on_both_backends(level: str) -> None:

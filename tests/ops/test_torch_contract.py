@@ -29,7 +29,7 @@ ATTENTION_CASES = [
 @pytest.mark.parametrize("arguments", ATTENTION_CASES, ids=["full", "plain"])
 def test_attention_passes_opcheck(arguments: tuple[object, ...]) -> None:
     q, k, v, key_mask, bias, scale, causal, offset = arguments
-    torch.library.opcheck(_attention, (q, k, v, key_mask, bias, None, None, None, None, scale, causal, offset, 0, 0, 0.0, 0.0, 0))
+    torch.library.opcheck(_attention, (q, k, v, key_mask, bias, None, None, None, None, None, scale, causal, offset, 0, 0, 0.0, 0.0, 0))
 
 
 @pytest.mark.parametrize("groups", [False, True])

@@ -8,6 +8,9 @@
 // of a key removed by key_mask is never read into a sum, so that NaN there cannot leak. A row without an allowed key:
 // output 0, lse -inf, no gradient. lse_i = log sum_j exp(s_ij), natural logarithm.
 //
+// With `temperature` the product is that of unit vectors: scale * temperature_h * cos(q_i, k_j), where a vector shorter
+// than 1e-12 is divided by 1e-12.
+//
 // bias is broadcast through strides of 0; its last axis is contiguous. Its gradient has the extents given in
 // `bias_batch`, `bias_heads`, `bias_rows` (each 1 or full) and is summed over the others.
 //
@@ -46,6 +49,8 @@ struct AttentionProblem {
   uint32_t drop_below = 0;           // 0 = no dropout
   float keep_share = 1.0f;
   uint64_t seed = 0;
+  const float* temperature = nullptr;  // null = plain products
+  int64_t temperature_stride = 0;      // 0 = the same for all heads
 };
 
 
@@ -65,6 +70,7 @@ struct AttentionBackward {
   float* dbias;       // [bias_batch, bias_heads, bias_rows, keys], contiguous, or null if not wanted
   int64_t bias_batch, bias_heads, bias_rows;
   float* drelative = nullptr;  // [query_heads or 1 as in the problem, its length], contiguous, or null if not wanted
+  float* dtemperature = nullptr;  // [query_heads, or 1 if shared], or null if not wanted
 };
 
 // Both throw std::invalid_argument on sizes that do not fit and std::bad_alloc without memory. threads >= 1.

@@ -69,8 +69,8 @@ def attention(
         position of `vlm.ops.attention_bias`, which needs no such tensor.
     scale: 1/sqrt(D) by default (1 for the cosine).
     softcap: logits become softcap * tanh(logits / softcap), before the bias; must be positive.
-    score: "dot" is scale * <q, k>; "cosine" is temperature_h * cos(q, k) with `temperature` [H] or [1] clamped to
-        `max_temperature` (no gradient beyond it).
+    score: "dot" is scale * <q, k>; "cosine" is temperature_h * cos(q, k) with a positive `temperature` [H] or [1],
+        clamped to `max_temperature` (no gradient beyond it).
     dropout: (p, seed): a probability is dropped where a hash of (seed, b, h, i, j) says so, and the others are divided
         by 1 - p; the same pairs on every backend and at every thread count. lse is that of the undropped softmax.
 
@@ -81,20 +81,21 @@ def attention(
     q, k, v = _under_autocast(q, k, v)
     key_mask = _check(q, k, v, alignment, key_mask, bias)
     softcap, dropout = _options(softcap, score, temperature, dropout)
-    if score == "cosine":
-        assert temperature is not None
-        q, k = _unit_vectors(q, k, temperature, max_temperature)
+    if temperature is not None:
+        temperature = _clamped(temperature, q.shape[1], max_temperature)
         scale = 1.0 if scale is None else scale
     if isinstance(mask, Atom):
         mask = MaskProgram(mask)
     exporting = torch.compiler.is_exporting()  # then no length may be asked for: the answer would be fixed in the graph
     if causal and alignment == "bottom-right" and not exporting and q.shape[2] == 1:
         causal = False  # the last query sees every key
-    plain = not exporting and key_mask is None and bias is None and mask is None and not softcap and dropout is None \
-        and not return_lse and (not causal or q.shape[2] == k.shape[2])
+    plain = not exporting and key_mask is None and bias is None and mask is None and temperature is None and not softcap \
+        and dropout is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
     given = bias if isinstance(bias, Tensor) else None
-    if not use_native(q, k, v, given, prefer_torch=plain and _torch_is_faster(q, k, v)):
+    if not use_native(q, k, v, given, temperature, prefer_torch=plain and _torch_is_faster(q, k, v)):
         with torch.autocast(q.device.type, enabled=False):
+            if temperature is not None:
+                q, k = F.normalize(q, dim=-1) * temperature.to(q.dtype)[:, None, None], F.normalize(k, dim=-1)
             return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,
                                        scale=scale, mask=mask, softcap=softcap, dropout=dropout, return_lse=return_lse)
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
@@ -111,6 +112,8 @@ def attention(
         more["mask"] = mask.lower(shape)
     if relative is not None:
         more |= {"relative": relative.values.float(), "grid": relative.grid}
+    if temperature is not None:
+        more["temperature"] = temperature.float()
     if softcap:
         more["softcap"] = softcap
     if dropout is not None:
@@ -122,12 +125,10 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _unit_vectors(q: Tensor, k: Tensor, temperature: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, those of q times the clamped temperature of their head: their product is the cosine score."""
-    if temperature.ndim != 1 or temperature.shape[0] not in (1, q.shape[1]):
-        raise ValueError(f"attention: temperature must be [{q.shape[1]}] or [1], got {tuple(temperature.shape)}")
-    sharp = temperature.clamp(max=limit).to(q.dtype)[:, None, None]
-    return F.normalize(q, dim=-1) * sharp, F.normalize(k, dim=-1)
+def _clamped(temperature: Tensor, heads: int, limit: float) -> Tensor:
+    if temperature.ndim != 1 or temperature.shape[0] not in (1, heads):
+        raise ValueError(f"attention: temperature must be [{heads}] or [1], got {tuple(temperature.shape)}")
+    return temperature.clamp(max=limit)
 
 
 def _options(softcap: float | None, score: str, temperature: Tensor | None,

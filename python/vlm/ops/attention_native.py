@@ -54,8 +54,8 @@ def _atoms(code: Sequence[int], arrays: Tensor | None, dense: Tensor | None) -> 
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float,
-             causal: bool, causal_offset: int, relative: Tensor | None, arrays: Tensor | None,
-             dense: Tensor | None, code: Sequence[int] | None, grid_rows: int, grid_columns: int, softcap: float,
+             causal: bool, causal_offset: int, relative: Tensor | None, temperature: Tensor | None,
+             arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None, grid_rows: int, grid_columns: int, softcap: float,
              dropout: float, seed: int) -> tuple[dict[str, Any], list[Tensor]]:
     """Arguments shared by both kernels, and the tensors whose memory they point to."""
     q, k, v = _readable(q), _readable(k), _readable(v)
@@ -83,6 +83,10 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Ten
         relative = relative.contiguous()
         alive.append(relative)
         extras["relative"] = (relative.data_ptr(), _step(relative, 0), grid_rows, grid_columns)
+    if temperature is not None:
+        temperature = temperature.contiguous()
+        alive.append(temperature)
+        extras["temperature"] = (temperature.data_ptr(), _step(temperature, 0))
     if dropout:
         extras |= {"dropout": dropout, "drop_below": drop_below(dropout), "seed": seed}
     if extras:
@@ -92,11 +96,11 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Ten
 
 @torch.library.custom_op("vlm::attention", mutates_args=(), device_types="cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
-               relative: Optional[Tensor], arrays: Optional[Tensor], dense: Optional[Tensor],  # noqa: UP045
-               code: Optional[Sequence[int]], scale: float, causal: bool, causal_offset: int,  # noqa: UP045
+               relative: Optional[Tensor], temperature: Optional[Tensor], arrays: Optional[Tensor],  # noqa: UP045
+               dense: Optional[Tensor], code: Optional[Sequence[int]], scale: float, causal: bool, causal_offset: int,  # noqa: UP045
                grid_rows: int, grid_columns: int, softcap: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
-    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, arrays, dense, code,
-                                 grid_rows, grid_columns, softcap, dropout, seed)
+    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays, dense,
+                                 code, grid_rows, grid_columns, softcap, dropout, seed)
     out = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     lse = q.new_empty(q.shape[:3])
     core().attention_forward(**arguments, out=_view(out), lse=lse.data_ptr())
@@ -105,16 +109,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor], bias
 
 def native_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float,
                      causal: bool, causal_offset: int, *, relative: Tensor | None = None, grid: tuple[int, int] = (0, 0),
+                     temperature: Tensor | None = None,
                      mask: LoweredMask | None = None, softcap: float = 0.0, dropout: float = 0.0,
                      seed: int = 0) -> tuple[Tensor, Tensor]:
     """q [B, H, N, D], k [B, G, M, D], v [B, G, M, V], key_mask bool [B, M], bias [B|1, H|1, N|1, M]
     -> out [B, H, N, V], lse [B, H, N].
 
-    relative [H|1, L] with grid (rows, columns), (0, 0) for a line: see `vlm.ops.attention_bias.Relative`. mask: what
-    `MaskProgram.lower` gives. softcap 0 and dropout 0 are none.
+    relative [H|1, L] with grid (rows, columns), (0, 0) for a line: see `vlm.ops.attention_bias.Relative`. temperature
+    [H|1]: the cosine score, None for plain products. mask: what `MaskProgram.lower` gives. softcap 0 and dropout 0 are none.
     """
     code, arrays, dense = (None, None, None) if mask is None else mask
-    return _attention(q, k, v, key_mask, bias, relative, arrays, dense, code or None, scale, causal, causal_offset, *grid,
+    return _attention(q, k, v, key_mask, bias, relative, temperature, arrays, dense, code or None, scale, causal, causal_offset, *grid,
                       softcap, dropout, seed)
 
 
@@ -126,54 +131,57 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("vlm::attention_backward", mutates_args=(), device_types="cpu")
 def native_attention_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor],  # noqa: UP045
                               bias: Optional[Tensor], relative: Optional[Tensor],  # noqa: UP045
+                              temperature: Optional[Tensor],  # noqa: UP045
                               arrays: Optional[Tensor], dense: Optional[Tensor], code: Optional[Sequence[int]],  # noqa: UP045
                               scale: float, causal: bool, causal_offset: int, grid_rows: int, grid_columns: int,
                               softcap: float, dropout: float, seed: int, out: Tensor, lse: Tensor, dout: Tensor,
-                              dlse: Tensor, want_bias: bool,
-                              want_relative: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, bias and relative (empty unless wanted). Has no gradient of its own."""
-    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, arrays, dense, code,
-                                 grid_rows, grid_columns, softcap, dropout, seed)
+                              dlse: Tensor, want_bias: bool, want_relative: bool,
+                              want_temperature: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, bias, relative and temperature (empty unless wanted). Has no gradient of its own."""
+    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays, dense,
+                                 code, grid_rows, grid_columns, softcap, dropout, seed)
     out, dout, lse, dlse = _readable(out), _readable(dout), lse.contiguous(), dlse.contiguous()
     dq = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], q.shape[3])
     dk = _heads_inside(k, k.shape[0], k.shape[1], k.shape[2], k.shape[3])
     dv = _heads_inside(v, v.shape[0], v.shape[1], v.shape[2], v.shape[3])
     dbias = q.new_empty(bias.shape if want_bias and bias is not None else (0,))
     drelative = q.new_empty(relative.shape if want_relative and relative is not None else (0,))
+    dtemperature = q.new_empty(temperature.shape if want_temperature and temperature is not None else (0,))
     wanted = want_bias and bias is not None
     core().attention_backward(
         **arguments, out=_view(out), lse=lse.data_ptr(), dout=_view(dout), dlse=dlse.data_ptr(), dq=_view(dq),
         dk=_view(dk), dv=_view(dv), dbias=dbias.data_ptr() if wanted else 0,
         bias_sizes=tuple(dbias.shape[:3]) if wanted else (1, 1, 1),
         drelative=drelative.data_ptr() if want_relative and relative is not None else 0,
+        dtemperature=dtemperature.data_ptr() if want_temperature and temperature is not None else 0,
     )
-    return dq, dk, dv, dbias, drelative
+    return dq, dk, dv, dbias, drelative, dtemperature
 
 
 @native_attention_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, relative: Tensor | None,
-      arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None, scale: float, causal: bool,
+      temperature: Tensor | None, arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None, scale: float, causal: bool,
       causal_offset: int, grid_rows: int, grid_columns: int, softcap: float, dropout: float, seed: int, out: Tensor,
-      lse: Tensor, dout: Tensor, dlse: Tensor, want_bias: bool, want_relative: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+      lse: Tensor, dout: Tensor, dlse: Tensor, want_bias: bool, want_relative: bool,
+      want_temperature: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = [_heads_inside(t, t.shape[0], t.shape[1], t.shape[2], t.shape[3]) for t in (q, k, v)]
     return (grads[0], grads[1], grads[2], q.new_empty(bias.shape if want_bias and bias is not None else (0,)),
-            q.new_empty(relative.shape if want_relative and relative is not None else (0,)))
+            q.new_empty(relative.shape if want_relative and relative is not None else (0,)),
+            q.new_empty(temperature.shape if want_temperature and temperature is not None else (0,)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:8], *output)
-    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.options = inputs[9:]
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    want_bias = inputs[4] is not None and ctx.needs_input_grad[4]
-    want_relative = inputs[5] is not None and ctx.needs_input_grad[5]
-    dq, dk, dv, dbias, drelative = native_attention_backward(*inputs, *ctx.options, out, lse, dout, dlse, want_bias,
-                                                             want_relative)
-    return (dq, dk, dv, None, dbias if want_bias else None, drelative if want_relative else None, *(None,) * 11)
+    wanted = [inputs[at] is not None and ctx.needs_input_grad[at] for at in (4, 5, 6)]  # bias, relative, temperature
+    dq, dk, dv, *more = native_attention_backward(*inputs, *ctx.options, out, lse, dout, dlse, *wanted)
+    return (dq, dk, dv, None, *(t if want else None for t, want in zip(more, wanted)), *(None,) * 11)
 
 
 _attention.register_autograd(_backward, setup_context=_save)

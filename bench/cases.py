@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm import ops
+from vlm.bench.attention import ATTENTION_CASES
 from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
 from vlm.bench.decoder import DECODER_CASES
 from vlm.bench.tokens import TOKEN_CASES
@@ -81,7 +82,9 @@ def contrastive(form: str, batch: int, width: int = 512) -> Callable[[], dict[Ar
 SDPA = "torch scaled_dot_product_attention"
 DENSE = "torch loss on all logits"
 
-_ATTENTION_TARGETS = {("dense", 256): 0.95, ("dense", 1024): 1.0, ("dense", 4096): 1.0, ("causal", 4096): 1.3}
+_ATTENTION_TARGETS = {("dense", 256, False): 0.95, ("dense", 1024, False): 1.0, ("dense", 4096, False): 1.0,
+                      ("dense", 1024, True): 1.0, ("dense", 4096, True): 1.0,
+                      ("causal", 4096, False): 1.3, ("causal", 4096, True): 1.2}
 _CONTRASTIVE_TARGETS = {8192: 2.0, 16384: 2.5}
 
 CASES: tuple[Case, ...] = (
@@ -90,7 +93,7 @@ CASES: tuple[Case, ...] = (
             f"attention/{mask}/{length}/{'forward+backward' if backward else 'forward'}",
             SDPA,
             _attention(mask, length, backward),
-            None if backward else _ATTENTION_TARGETS.get((mask, length)),
+            _ATTENTION_TARGETS.get((mask, length, backward)),
         )
         for backward in (False, True)
         for mask in ("dense", "causal", "padding")
@@ -107,6 +110,7 @@ CASES: tuple[Case, ...] = (
         for form in ("softmax", "sigmoid")
         for batch in (1024, 4096, 8192, 16384, 32768)
     ),
+    *ATTENTION_CASES,
     *DECODER_CASES,
     *TOKEN_CASES,
 )

@@ -18,6 +18,7 @@ struct Plan {
   const AttentionBackward& call;
   const AttentionProblem& p;
   KeyMasks masks;
+  InverseLengths lengths;
   int64_t group;
   bool bias_matrix, bias_columns;      // how the bias gradient is collected: by tile, or as column sums
   int64_t owner_batches, owner_heads;  // owners; 1 where several members share one
@@ -25,9 +26,12 @@ struct Plan {
   int64_t width, value_width;          // rounded up to W: row strides of accumulators
   float* column_sums;                  // [batch, query_heads, keys]
   float* dq_parts;                     // [chunks, batch, query_heads, queries, width], if chunks > 1
+  uint8_t* dq_touched;                 // [chunks, batch, query_heads, query blocks]: whether that part was written
+  float* relative_parts;               // [batch, query_heads, chunks, relative], if wanted
+  int64_t relative;                    // numbers of a head
 
-  explicit Plan(const AttentionBackward& c)
-      : call(c), p(c.problem), masks(c.problem), group(p.query_heads / p.key_heads) {
+  Plan(const AttentionBackward& c, int threads)
+      : call(c), p(c.problem), masks(c.problem), lengths(c.problem, threads), group(p.query_heads / p.key_heads) {
     bias_columns = call.dbias != nullptr && call.bias_rows == 1;
     bias_matrix = call.dbias != nullptr && !bias_columns;
     owner_batches = bias_matrix && call.bias_batch == 1 ? 1 : p.batch;
@@ -38,9 +42,20 @@ struct Plan {
     if (chunk_tiles > 0) chunks = larger(1, (masks.tiles + chunk_tiles - 1) / chunk_tiles);
     width = round_up(larger(p.width, 1), W);
     value_width = round_up(larger(p.value_width, 1), W);
-    column_sums = dq_parts = nullptr;
+    column_sums = dq_parts = relative_parts = nullptr;
+    dq_touched = nullptr;
+    relative = call.drelative == nullptr ? 0 : relative_length(p);
   }
   int64_t column_room() const { return bias_columns ? p.batch * p.query_heads * p.keys : 0; }
+  int64_t query_blocks() const { return (p.queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES; }
+  int64_t touched_room() const { return chunks * p.batch * p.query_heads * query_blocks() / 4 + 1; }
+  uint8_t* touched(int64_t chunk, int64_t b, int64_t h) const {
+    return dq_touched + ((chunk * p.batch + b) * p.query_heads + h) * query_blocks();
+  }
+  int64_t relative_room() const { return p.batch * p.query_heads * chunks * relative; }
+  float* relative_part(int64_t b, int64_t h, int64_t chunk) const {
+    return relative_parts == nullptr ? nullptr : relative_parts + ((b * p.query_heads + h) * chunks + chunk) * relative;
+  }
   int64_t part_room() const { return p.batch * p.query_heads * p.queries * width; }
 };
 
@@ -53,6 +68,8 @@ struct Worker {
   float *dq;                                 // [BLOCK_QUERIES, width]
   float *weights, *gradients;                // score tiles P and dS, [BLOCK_QUERIES, LDS]
   float *lse, *delta;                        // [BLOCK_QUERIES]
+  float *slope;                              // [BC], derivative of the cap
+  float *row_factor;                         // [BLOCK_QUERIES], for the cosine
   uint8_t* packed;                           // [chunk tiles]
 
   // Walks the layout; with at = nullptr it only measures.
@@ -79,6 +96,8 @@ struct Worker {
     take(&to.gradients, BLOCK_QUERIES * LDS);
     take(&to.lse, BLOCK_QUERIES);
     take(&to.delta, BLOCK_QUERIES);
+    take(&to.slope, BC);
+    take(&to.row_factor, BLOCK_QUERIES);
     float* flags = nullptr;
     take(&flags, n / 4 + 1);
     to.packed = reinterpret_cast<uint8_t*>(flags);
@@ -97,9 +116,11 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t fi
   const uint8_t* kept = s.masks.kept(b, j0);
   const float* k = head_of(p.k, b, key_head) + j0 * p.k.row_stride;
   const float* v = head_of(p.v, b, key_head) + j0 * p.v.row_stride;
-  pack_transposed(k, p.k.row_stride, n, p.width, kept, w.keys + slot * p.width * BC);
+  const float* lengths = s.lengths.of_keys(b, key_head, j0);
+  pack_transposed(k, p.k.row_stride, n, p.width, kept, w.keys + slot * p.width * BC, lengths);
   pack_transposed(v, p.v.row_stride, n, p.value_width, kept, w.values + slot * p.value_width * BC);
-  pack_plain(k, p.k.row_stride, n, p.width, kept, w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC);
+  pack_plain(k, p.k.row_stride, n, p.width, kept, w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC,
+             lengths);
   w.packed[slot] = 1;
 }
 
@@ -107,12 +128,15 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t fi
 void load_queries(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t i0, int64_t rows) {
   const AttentionProblem& p = s.p;
   const AttentionBackward& c = s.call;
-  const float* q = head_of(p.q, b, h) + i0 * p.q.row_stride;
+  const float *q = head_of(p.q, b, h) + i0 * p.q.row_stride, *lengths = s.lengths.of_queries(b, h, i0);
+  if (lengths != nullptr)  // heads of a group may differ in temperature: it goes into dK here
+    for (int64_t r = 0; r < rows; ++r) w.row_factor[r] = lengths[r] * p.temperature[h * p.temperature_stride];
   const float* dout = head_of(c.dout, b, h) + i0 * c.dout.row_stride;
   const float* out = head_of(c.out, b, h) + i0 * c.out.row_stride;
-  pack_rows(q, p.q.row_stride, rows, p.width, p.scale * log2_e, w.query);
+  pack_rows(q, p.q.row_stride, rows, p.width, scale_of(p, h) * log2_e, w.query, lengths);
   pack_rows(dout, c.dout.row_stride, rows, p.value_width, 1.0f, w.dout);
-  pack_plain(q, p.q.row_stride, rows, p.width, nullptr, w.plain_query, NR * BLOCK_QUERIES);
+  pack_plain(q, p.q.row_stride, rows, p.width, nullptr, w.plain_query, NR * BLOCK_QUERIES,
+             lengths == nullptr ? nullptr : w.row_factor);
   pack_plain(dout, c.dout.row_stride, rows, p.value_width, nullptr, w.plain_dout, NR * BLOCK_QUERIES);
   const int64_t at = (b * p.query_heads + h) * p.queries + i0;
   for (int64_t r = 0; r < rows; ++r) {
@@ -126,49 +150,85 @@ void load_queries(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t i0, in
   }
 }
 
-// P and dS of one block and tile; returns how many leading keys any of its queries sees.
-int64_t score_tile(const Plan& s, Worker& w, const MaskProgram& program, Cover cover, int64_t b, int64_t h, int64_t i0,
-                   int64_t rows, int64_t slot, int64_t j0, int64_t breadth) {
-  const AttentionProblem& p = s.p;
-  const int64_t seen = program.causal.seen(i0 + rows - 1, j0, breadth);
-  for (int64_t g = 0; g < rows; g += MR) {
-    const int64_t height = smaller(MR, rows - g), n = program.causal.seen(i0 + g + height - 1, j0, breadth);
-    float *weights = w.weights + g * LDS, *gradients = w.gradients + g * LDS;
-    if (n > 0) {
-      multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0, w.keys + slot * p.width * BC, NR * p.width,
-                           weights, LDS, false);
-      multiply<PackedRows>(height, n, p.value_width, w.dout + g * p.value_width, 0,
-                           w.values + slot * p.value_width * BC, NR * p.value_width, gradients, LDS, false);
-    }
-    for (int64_t r = 0; r < height; ++r, weights += LDS, gradients += LDS) {
-      const int64_t i = i0 + g + r, padded = round_up(n, W);
-      finish_scores(weights, n, bias_row(p.bias, b, h, i, j0), program, cover, i, j0);
-      const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
-      for (int64_t c = 0; c < padded; c += W) {
-        const vf weight = exp2(load(weights + c) - lse);
-        store(weights + c, weight);
-        store(gradients + c, weight * (load(gradients + c) - delta));
-      }
-      for (int64_t c = padded; c < seen; c += W) {
-        store(weights + c, vf{});
-        store(gradients + c, vf{});
-      }
-    }
-  }
-  return seen;
-}
-
-void collect_bias(const Plan& s, const Worker& w, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
-                  int64_t n) {
+void collect_bias(const Plan& s, const float* gradients, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) {
   const AttentionBackward& c = s.call;
   float* to = s.bias_columns ? s.column_sums + (b * s.p.query_heads + h) * s.p.keys
-                             : c.dbias + ((c.bias_batch == 1 ? 0 : b) * c.bias_heads + (c.bias_heads == 1 ? 0 : h)) *
-                                             c.bias_rows * s.p.keys +
-                                   i0 * s.p.keys;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = to + (s.bias_columns ? 0 : r * s.p.keys) + j0;
-    for (int64_t e = 0; e < n; e += W)
-      store_first(row + e, load_first(row + e, n - e) + load(w.gradients + r * LDS + e), n - e);
+                             : c.dbias + (((c.bias_batch == 1 ? 0 : b) * c.bias_heads + (c.bias_heads == 1 ? 0 : h)) *
+                                              c.bias_rows +
+                                          i) *
+                                             s.p.keys;
+  to += j0;
+  for (int64_t e = 0; e < n; e += W) store_first(to + e, load_first(to + e, n - e) + load(gradients + e), n - e);
+}
+
+void clear(float* row, int64_t from, int64_t to) {
+  for (int64_t c = from; c < to; c += W) store(row + c, vf{});
+}
+
+// What one row of dS gives to the bias of its relative position.
+void collect_relative(const AttentionProgram& program, const float* gradients, int64_t n, int64_t i, int64_t j0,
+                      float* to) {
+  program.walk_relative(i, j0, n, [&](int64_t column, int64_t at, int64_t count) {
+    for (int64_t c = 0; c < count; ++c) to[at + c] += gradients[column + c];
+  });
+}
+
+// P (dropped, for dV) and the gradient of the product q k (for dQ and dK) of one block and tile, in the columns that
+// any of its queries sees. The gradients of the biases are taken on the way, before the slope of the cap.
+void score_tile(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h, int64_t i0,
+                int64_t rows, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth, Columns block) {
+  const AttentionProblem& p = s.p;
+  const int64_t j0 = tile * BC;
+  float* relative = s.relative_part(b, h, chunk);
+  for (int64_t g = 0; g < rows; g += MR) {
+    const int64_t height = smaller(MR, rows - g);
+    const Columns seen = program.columns(i0 + g, i0 + g + height, j0, breadth, tile);
+    const int64_t n = seen.last - seen.first, j = j0 + seen.first;
+    Cover group = n == 0 ? Cover::skip : cover;
+    if (group == Cover::partial) group = program.cover(i0 + g, i0 + g + height, j, j + n, tile);
+    float *weights = w.weights + g * LDS, *gradients = w.gradients + g * LDS;
+    if (group == Cover::skip) {
+      for (int64_t r = 0; r < height; ++r) {
+        clear(weights + r * LDS, block.first, block.last);
+        clear(gradients + r * LDS, block.first, block.last);
+      }
+      continue;
+    }
+    multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0,
+                         w.keys + slot * p.width * BC + seen.first * p.width, NR * p.width, weights + seen.first, LDS,
+                         false);
+    multiply<PackedRows>(height, n, p.value_width, w.dout + g * p.value_width, 0,
+                         w.values + slot * p.value_width * BC + seen.first * p.value_width, NR * p.value_width,
+                         gradients + seen.first, LDS, false);
+    for (int64_t r = 0; r < height; ++r, weights += LDS, gradients += LDS) {
+      const int64_t i = i0 + g + r, padded = round_up(n, W);
+      float *row = weights + seen.first, *slope = gradients + seen.first;
+      finish_scores(row, n, bias_row(p.bias, b, h, i, j), program, group, i, j, w.slope);
+      const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
+      if (program.drop_below == 0) {
+        for (int64_t c = 0; c < padded; c += W) {
+          const vf weight = exp2(load(row + c) - lse);
+          store(row + c, weight);
+          store(slope + c, weight * (load(slope + c) - delta));
+        }
+      } else {
+        const uint32_t key = row_key(program.drop_key, i);
+        for (int64_t c = 0; c < padded; c += W) {
+          const vi kept = kept_lanes(key, j + c, program.drop_below);
+          const vf weight = exp2(load(row + c) - lse), factor = select(kept, splat(program.drop_scale), vf{});
+          store(row + c, weight * factor);
+          store(slope + c, weight * (load(slope + c) * factor - delta));
+        }
+      }
+      if (s.call.dbias != nullptr) collect_bias(s, slope, b, h, i, j, n);
+      if (relative != nullptr) collect_relative(program, slope, n, i, j, relative);
+      if (program.softcap != 0.0f)
+        for (int64_t c = 0; c < padded; c += W) store(slope + c, load(slope + c) * load(w.slope + c));
+      clear(weights, block.first, seen.first);
+      clear(gradients, block.first, seen.first);
+      clear(weights, seen.first + padded, block.last);
+      clear(gradients, seen.first + padded, block.last);
+    }
   }
 }
 
@@ -179,36 +239,44 @@ void run_head(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t chu
   for (int64_t t = first_tile; t < last_tile; ++t) w.packed[t - first_tile] = 0;
   fill(w.dk, larger(keys, 0) * s.width);
   fill(w.dv, larger(keys, 0) * s.value_width);
-  const MaskProgram program = s.masks.program(p, b);
   for (int64_t h = key_head * s.group; h < (key_head + 1) * s.group; ++h) {
+    const AttentionProgram program = s.masks.program(p, b, h);
     for (int64_t i0 = 0; i0 < p.queries; i0 += BLOCK_QUERIES) {
       const int64_t rows = smaller(BLOCK_QUERIES, p.queries - i0);
       bool loaded = false;
-      fill(w.dq, rows * s.width);
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         const int64_t j0 = tile * BC, breadth = smaller(BC, p.keys - j0), slot = tile - first_tile;
         const Cover cover = program.cover(i0, i0 + rows, j0, j0 + breadth, tile);
         if (cover == Cover::skip) continue;
-        if (!loaded) load_queries(s, w, b, h, i0, rows);
+        const Columns seen = program.columns(i0, i0 + rows, j0, breadth, tile);
+        const int64_t n = seen.last - seen.first;
+        if (n == 0) continue;
+        if (!loaded) {
+          load_queries(s, w, b, h, i0, rows);
+          fill(w.dq, rows * s.width);
+        }
         loaded = true;
         need_tile(s, w, b, key_head, first_tile, tile);
-        const int64_t n = score_tile(s, w, program, cover, b, h, i0, rows, slot, j0, breadth);
-        multiply<TileColumns>(n, p.value_width, rows, w.weights, MR, w.plain_dout, NR * BLOCK_QUERIES,
-                              w.dv + slot * BC * s.value_width, s.value_width, true);
-        multiply<TileColumns>(n, p.width, rows, w.gradients, MR, w.plain_query, NR * BLOCK_QUERIES,
-                              w.dk + slot * BC * s.width, s.width, true);
-        multiply<TileRows>(rows, p.width, n, w.gradients, MR * LDS,
-                           w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC, w.dq, s.width, true);
-        if (s.call.dbias != nullptr) collect_bias(s, w, b, h, i0, rows, j0, n);
+        score_tile(s, w, program, cover, b, h, i0, rows, chunk, slot, tile, breadth, seen);
+        multiply<TileColumns>(n, p.value_width, rows, w.weights + seen.first, MR, w.plain_dout, NR * BLOCK_QUERIES,
+                              w.dv + (slot * BC + seen.first) * s.value_width, s.value_width, true);
+        multiply<TileColumns>(n, p.width, rows, w.gradients + seen.first, MR, w.plain_query, NR * BLOCK_QUERIES,
+                              w.dk + (slot * BC + seen.first) * s.width, s.width, true);
+        multiply<TileRows>(rows, p.width, n, w.gradients + seen.first, MR * LDS,
+                           w.plain_keys + slot * round_up(p.width, NR) * BC + seen.first * NR, NR * BC, w.dq, s.width,
+                           true);
       }
       if (s.chunks > 1) {
+        s.touched(chunk, b, h)[i0 / BLOCK_QUERIES] = loaded;
+        if (!loaded) continue;
         float* to = s.dq_parts + chunk * s.part_room() + ((b * p.query_heads + h) * p.queries + i0) * s.width;
         for (int64_t e = 0; e < rows * s.width; e += W) store(to + e, load(w.dq + e));
       } else {
+        if (!loaded) fill(w.dq, rows * s.width);
         float* to = head_of(s.call.dq, b, h) + i0 * s.call.dq.row_stride;
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t e = 0; e < p.width; e += W)
-            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * p.scale, p.width - e);
+            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * scale_of(p, h), p.width - e);
       }
     }
   }
@@ -230,12 +298,78 @@ void merge_queries(const Plan& s, int threads) {
       float* to = head_of(s.call.dq, head / p.query_heads, head % p.query_heads) + i * s.call.dq.row_stride;
       for (int64_t e = 0; e < p.width; e += W) {
         vf sum{};
-        for (int64_t chunk = 0; chunk < s.chunks; ++chunk)
+        for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
+          if (!s.touched(chunk, head / p.query_heads, head % p.query_heads)[i / BLOCK_QUERIES]) continue;
           sum += load(s.dq_parts + chunk * s.part_room() + at * s.width + e);
-        store_first(to + e, sum * p.scale, p.width - e);
+        }
+        store_first(to + e, sum * scale_of(p, head % p.query_heads), p.width - e);
       }
     }
   });
+}
+
+// From the gradient g of a unit vector x / |x| to that of x: (g - u <u, g>) / |x|. Returns <u, g>.
+float through_length(const float* x, float inverse, int64_t width, float* g) {
+  vf sum{};
+  for (int64_t e = 0; e < width; e += W) sum += load_first(x + e, width - e) * load_first(g + e, width - e);
+  const float along = sum_lanes(sum) * inverse;
+  for (int64_t e = 0; e < width; e += W) {
+    const vf unit = load_first(x + e, width - e) * inverse;
+    store_first(g + e, (load_first(g + e, width - e) - unit * along) * inverse, width - e);
+  }
+  return along;
+}
+
+// The cosine score: dQ and dK so far are those of unit vectors. The temperature's gradient is <u_i, g_i> / temperature
+// summed over queries and, in this order, over batch and heads.
+void finish_cosine(const Plan& s, int threads) {
+  const AttentionProblem& p = s.p;
+  Scratch memory(2 * p.batch * p.query_heads);
+  double* sums = reinterpret_cast<double*>(memory.data);
+  parallel_for(p.batch * p.query_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / p.query_heads, h = at % p.query_heads;
+      const float *q = head_of(p.q, b, h), *inverse = s.lengths.of_queries(b, h, 0);
+      float* dq = head_of(s.call.dq, b, h);
+      sums[at] = 0.0;
+      for (int64_t i = 0; i < p.queries; ++i)
+        sums[at] += static_cast<double>(through_length(q + i * p.q.row_stride, inverse[i], p.width, dq + i * s.call.dq.row_stride));
+    }
+  });
+  parallel_for(p.batch * p.key_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / p.key_heads, h = at % p.key_heads;
+      const float *k = head_of(p.k, b, h), *inverse = s.lengths.of_keys(b, h, 0);
+      const uint8_t* kept = s.masks.kept(b, 0);
+      float* dk = head_of(s.call.dk, b, h);
+      for (int64_t j = 0; j < p.keys; ++j)
+        if (kept == nullptr || kept[j] != 0)
+          through_length(k + j * p.k.row_stride, inverse[j], p.width, dk + j * s.call.dk.row_stride);
+    }
+  });
+  if (s.call.dtemperature == nullptr) return;
+  const bool shared = p.temperature_stride == 0;
+  for (int64_t head = 0; head < (shared ? 1 : p.query_heads); ++head) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t h = head; h < (shared ? p.query_heads : head + 1); ++h) sum += sums[b * p.query_heads + h];
+    s.call.dtemperature[head] = static_cast<float>(sum / static_cast<double>(p.temperature[head]));
+  }
+}
+
+// The gradient of each relative position: over batch, chunks, and heads if they share it, always in this order.
+void merge_relative(const Plan& s) {
+  const AttentionProblem& p = s.p;
+  const bool shared = p.relative_head_stride == 0;
+  for (int64_t head = 0; head < (shared ? 1 : p.query_heads); ++head)
+    for (int64_t e = 0; e < s.relative; ++e) {
+      double sum = 0.0;
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t h = head; h < (shared ? p.query_heads : head + 1); ++h)
+          for (int64_t chunk = 0; chunk < s.chunks; ++chunk)
+            sum += static_cast<double>(s.relative_part(b, h, chunk)[e]);
+      s.call.drelative[head * s.relative + e] = static_cast<float>(sum);
+    }
 }
 
 void merge_columns(const Plan& s) {
@@ -252,12 +386,16 @@ void merge_columns(const Plan& s) {
 }  // namespace
 
 void attention_backward(const AttentionBackward& call, int threads) {
-  Plan plan(call);
+  threads = useful_threads(call.problem, threads);
+  Plan plan(call, threads);
   const AttentionProblem& p = plan.p;
-  threads = useful_threads(p, threads);
   Scratch columns(plan.column_room()), parts(plan.chunks > 1 ? plan.chunks * plan.part_room() : 0);
   plan.column_sums = columns.data;
   plan.dq_parts = parts.data;
+  Scratch touched(plan.chunks > 1 ? plan.touched_room() : 0), relative(plan.relative_room());
+  plan.dq_touched = reinterpret_cast<uint8_t*>(touched.data);
+  if (call.drelative != nullptr) plan.relative_parts = relative.data;
+  fill(relative.data, plan.relative_room());
   fill(columns.data, plan.column_room());
   if (call.dbias != nullptr) fill(call.dbias, call.bias_batch * call.bias_heads * call.bias_rows * p.keys);
 
@@ -275,6 +413,8 @@ void attention_backward(const AttentionBackward& call, int threads) {
   });
   if (plan.chunks > 1) merge_queries(plan, threads);
   if (plan.bias_columns) merge_columns(plan);
+  if (call.drelative != nullptr) merge_relative(plan);
+  if (p.temperature != nullptr) finish_cosine(plan, threads);
 }
 
 }  // namespace VLM_LEVEL

@@ -15,13 +15,15 @@ struct Plan {
   const AttentionForward& call;
   const AttentionProblem& p;
   KeyMasks masks;
+  InverseLengths lengths;
   int64_t group, blocks;              // query heads of a key head, query blocks of a head
   int64_t key_tile, value_tile;       // floats of a packed tile
   int64_t out_stride;                 // of the accumulator
-  explicit Plan(const AttentionForward& c)
+  Plan(const AttentionForward& c, int threads)
       : call(c),
         p(c.problem),
         masks(c.problem),
+        lengths(c.problem, threads),
         group(p.query_heads / p.key_heads),
         blocks((p.queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES),
         key_tile(p.width * BC),
@@ -66,7 +68,7 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t ti
   const int64_t j0 = tile * BC, n = smaller(BC, p.keys - j0);
   const uint8_t* kept = s.masks.kept(b, j0);
   pack_transposed(head_of(p.k, b, key_head) + j0 * p.k.row_stride, p.k.row_stride, n, p.width, kept,
-                  w.keys + tile * s.key_tile);
+                  w.keys + tile * s.key_tile, s.lengths.of_keys(b, key_head, j0));
   pack_plain(head_of(p.v, b, key_head) + j0 * p.v.row_stride, p.v.row_stride, n, p.value_width, kept,
              w.values + tile * s.value_tile, NR * BC);
   w.packed[tile] = 1;
@@ -98,6 +100,13 @@ VLM_INLINE void stream_row(float* scores, int64_t n, float* top, float* sum, flo
   *sum += sum_lanes(total);
 }
 
+// The sum of a row is taken before, so that lse knows nothing of dropout.
+void drop_row(float* weights, int64_t n, const AttentionProgram& program, int64_t i, int64_t j0) {
+  const uint32_t row = row_key(program.drop_key, i);
+  for (int64_t c = 0; c < n; c += W)
+    store(weights + c, select(kept_lanes(row, j0 + c, program.drop_below), load(weights + c) * program.drop_scale, vf{}));
+}
+
 void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
   const AttentionProblem& p = s.p;
   const int64_t key_head = h / s.group, i0 = block * BLOCK_QUERIES, rows = smaller(BLOCK_QUERIES, p.queries - i0);
@@ -105,30 +114,38 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
     w.head = b * p.key_heads + key_head;
     for (int64_t t = 0; t < s.masks.tiles; ++t) w.packed[t] = 0;
   }
-  pack_rows(head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, rows, p.width, p.scale * log2_e, w.query);
+  pack_rows(head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, rows, p.width, scale_of(p, h) * log2_e, w.query,
+            s.lengths.of_queries(b, h, i0));
   for (int64_t r = 0; r < rows; ++r) {
     w.top[r] = -infinity;
     w.sum[r] = 0.0f;
   }
   for (int64_t e = 0; e < rows * s.out_stride; e += W) store(w.out + e, vf{});
-  const MaskProgram program = s.masks.program(p, b);
+  const AttentionProgram program = s.masks.program(p, b, h);
   for (int64_t tile = 0; tile < s.masks.tiles; ++tile) {
     const int64_t j0 = tile * BC, breadth = smaller(BC, p.keys - j0);
     const Cover cover = program.cover(i0, i0 + rows, j0, j0 + breadth, tile);
     if (cover == Cover::skip) continue;
     need_tile(s, w, b, key_head, tile);
     for (int64_t g = 0; g < rows; g += MR) {
-      const int64_t height = smaller(MR, rows - g), n = program.causal.seen(i0 + g + height - 1, j0, breadth);
+      const int64_t height = smaller(MR, rows - g);
+      const Columns seen = program.columns(i0 + g, i0 + g + height, j0, breadth, tile);
+      const int64_t n = seen.last - seen.first, j = j0 + seen.first;
       if (n == 0) continue;
-      multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0, w.keys + tile * s.key_tile, NR * p.width,
-                           w.scores, LDS, false);
+      Cover group = cover;
+      if (cover == Cover::partial) group = program.cover(i0 + g, i0 + g + height, j, j + n, tile);
+      if (group == Cover::skip) continue;
+      multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0,
+                           w.keys + tile * s.key_tile + seen.first * p.width, NR * p.width, w.scores, LDS, false);
       for (int64_t r = 0; r < height; ++r) {
+        const int64_t i = i0 + g + r;
         float* scores = w.scores + r * LDS;
-        finish_scores(scores, n, bias_row(p.bias, b, h, i0 + g + r, j0), program, cover, i0 + g + r, j0);
+        finish_scores(scores, n, bias_row(p.bias, b, h, i, j), program, group, i, j);
         stream_row(scores, n, w.top + g + r, w.sum + g + r, w.out + (g + r) * s.out_stride, s.out_stride);
+        if (program.drop_below != 0) drop_row(scores, n, program, i, j);
       }
-      multiply<TileRows>(height, p.value_width, n, w.scores, 0, w.values + tile * s.value_tile, NR * BC,
-                         w.out + g * s.out_stride, s.out_stride, true);
+      multiply<TileRows>(height, p.value_width, n, w.scores, 0, w.values + tile * s.value_tile + seen.first * NR,
+                         NR * BC, w.out + g * s.out_stride, s.out_stride, true);
     }
   }
   float* out = head_of(s.call.out, b, h) + i0 * s.call.out.row_stride;
@@ -146,8 +163,8 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
 }  // namespace
 
 void attention_forward(const AttentionForward& call, int threads) {
-  const Plan plan(call);
-  threads = useful_threads(plan.p, threads);
+  threads = useful_threads(call.problem, threads);
+  const Plan plan(call, threads);
   const int64_t per_key_head = plan.group * plan.blocks, total = plan.p.batch * plan.p.key_heads * per_key_head;
   const int64_t grain = larger(1, smaller(per_key_head, (total + 4 * threads - 1) / (4 * threads)));
   const int64_t room = round_up(Worker::room(plan), W);

@@ -94,7 +94,7 @@ void run_block(const StatisticsPlan& s, StatisticsWorker& w, int64_t b, int64_t 
   }
   pack_rows(head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, rows, p.width, p.scale * log2_e, w.query);
   for (int64_t r = 0; r < rows; ++r) w.state[r] = RowState{-infinity, 0.0f, 0.0f, -1};
-  const MaskProgram program = s.masks.program(p, b);
+  const AttentionProgram program = s.masks.program(p, b, h);
   const bool want_best = s.call.best != nullptr;
   for (int64_t tile = 0; tile < s.masks.tiles; ++tile) {
     const int64_t j0 = tile * BC, breadth = smaller(BC, p.keys - j0);
@@ -184,7 +184,8 @@ void run_head(const AttentionRows& call, const KeyMasks& masks, RowsWorker& w, i
   const int64_t group = p.query_heads / p.key_heads, stacked = group * call.count;
   const int64_t* rows = call.rows + b * call.count;
   float* out = call.probabilities + (b * p.query_heads + key_head * group) * call.count * p.keys;
-  const MaskProgram program = masks.program(p, b);
+  // One program for the heads of a group: the statistics take no mask or bias that differs between heads but `bias`.
+  const AttentionProgram program = masks.program(p, b, key_head * group);
   for (int64_t g = 0; g < stacked; g += MR) {
     const int64_t height = smaller(MR, stacked - g);
     for (int64_t r = 0; r < height; ++r) {

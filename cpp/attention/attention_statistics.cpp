@@ -67,7 +67,7 @@ ActiveRows active_rows(const Plan& s, int64_t head, int64_t i0, int64_t height) 
 void sum_tile(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t tile) {
   const AttentionProblem& p = s.p;
   const int64_t head = b * p.query_heads + h, j0 = tile * BC, breadth = smaller(BC, p.keys - j0);
-  const MaskProgram program = s.masks.program(p, b);
+  const AttentionProgram program = s.masks.program(p, b, h);
   if (w.head != head) {
     w.head = head;
     pack_rows(head_of(p.q, b, h), p.q.row_stride, p.queries, p.width, p.scale * log2_e, w.query);

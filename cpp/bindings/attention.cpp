@@ -2,6 +2,7 @@
 
 #include <array>
 #include <pybind11/stl.h>
+#include <vector>
 
 #include "bindings.hpp"
 
@@ -12,6 +13,8 @@ namespace {
 
 using Sizes = std::array<int64_t, 7>;  // batch, query heads, key heads, queries, keys, width, value width
 using View = std::array<uintptr_t, 4>;  // address, then batch, head and row stride
+using Atom = std::array<int64_t, 12>;   // kind, four numbers; address and strides (batch, head, row) of a; address and
+                                        // strides (batch, head) of b
 
 Heads input(const View& v) {
   return {address<const float>(v[0]), static_cast<int64_t>(v[1]), static_cast<int64_t>(v[2]),
@@ -21,12 +24,70 @@ MutableHeads output(const View& v) {
   return {address<float>(v[0]), static_cast<int64_t>(v[1]), static_cast<int64_t>(v[2]), static_cast<int64_t>(v[3])};
 }
 
+std::vector<MaskAtom> mask_atoms(const std::vector<Atom>& list) {
+  std::vector<MaskAtom> atoms;
+  for (const Atom& t : list)
+    atoms.push_back({static_cast<AtomKind>(t[0]), {t[1], t[2], t[3], t[4]}, address<const void>(t[5]), t[6], t[7], t[8],
+                     address<const void>(t[9]), t[10], t[11]});
+  return atoms;
+}
+
+// What a call adds to the plain problem.
+struct Extras {
+  std::vector<MaskAtom> atoms;
+  float softcap = 0.0f;
+  std::array<int64_t, 4> relative{};  // address, head stride, rows and columns of the grid
+  std::array<int64_t, 2> temperature{};  // address, stride
+  double dropout = 0.0;
+  uint32_t drop_below = 0;
+  uint64_t seed = 0;
+
+  explicit Extras(const py::dict& given) {
+    for (const auto& [key, value] : given) {
+      const std::string name = py::cast<std::string>(key);
+      if (name == "atoms")
+        atoms = mask_atoms(py::cast<std::vector<Atom>>(value));
+      else if (name == "softcap")
+        softcap = py::cast<float>(value);
+      else if (name == "relative")
+        relative = py::cast<std::array<int64_t, 4>>(value);
+      else if (name == "temperature")
+        temperature = py::cast<std::array<int64_t, 2>>(value);
+      else if (name == "dropout")
+        dropout = py::cast<double>(value);
+      else if (name == "drop_below")
+        drop_below = py::cast<uint32_t>(value);
+      else if (name == "seed")
+        seed = py::cast<uint64_t>(value);
+      else
+        throw std::invalid_argument("attention: unknown extra '" + name + "'");
+    }
+  }
+  void give(AttentionProblem& p) const {
+    p.atoms = atoms.data();
+    p.atom_count = static_cast<int64_t>(atoms.size());
+    p.softcap = softcap;
+    p.relative = address<const float>(relative[0]);
+    p.relative_head_stride = relative[1];
+    p.grid_rows = relative[2];
+    p.grid_columns = relative[3];
+    p.drop_below = drop_below;
+    p.keep_share = static_cast<float>(1.0 - dropout);
+    p.seed = seed;
+    p.temperature = address<const float>(temperature[0]);
+    p.temperature_stride = temperature[1];
+  }
+};
+
 AttentionProblem problem(const Sizes& n, const View& q, const View& k, const View& v, float scale, bool causal,
-                         int64_t causal_offset, uintptr_t key_mask, int64_t key_mask_stride, const View& bias) {
-  return {n[0],   n[1],   n[2],          n[3],
-          n[4],   n[5],   n[6],          input(q),
-          input(k), input(v), scale,       causal,
-          causal_offset, address<const uint8_t>(key_mask), key_mask_stride, input(bias)};
+                         int64_t causal_offset, uintptr_t key_mask, int64_t key_mask_stride, const View& bias,
+                         const Extras& extras) {
+  AttentionProblem p{n[0],   n[1],   n[2],          n[3],
+                     n[4],   n[5],   n[6],          input(q),
+                     input(k), input(v), scale,       causal,
+                     causal_offset, address<const uint8_t>(key_mask), key_mask_stride, input(bias)};
+  extras.give(p);
+  return p;
 }
 
 }  // namespace
@@ -36,24 +97,27 @@ void register_attention(py::module_& m) {
       "attention_forward",
       [](const Sizes& sizes, const View& q, const View& k, const View& v, float scale, bool causal,
          int64_t causal_offset, uintptr_t key_mask, int64_t key_mask_stride, const View& bias, const View& out,
-         uintptr_t lse, int threads) {
+         uintptr_t lse, int threads, const py::dict& extras) {
+        const Extras more(extras);
         const AttentionForward call{
-            problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, key_mask_stride, bias), output(out),
+            problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, key_mask_stride, bias, more), output(out),
             address<float>(lse)};
         py::gil_scoped_release release;
         attention_forward(call, threads);
       },
       py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("causal"),
       py::arg("causal_offset"), py::arg("key_mask"), py::arg("key_mask_stride"), py::arg("bias"), py::arg("out"),
-      py::arg("lse"), py::arg("threads"), "Exact attention; see vlm/attention.hpp.");
+      py::arg("lse"), py::arg("threads"), py::arg("extras") = py::dict(), "Exact attention; see vlm/attention.hpp.");
   m.def(
       "attention_backward",
       [](const Sizes& sizes, const View& q, const View& k, const View& v, float scale, bool causal,
          int64_t causal_offset, uintptr_t key_mask, int64_t key_mask_stride, const View& bias, const View& out,
          uintptr_t lse, const View& dout, uintptr_t dlse, const View& dq, const View& dk, const View& dv,
-         uintptr_t dbias, const std::array<int64_t, 3>& bias_sizes, int threads) {
+         uintptr_t dbias, const std::array<int64_t, 3>& bias_sizes, int threads, uintptr_t drelative,
+         uintptr_t dtemperature, const py::dict& extras) {
+        const Extras more(extras);
         const AttentionBackward call{
-            problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, key_mask_stride, bias),
+            problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, key_mask_stride, bias, more),
             input(out),
             address<const float>(lse),
             input(dout),
@@ -64,14 +128,18 @@ void register_attention(py::module_& m) {
             address<float>(dbias),
             bias_sizes[0],
             bias_sizes[1],
-            bias_sizes[2]};
+            bias_sizes[2],
+            address<float>(drelative),
+            address<float>(dtemperature)};
         py::gil_scoped_release release;
         attention_backward(call, threads);
       },
       py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("causal"),
       py::arg("causal_offset"), py::arg("key_mask"), py::arg("key_mask_stride"), py::arg("bias"), py::arg("out"),
       py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"),
-      py::arg("bias_sizes"), py::arg("threads"), "Gradients of exact attention.");
+      py::arg("bias_sizes"), py::arg("threads"), py::arg("drelative") = 0,
+      py::arg("dtemperature") = 0, py::arg("extras") = py::dict(),
+      "Gradients of exact attention.");
 }
 
 }  // namespace vlm::bindings

@@ -94,11 +94,11 @@ static void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t gr
   }
 }
 
-// Rows of `source` side by side: to[k * Width + r] = scale * source[r][k], rows beyond `rows` 0.
-// keep: per row, 0 means the row is taken as zeros without being read; may be null.
+// Rows of `source` side by side: to[k * Width + r] = scale * row_scale[r] * source[r][k], rows beyond `rows` 0.
+// keep: per row, 0 means the row is taken as zeros without being read; may be null. row_scale null = all 1.
 template <int Width>
 static void interleave(const float* source, int64_t stride, int64_t rows, int64_t columns, float scale,
-                       const uint8_t* keep, float* to) {
+                       const uint8_t* keep, float* to, const float* row_scale = nullptr) {
   for (int64_t r0 = 0; r0 < Width; r0 += W) {
     for (int64_t k0 = 0; k0 < columns; k0 += W) {
       const int64_t count = smaller(W, columns - k0);
@@ -107,7 +107,8 @@ static void interleave(const float* source, int64_t stride, int64_t rows, int64_
       vf block[W];
       for (int r = 0; r < W; ++r) {
         const bool there = r0 + r < rows && r0 + r < Width && (keep == nullptr || keep[r0 + r] != 0);
-        block[r] = there ? load_first(source + (r0 + r) * stride + k0, count) * scale : vf{};
+        const float factor = there && row_scale != nullptr ? scale * row_scale[r0 + r] : scale;
+        block[r] = there ? load_first(source + (r0 + r) * stride + k0, count) * factor : vf{};
       }
       transpose(block);
       for (int64_t k = 0; k < count; ++k) {
@@ -124,23 +125,25 @@ static void interleave(const float* source, int64_t stride, int64_t rows, int64_
 
 // Groups of MR rows, [group][columns][MR], for PackedRows.
 VLM_INLINE int64_t packed_rows_room(int64_t rows, int64_t columns) { return round_up(rows, MR) * columns; }
-static void pack_rows(const float* source, int64_t stride, int64_t rows, int64_t columns, float scale, float* to) {
+static void pack_rows(const float* source, int64_t stride, int64_t rows, int64_t columns, float scale, float* to,
+                      const float* row_scale = nullptr) {
   for (int64_t r = 0; r < rows; r += MR, to += MR * columns)
-    interleave<MR>(source + r * stride, stride, smaller(MR, rows - r), columns, scale, nullptr, to);
+    interleave<MR>(source + r * stride, stride, smaller(MR, rows - r), columns, scale, nullptr, to,
+                   row_scale == nullptr ? nullptr : row_scale + r);
 }
 
 // B operand from the rows of `source` as columns (B = source^T): [panel][columns of source][NR].
 VLM_INLINE int64_t panels_room(int64_t n, int64_t k) { return round_up(n, NR) * k; }
 static void pack_transposed(const float* source, int64_t stride, int64_t rows, int64_t columns, const uint8_t* keep,
-                            float* to) {
+                            float* to, const float* row_scale = nullptr) {
   for (int64_t r = 0; r < rows; r += NR, to += NR * columns)
     interleave<NR>(source + r * stride, stride, smaller(NR, rows - r), columns, 1.0f,
-                   keep == nullptr ? nullptr : keep + r, to);
+                   keep == nullptr ? nullptr : keep + r, to, row_scale == nullptr ? nullptr : row_scale + r);
 }
 
 // B operand from `source` as it lies (B = source): panel p at to + p * panel_stride, [rows][NR], zero-padded columns.
 static void pack_plain(const float* source, int64_t stride, int64_t rows, int64_t columns, const uint8_t* keep,
-                       float* to, int64_t panel_stride) {
+                       float* to, int64_t panel_stride, const float* row_scale = nullptr) {
   for (int64_t c = 0; c < columns; c += NR, to += panel_stride) {
     const int64_t first = smaller(W, columns - c), second = smaller(W, columns - c - first);
     for (int64_t r = 0; r < rows; ++r) {
@@ -148,8 +151,9 @@ static void pack_plain(const float* source, int64_t stride, int64_t rows, int64_
       const float* from = source + r * stride + c;
       fetch_soon(source, (r + 12) * stride + c);
       fetch_soon(source, (r + 12) * stride + c + W);
-      store(to + r * NR, there ? load_first(from, first) : vf{});
-      store(to + r * NR + W, there && second > 0 ? load_first(from + W, second) : vf{});
+      const float factor = there && row_scale != nullptr ? row_scale[r] : 1.0f;
+      store(to + r * NR, there ? load_first(from, first) * factor : vf{});
+      store(to + r * NR + W, there && second > 0 ? load_first(from + W, second) * factor : vf{});
     }
   }
 }

@@ -1,4 +1,4 @@
-// Thread pool (coverage of the range, nesting, several callers, fork), level switch, tile programs.
+// Thread pool (coverage of the range, nesting, several callers, fork), level switch.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -8,7 +8,6 @@
 #include <thread>
 
 #include "check.hpp"
-#include "core/tile_program.hpp"
 #include "vlm/parallel.hpp"
 
 using namespace vlm;
@@ -101,31 +100,6 @@ void unknown_levels_are_refused() {
   }
 }
 
-// "Full" tiles hold no removed pair, "skipped" ones no allowed pair, and `seen` is the exact bound.
-void tile_programs_judge_every_tile_rightly() {
-  using namespace vlm::VLM_LEVEL;
-  for (int64_t offset : {-7, -1, 0, 1, 5, 40}) {
-    const CausalAtom causal{true, offset};
-    for (int64_t i0 = 0; i0 < 12; ++i0)
-      for (int64_t i1 = i0 + 1; i1 < 14; ++i1)
-        for (int64_t j0 = 0; j0 < 12; ++j0)
-          for (int64_t j1 = j0 + 1; j1 < 14; ++j1) {
-            int64_t allowed = 0, last = 0;
-            for (int64_t i = i0; i < i1; ++i)
-              for (int64_t j = j0; j < j1; ++j)
-                if (j <= i + offset) {
-                  ++allowed;
-                  last = std::max(last, j - j0 + 1);
-                }
-            const Cover truth = allowed == 0                       ? Cover::skip
-                                : allowed == (i1 - i0) * (j1 - j0) ? Cover::full
-                                                                   : Cover::partial;
-            check(causal.cover(i0, i1, j0, j1) == truth, "causal tile cover");
-            check(causal.seen(i1 - 1, j0, j1 - j0) == last, "causal bound");
-          }
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -137,6 +111,5 @@ int main(int argc, char** argv) {
     child_of_a_fork_starts_afresh();
 #endif
     unknown_levels_are_refused();
-    tile_programs_judge_every_tile_rightly();
   });
 }

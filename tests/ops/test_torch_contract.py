@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vlm import ops
-from vlm.ops.attention_native import native_attention
+from vlm.ops import masks
+from vlm.ops.attention_native import _attention, native_attention
 from vlm.ops.backend import core
 from vlm.ops.contrastive_native import native_pair_loss
 
@@ -28,7 +29,17 @@ ATTENTION_CASES = [
 
 @pytest.mark.parametrize("arguments", ATTENTION_CASES, ids=["full", "plain"])
 def test_attention_passes_opcheck(arguments: tuple[object, ...]) -> None:
-    torch.library.opcheck(native_attention, arguments)
+    q, k, v, key_mask, bias, scale, causal, offset = arguments
+    torch.library.opcheck(_attention, (q, k, v, key_mask, bias, None, None, None, None, None, scale, causal, offset, 0, 0, 0.0, 0.0, 0))
+
+
+def test_attention_with_every_extra_passes_opcheck() -> None:
+    q, k, v = leaf(2, 2, 5, 8), leaf(2, 1, 9, 8), leaf(2, 1, 9, 6)
+    program = masks.MaskProgram(masks.Lambda(4, 1), masks.Segments(torch.arange(9)[None, :5] // 3, torch.arange(9)[None] // 3, shared=0),
+                                masks.Dense(torch.rand(1, 2, 5, 9) < 0.8))
+    code, arrays, dense = program.lower(masks.MaskShape(2, 2, 5, 9, q.device))
+    torch.library.opcheck(_attention, (q, k, v, None, None, leaf(2, 13), torch.rand(2, requires_grad=True), arrays, dense, code, 1.0,
+                                       True, 4, 0, 0, 5.0, 0.2, 7))
 
 
 @pytest.mark.parametrize("groups", [False, True])

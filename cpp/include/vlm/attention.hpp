@@ -2,19 +2,31 @@
 //
 // q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, V] -> out [B, Hq, N, V], lse [B, Hq, N]. Hq is a multiple of Hk; query
 // head h reads key head h / (Hq / Hk).
-// Logit s_ij = scale * <q_i, k_j> + bias_ij. Pair (i, j) is allowed if (not causal or j <= i + causal_offset) and
-// (key_mask is null or key_mask[b, j] != 0). A removed pair has probability exactly 0, and a removed key's content is
-// never read into a sum, so that NaN there cannot leak. A row without an allowed key: output 0, lse -inf, no gradient.
-// lse_i = log sum_j exp(s_ij), natural logarithm.
+// Logit s_ij = cap(scale * <q_i, k_j>) + bias_ij + relative_ij, where cap(x) = softcap * tanh(x / softcap), or x if
+// softcap is 0. Pair (i, j) is allowed if (not causal or j <= i + causal_offset) and (key_mask is null or
+// key_mask[b, j] != 0) and the atoms allow it (vlm/mask.hpp). A removed pair has probability exactly 0, and the content
+// of a key removed by key_mask is never read into a sum, so that NaN there cannot leak. A row without an allowed key:
+// output 0, lse -inf, no gradient. lse_i = log sum_j exp(s_ij), natural logarithm.
+//
+// With `temperature` the product is that of unit vectors: scale * temperature_h * cos(q_i, k_j), where a vector shorter
+// than 1e-12 is divided by 1e-12.
 //
 // bias is broadcast through strides of 0; its last axis is contiguous. Its gradient has the extents given in
 // `bias_batch`, `bias_heads`, `bias_rows` (each 1 or full) and is summed over the others.
+//
+// relative holds one number for each relative position: relative_ij = relative[h][queries - 1 - i + j], of
+// queries + keys - 1 numbers; or, with grid_columns > 0, for tokens on a grid of that many columns (and grid_rows rows,
+// queries and keys both row by row), relative[h][(yj - yi + rows - 1) (2 columns - 1) + xj - xi + columns - 1].
+//
+// Dropout: P_ij is multiplied by 1 / keep_share, or by 0 where the hash of (seed, b, h, i, j) is below `drop_below`
+// (core/random.hpp); lse is that of the undropped softmax.
 //
 // Numerics: float32 throughout. Work is cut by shape alone: bits do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
 
+#include "vlm/mask.hpp"
 #include "vlm/view.hpp"
 
 namespace vlm {
@@ -28,7 +40,19 @@ struct AttentionProblem {
   const uint8_t* key_mask;   // [batch, keys] with row stride key_mask_stride, nonzero = may be attended; or null
   int64_t key_mask_stride;
   Heads bias;                // data null = none; row_stride 0 = the same for all queries
+  const MaskAtom* atoms = nullptr;
+  int64_t atom_count = 0;
+  float softcap = 0.0f;
+  const float* relative = nullptr;
+  int64_t relative_head_stride = 0;  // 0 = the same for all heads
+  int64_t grid_rows = 0, grid_columns = 0;
+  uint32_t drop_below = 0;           // 0 = no dropout
+  float keep_share = 1.0f;
+  uint64_t seed = 0;
+  const float* temperature = nullptr;  // null = plain products
+  int64_t temperature_stride = 0;      // 0 = the same for all heads
 };
+
 
 struct AttentionForward {
   AttentionProblem problem;
@@ -45,6 +69,8 @@ struct AttentionBackward {
   MutableHeads dq, dk, dv;
   float* dbias;       // [bias_batch, bias_heads, bias_rows, keys], contiguous, or null if not wanted
   int64_t bias_batch, bias_heads, bias_rows;
+  float* drelative = nullptr;  // [query_heads or 1 as in the problem, its length], contiguous, or null if not wanted
+  float* dtemperature = nullptr;  // [query_heads, or 1 if shared], or null if not wanted
 };
 
 // Both throw std::invalid_argument on sizes that do not fit and std::bad_alloc without memory. threads >= 1.

@@ -1,12 +1,16 @@
 """Torch operators over the native core; every one has a plain-torch twin (`*_reference`)."""
 
-from vlm.ops.attention import Alignment, attention
+from vlm.ops import attention_bias, masks
+from vlm.ops.attention import attention
+from vlm.ops.attention_bias import Alibi, BucketBias, GridBias, KeyBias
 from vlm.ops.attention_reference import attention_reference
+from vlm.ops.attention_varlen import attention_varlen
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 from vlm.ops.merge import merge_attention
 from vlm.ops.merge_reference import merge_attention_reference
+from vlm.ops.masks import Alignment, MaskProgram
 from vlm.ops.self_check import OperatorCheck, self_test
 from vlm.ops.statistics import (
     Focus,
@@ -43,12 +47,17 @@ from vlm.ops.tokens_pool import (
 from vlm.ops.tokens_select import Selection, select_rows, select_threshold, select_top
 
 __all__ = [
+    "Alibi",
     "Alignment",
     "Backend",
     "Focus",
     "MatchOrder",
     "Matching",
     "MergeWeighting",
+    "BucketBias",
+    "GridBias",
+    "KeyBias",
+    "MaskProgram",
     "OperatorCheck",
     "RowStatistics",
     "Selection",
@@ -64,6 +73,9 @@ __all__ = [
     "attention_reference",
     "attention_row_statistics",
     "attention_rows",
+    "attention_bias",
+    "attention_reference",
+    "attention_varlen",
     "backend",
     "bipartite_match",
     "compose_assignments",
@@ -85,6 +97,7 @@ __all__ = [
     "select_rows",
     "select_threshold",
     "select_top",
+    "masks",
     "self_test",
     "unmerge_tokens",
 ]

@@ -4,12 +4,15 @@ B batch, H query heads, G key/value heads, N queries, M keys, D query/key width,
 Results are laid out as [B, N, H, V] in memory and returned as [B, H, N, V], so that merging the heads is free.
 """
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from vlm.ops.attention_random import drop_below
 from vlm.ops.backend import core
+from vlm.ops.masks import LoweredMask
 
 _NO_VIEW = (0, 0, 0, 0)
 
@@ -28,8 +31,32 @@ def _heads_inside(like: Tensor, batch: int, heads: int, length: int, width: int)
     return like.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
+def _step(t: Tensor, axis: int) -> int:
+    """Stride of an axis of extent 1 or full: 0 where it is shared."""
+    return t.stride(axis) if t.shape[axis] != 1 else 0
+
+
+_DENSE = 9
+
+
+def _atoms(code: Sequence[int], arrays: Tensor | None, dense: Tensor | None) -> list[tuple[int, ...]]:
+    """Mask atoms as the core reads them, from `MaskProgram.lower`: places become addresses."""
+    base = 0 if arrays is None else arrays.data_ptr()
+    atoms = []
+    for at in range(0, len(code), 12):
+        row = list(code[at : at + 12])
+        row[5] = base + 4 * row[5]
+        row[9] = base + 4 * row[9]
+        atoms.append(tuple(row))
+    if dense is not None:
+        atoms.append((_DENSE, 0, 0, 0, 0, dense.data_ptr(), _step(dense, 0), _step(dense, 1), dense.stride(2), 0, 0, 0))
+    return atoms
+
+
 def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float,
-             causal: bool, causal_offset: int) -> tuple[dict[str, Any], list[Tensor]]:
+             causal: bool, causal_offset: int, relative: Tensor | None, temperature: Tensor | None,
+             arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None, grid_rows: int, grid_columns: int, softcap: float,
+             dropout: float, seed: int) -> tuple[dict[str, Any], list[Tensor]]:
     """Arguments shared by both kernels, and the tensors whose memory they point to."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     alive = [q, k, v]
@@ -47,70 +74,114 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Ten
         bias = _readable(bias).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         alive.append(bias)
         arguments["bias"] = _view(bias)
+    extras: dict[str, Any] = {}
+    if code or dense is not None:
+        extras["atoms"] = _atoms(code or (), arrays, dense)
+    if softcap:
+        extras["softcap"] = softcap
+    if relative is not None:
+        relative = relative.contiguous()
+        alive.append(relative)
+        extras["relative"] = (relative.data_ptr(), _step(relative, 0), grid_rows, grid_columns)
+    if temperature is not None:
+        temperature = temperature.contiguous()
+        alive.append(temperature)
+        extras["temperature"] = (temperature.data_ptr(), _step(temperature, 0))
+    if dropout:
+        extras |= {"dropout": dropout, "drop_below": drop_below(dropout), "seed": seed}
+    if extras:
+        arguments["extras"] = extras
     return arguments, alive
 
 
 @torch.library.custom_op("vlm::attention", mutates_args=(), device_types="cpu")
-def native_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
-                     scale: float, causal: bool, causal_offset: int) -> tuple[Tensor, Tensor]:
-    """q [B, H, N, D], k [B, G, M, D], v [B, G, M, V], key_mask bool [B, M], bias [B|1, H|1, N|1, M]
-    -> out [B, H, N, V], lse [B, H, N]."""
-    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset)
+def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
+               relative: Optional[Tensor], temperature: Optional[Tensor], arrays: Optional[Tensor],  # noqa: UP045
+               dense: Optional[Tensor], code: Optional[Sequence[int]], scale: float, causal: bool, causal_offset: int,  # noqa: UP045
+               grid_rows: int, grid_columns: int, softcap: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays, dense,
+                                 code, grid_rows, grid_columns, softcap, dropout, seed)
     out = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     lse = q.new_empty(q.shape[:3])
     core().attention_forward(**arguments, out=_view(out), lse=lse.data_ptr())
     return out, lse
 
 
-@native_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool,
-      causal_offset: int) -> tuple[Tensor, Tensor]:
+def native_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float,
+                     causal: bool, causal_offset: int, *, relative: Tensor | None = None, grid: tuple[int, int] = (0, 0),
+                     temperature: Tensor | None = None,
+                     mask: LoweredMask | None = None, softcap: float = 0.0, dropout: float = 0.0,
+                     seed: int = 0) -> tuple[Tensor, Tensor]:
+    """q [B, H, N, D], k [B, G, M, D], v [B, G, M, V], key_mask bool [B, M], bias [B|1, H|1, N|1, M]
+    -> out [B, H, N, V], lse [B, H, N].
+
+    relative [H|1, L] with grid (rows, columns), (0, 0) for a line: see `vlm.ops.attention_bias.Relative`. temperature
+    [H|1]: the cosine score, None for plain products. mask: what `MaskProgram.lower` gives. softcap 0 and dropout 0 are none.
+    """
+    code, arrays, dense = (None, None, None) if mask is None else mask
+    return _attention(q, k, v, key_mask, bias, relative, temperature, arrays, dense, code or None, scale, causal, causal_offset, *grid,
+                      softcap, dropout, seed)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
     return _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3]), q.new_empty(q.shape[:3])
 
 
 @torch.library.custom_op("vlm::attention_backward", mutates_args=(), device_types="cpu")
 def native_attention_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor],  # noqa: UP045
-                              bias: Optional[Tensor], scale: float, causal: bool, causal_offset: int,  # noqa: UP045
-                              out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
-                              want_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and bias (empty unless wanted). Has no gradient of its own."""
-    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset)
+                              bias: Optional[Tensor], relative: Optional[Tensor],  # noqa: UP045
+                              temperature: Optional[Tensor],  # noqa: UP045
+                              arrays: Optional[Tensor], dense: Optional[Tensor], code: Optional[Sequence[int]],  # noqa: UP045
+                              scale: float, causal: bool, causal_offset: int, grid_rows: int, grid_columns: int,
+                              softcap: float, dropout: float, seed: int, out: Tensor, lse: Tensor, dout: Tensor,
+                              dlse: Tensor, want_bias: bool, want_relative: bool,
+                              want_temperature: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, bias, relative and temperature (empty unless wanted). Has no gradient of its own."""
+    arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays, dense,
+                                 code, grid_rows, grid_columns, softcap, dropout, seed)
     out, dout, lse, dlse = _readable(out), _readable(dout), lse.contiguous(), dlse.contiguous()
     dq = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], q.shape[3])
     dk = _heads_inside(k, k.shape[0], k.shape[1], k.shape[2], k.shape[3])
     dv = _heads_inside(v, v.shape[0], v.shape[1], v.shape[2], v.shape[3])
     dbias = q.new_empty(bias.shape if want_bias and bias is not None else (0,))
+    drelative = q.new_empty(relative.shape if want_relative and relative is not None else (0,))
+    dtemperature = q.new_empty(temperature.shape if want_temperature and temperature is not None else (0,))
     wanted = want_bias and bias is not None
     core().attention_backward(
         **arguments, out=_view(out), lse=lse.data_ptr(), dout=_view(dout), dlse=dlse.data_ptr(), dq=_view(dq),
         dk=_view(dk), dv=_view(dv), dbias=dbias.data_ptr() if wanted else 0,
         bias_sizes=tuple(dbias.shape[:3]) if wanted else (1, 1, 1),
+        drelative=drelative.data_ptr() if want_relative and relative is not None else 0,
+        dtemperature=dtemperature.data_ptr() if want_temperature and temperature is not None else 0,
     )
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, drelative, dtemperature
 
 
 @native_attention_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool,
-      causal_offset: int, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
-      want_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, relative: Tensor | None,
+      temperature: Tensor | None, arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None, scale: float, causal: bool,
+      causal_offset: int, grid_rows: int, grid_columns: int, softcap: float, dropout: float, seed: int, out: Tensor,
+      lse: Tensor, dout: Tensor, dlse: Tensor, want_bias: bool, want_relative: bool,
+      want_temperature: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = [_heads_inside(t, t.shape[0], t.shape[1], t.shape[2], t.shape[3]) for t in (q, k, v)]
-    return grads[0], grads[1], grads[2], q.new_empty(bias.shape if want_bias and bias is not None else (0,))
+    return (grads[0], grads[1], grads[2], q.new_empty(bias.shape if want_bias and bias is not None else (0,)),
+            q.new_empty(relative.shape if want_relative and relative is not None else (0,)),
+            q.new_empty(temperature.shape if want_temperature and temperature is not None else (0,)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_mask, bias, scale, causal, causal_offset = inputs
-    ctx.save_for_backward(q, k, v, key_mask, bias, *output)
-    ctx.options = (scale, causal, causal_offset)
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.options = inputs[9:]
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, key_mask, bias, out, lse = ctx.saved_tensors
+    *inputs, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    want_bias = bias is not None and ctx.needs_input_grad[4]
-    dq, dk, dv, dbias = native_attention_backward(q, k, v, key_mask, bias, *ctx.options, out, lse, dout, dlse,
-                                                  want_bias)
-    return dq, dk, dv, None, dbias if want_bias else None, None, None, None
+    wanted = [inputs[at] is not None and ctx.needs_input_grad[at] for at in (4, 5, 6)]  # bias, relative, temperature
+    dq, dk, dv, *more = native_attention_backward(*inputs, *ctx.options, out, lse, dout, dlse, *wanted)
+    return (dq, dk, dv, None, *(t if want else None for t, want in zip(more, wanted)), *(None,) * 11)
 
 
-native_attention.register_autograd(_backward, setup_context=_save)
+_attention.register_autograd(_backward, setup_context=_save)

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm.ops.attention_bias import AnyBias, written_out
+from vlm.ops.attention_random import kept_pairs
+from vlm.ops.masks import MaskProgram, MaskShape
+
 
 def allowed_pairs(
     queries: int, keys: int, *, causal: bool, alignment: str, key_mask: Tensor | None, device: torch.device
@@ -34,8 +38,11 @@ def attention_reference(
     causal: bool = False,
     alignment: str = "bottom-right",
     key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: AnyBias | None = None,
     scale: float | None = None,
+    mask: MaskProgram | None = None,
+    softcap: float = 0.0,
+    dropout: tuple[float, int] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Same contract as `vlm.ops.attention` (arguments already checked), in any dtype and on any device.
@@ -43,23 +50,36 @@ def attention_reference(
     q [B, H, N, D], k [B, G, M, D], v [B, G, M, V] -> [B, H, N, V], and lse [B, H, N] if asked for.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    added = written_out(bias, shape)
+    if mask is not None:
+        padding = mask.key_mask(shape)
+        if padding is not None:
+            key_mask = padding if key_mask is None else key_mask & padding
     if key_mask is not None:  # removed keys may hold anything, NaN included: 0 * NaN must not reach a sum
         keep = key_mask[:, None, :, None]
         k = torch.where(keep, k, torch.zeros((), dtype=k.dtype, device=k.device))
         v = torch.where(keep, v, torch.zeros((), dtype=v.dtype, device=v.device))
-    if return_lse or k.shape[-2] == 0 or q.numel() == 0:
-        out, lse = _explicit(q, k, v, causal, alignment, key_mask, bias, scale)
-        return (out, lse) if return_lse else out
-    return _sdpa(q, k, v, causal, alignment, key_mask, bias, scale)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, alignment: str, key_mask: Tensor | None,
-          bias: Tensor | None, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    if key_mask is None and bias is None and (not causal or alignment == "top-left" or q.shape[2] == k.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    plain = mask is None and key_mask is None and added is None and not softcap and dropout is None
+    if plain and not return_lse and q.numel() and k.shape[-2] and (
+            not causal or alignment == "top-left" or q.shape[2] == k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     allow = allowed_pairs(q.shape[2], k.shape[2], causal=causal, alignment=alignment, key_mask=key_mask,
                           device=q.device)
+    atoms = None if mask is None else mask.allow(shape)
+    if atoms is not None:
+        allow = atoms if allow is None else allow & atoms
+    if return_lse or softcap or dropout is not None or k.shape[-2] == 0 or q.numel() == 0:
+        kept = None if dropout is None else (kept_pairs(dropout[0], dropout[1], *shape[:4], device=q.device), dropout[0])
+        out, lse = _explicit(q, k, v, allow, added, scale, softcap, kept)
+        return (out, lse) if return_lse else out
+    return _sdpa(q, k, v, allow, added, scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if bias is None and allow is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     if bias is None:
         assert allow is not None
         alive = allow.any(-1, keepdim=True)
@@ -75,15 +95,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, alignment: str, key_mas
     return torch.where(alive, out, torch.zeros((), dtype=out.dtype, device=out.device))
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, alignment: str, key_mask: Tensor | None,
-              bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, bias: Tensor | None, scale: float, softcap: float,
+              kept: tuple[Tensor, float] | None) -> tuple[Tensor, Tensor]:
     repeat = q.shape[1] // k.shape[1] if k.shape[1] else 1
     if repeat != 1:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     work = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(work) @ k.to(work).transpose(-1, -2)) * scale
-    allow = allowed_pairs(q.shape[2], k.shape[2], causal=causal, alignment=alignment, key_mask=key_mask,
-                          device=q.device)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     removed = torch.full((), -torch.inf, dtype=work, device=q.device)
     if bias is not None:
         wide = bias.to(work)
@@ -97,5 +117,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, alignment: str, key
     else:
         lse = torch.zeros_like(logits.sum(-1, keepdim=True))
     weights = torch.where(alive, torch.exp(logits - lse), torch.zeros_like(removed))
+    if kept is not None:
+        weights = torch.where(kept[0], weights / (1.0 - kept[1]), torch.zeros_like(removed))
     out = (weights @ v.to(work)).to(q.dtype)
     return out, torch.where(alive, lse, removed)[..., 0].to(torch.promote_types(q.dtype, torch.float32))

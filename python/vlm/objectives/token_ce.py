@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -16,10 +15,11 @@ from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.vocabulary import (
     Unit,
     batch_layout,
+    cross_entropy_of,
+    exact,
     factors_of,
-    in_chunks,
     sample_counts,
-    sample_means,
+    sample_sums,
     targets_of,
 )
 from vlm.types import Batch, Context, Request, Terms, Views
@@ -48,7 +48,7 @@ class TokenCrossEntropyOptions(ObjectiveOptions):
 
 
 class TokenCrossEntropy(Objective):
-    """-log p(target), in chunks of rows so that logits [n T, V] never exist at once."""
+    """-log p(target) by `vlm.ops.linear_cross_entropy`: logits [n T, V] never exist at once."""
 
     def __init__(self, options: TokenCrossEntropyOptions) -> None:
         super().__init__()
@@ -70,14 +70,17 @@ class TokenCrossEntropy(Objective):
         vocabulary, layout = factors_of(views[f"model/{self.options.stream}"])
         targets = targets_of(layout, self.options.unit)
         hidden, ids = targets.of(vocabulary.hidden), targets.told(layout.label)
-        values, nats = in_chunks(self._chunk, [(vocabulary, hidden)], ids)
-        nats, index, samples = nats.detach(), targets.sample_index, len(context.batch)
+        index, samples = targets.sample_index, len(context.batch)
+        options = {"smoothing": self.options.smoothing, "z_loss": self.options.z_loss}
         if self.options.per == "token":
-            share = torch.ones_like(nats)
-            weights = share
+            values, nats = cross_entropy_of(vocabulary, hidden, ids, **options)
+            weights = share = torch.ones_like(nats)
         else:
-            share = 1 / sample_counts(index, samples).to(nats)[index]
-            values, weights = sample_means(values, index, samples)
+            counts = sample_counts(index, samples)
+            # Weighted inside, so that equal samples give every position the same upstream gradient.
+            share = 1 / counts.to(exact(hidden))[index]
+            values, nats = cross_entropy_of(vocabulary, hidden, ids, token_weights=share, **options)
+            values, weights = sample_sums(values, index, samples), (counts > 0).to(nats)
             index = torch.arange(samples, device=index.device)
         total = weights.sum().clamp(min=1)
         scalars = {"nats": (share * nats).sum() / total}
@@ -91,13 +94,3 @@ class TokenCrossEntropy(Objective):
             own = torch.where(modality == kind, share, 0.0)
             found[f"nats_{name}"], found[f"share_{name}"] = (own * nats).sum(), own.sum()
         return found
-
-    def _chunk(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        nats = F.cross_entropy(logits, ids, reduction="none")
-        values = nats
-        if self.options.smoothing:
-            values = F.cross_entropy(logits, ids, reduction="none", label_smoothing=self.options.smoothing)
-        if self.options.z_loss:
-            values = values + self.options.z_loss * logits.logsumexp(-1).square()
-        return values, nats
-

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlm.config.errors import DataError, RunFailed
+from vlm.ops import linear_cross_entropy
 from vlm.types import Batch, Layout, Outputs, TokenIds, Vocabulary
 from vlm.types.layout import IGNORE, Modality
 
@@ -216,6 +217,31 @@ def in_chunks(
     return tuple(torch.cat(column) for column in zip(*done))
 
 
+def cross_entropy_of(
+    vocabulary: Vocabulary,
+    hidden: Tensor,
+    ids: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """hidden [R, C] against ids [R] -> (losses, times `token_weights` [R], with gradient; plain -log p without), both [R]."""
+    found = linear_cross_entropy(
+        hidden,
+        vocabulary.weight,
+        ids,
+        bias=vocabulary.bias,
+        smoothing=smoothing,
+        z_loss=z_loss,
+        softcap=vocabulary.softcap,
+        token_weights=token_weights,
+        chunk=chunk,
+    )
+    return found.loss, -found.log_p
+
+
 def factors_of(view: Outputs) -> tuple[Vocabulary, Layout]:
     """The vocabulary of a view and its layout."""
     assert view.vocabulary is not None
@@ -232,15 +258,15 @@ def target_log_probabilities(
     """
     vocabulary, layout = factors_of(view)
     targets = targets_of(layout, unit)
-    ids = targets.told(layout.label)[:, None]
-    if chosen is not None:
-        ids = torch.cat([ids, chosen], dim=1)
+    hidden, ids = targets.of(vocabulary.hidden), targets.told(layout.label)
+    if chosen is None:
+        return -cross_entropy_of(vocabulary, hidden, ids, chunk=chunk)[0], targets
 
     def pick(logits: Tensor, ids: Tensor) -> tuple[Tensor]:
         return (logits.log_softmax(-1).gather(1, ids),)
 
-    (scores,) = in_chunks(pick, [(vocabulary, targets.of(vocabulary.hidden))], ids, chunk=chunk)
-    return (scores[:, 0] if chosen is None else scores), targets
+    (scores,) = in_chunks(pick, [(vocabulary, hidden)], torch.cat([ids[:, None], chosen], dim=1), chunk=chunk)
+    return scores, targets
 
 
 @torch.no_grad()

@@ -6,10 +6,13 @@ from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 from vlm.ops.self_check import OperatorCheck, self_test
+from vlm.ops.vocabulary import CrossEntropy, linear_cross_entropy
+from vlm.ops.vocabulary_reference import linear_cross_entropy_reference
 
 __all__ = [
     "Alignment",
     "Backend",
+    "CrossEntropy",
     "OperatorCheck",
     "attention",
     "attention_reference",
@@ -19,5 +22,7 @@ __all__ = [
     "contrastive_softmax",
     "contrastive_softmax_reference",
     "current_backend",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "self_test",
 ]

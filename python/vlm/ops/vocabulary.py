@@ -131,7 +131,7 @@ def _check(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None, allowed: Tensor | None
 ) -> None:
     check_factors("linear_cross_entropy", hidden, weight, bias)
-    rows, ids = len(hidden), len(weight)
+    rows, ids = hidden.shape[0], weight.shape[0]
     if labels.shape != (rows,) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"linear_cross_entropy: labels must be integers [{rows}], got {labels.dtype} {tuple(labels.shape)}")
     if token_weights is not None and (token_weights.shape != (rows,) or not token_weights.is_floating_point()):
@@ -146,9 +146,9 @@ def check_factors(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         raise ValueError(f"{who} wants hidden [N, C] and weight [V, C], got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"{who}: hidden and weight must be floating, got {hidden.dtype} and {weight.dtype}")
-    if bias is not None and bias.shape != (len(weight),):
-        raise ValueError(f"{who}: bias must be [{len(weight)}], got {tuple(bias.shape)}")
-    if len(hidden) and not len(weight):
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"{who}: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if weight.shape[0] == 0 and hidden.shape[0] != 0:
         raise ValueError(f"{who}: the vocabulary is empty")
 
 

@@ -7,7 +7,8 @@ from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 from vlm.ops.self_check import OperatorCheck, self_test
 from vlm.ops.vocabulary import CrossEntropy, linear_cross_entropy
-from vlm.ops.vocabulary_reference import linear_cross_entropy_reference
+from vlm.ops.vocabulary_distillation import linear_distillation
+from vlm.ops.vocabulary_reference import linear_cross_entropy_reference, linear_distillation_reference
 
 __all__ = [
     "Alignment",
@@ -24,5 +25,7 @@ __all__ = [
     "current_backend",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_distillation",
+    "linear_distillation_reference",
     "self_test",
 ]

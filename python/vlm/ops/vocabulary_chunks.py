@@ -95,25 +95,28 @@ def _sweep(
                 products.add(z, begin)
             if d_bias is not None:
                 d_bias += z.sum(0)
-    outputs = tuple(_spread(column, chosen, rows) for column in columns)
+    outputs = tuple(spread(column, chosen, rows) for column in columns)
     d_hidden = products.d_hidden
     nothing = hidden.new_empty(0)
     gradients = (
-        nothing if d_hidden is None else _spread(d_hidden, chosen, rows).to(hidden.dtype),
+        nothing if d_hidden is None else spread(d_hidden, chosen, rows).to(hidden.dtype),
         nothing.clone() if products.d_weight is None else products.d_weight.to(weight.dtype),
         nothing.clone() if d_bias is None else d_bias,
     )
     return outputs, gradients  # type: ignore[return-value]
 
 
-def _spread(values: Tensor, chosen: Tensor | None, rows: int) -> Tensor:
+def spread(values: Tensor, chosen: Tensor | None, rows: int) -> Tensor:
     """Values of the chosen rows among zeros."""
     if chosen is None:
         return values
     return values.new_zeros((rows, *values.shape[1:])).index_copy_(0, chosen, values)
 
 
-def _empty(hidden: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, want: tuple[bool, bool, bool]) -> Gradients:
+def gradient_shapes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, want: tuple[bool, bool, bool]
+) -> Gradients:
+    """Uninitialised gradients of the shapes and types that a sweep gives."""
     wide = torch.promote_types(product, torch.float32)
     return (
         hidden.new_empty(hidden.shape if want[0] else (0,)),
@@ -146,7 +149,7 @@ def _(
     want_bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows = [hidden.new_empty(len(hidden), dtype=torch.promote_types(product, torch.float32)) for _ in range(3)]
-    return (*rows, *_empty(hidden, weight, bias, product, (want_hidden, want_weight, want_bias)))
+    return (*rows, *gradient_shapes(hidden, weight, bias, product, (want_hidden, want_weight, want_bias)))
 
 
 @torch.library.custom_op("vlm::linear_cross_entropy_backward", mutates_args=())
@@ -183,7 +186,7 @@ def _(
     z_loss: float, softcap: float, chunk: int, product: torch.dtype, native: bool, upstream: Tensor, made: list[Tensor],
     kept: bool, want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _empty(hidden, weight, bias, product, (want_hidden, want_weight, want_bias))
+    return gradient_shapes(hidden, weight, bias, product, (want_hidden, want_weight, want_bias))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -111,3 +111,33 @@ def divergence_reference(
     else:
         values = q * (t - between(1 - share))
     return values.masked_fill(absent, 0.0).sum(-1)
+
+
+def linear_distillation_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_logits: Tensor,
+    teacher_ids: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    divergence: Divergence = "forward",
+    temperature: float = 1.0,
+    mix: float | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+) -> Tensor:
+    """Same contract as `vlm.ops.linear_distillation` with reduction "none", the teacher's logits given: [N, W], or [N, K] of the
+    ids `teacher_ids` [N, K]."""
+    valid = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device) if mask is None else mask
+    student = _wide(torch.where(valid[:, None], hidden, torch.zeros_like(hidden)), weight, bias, softcap)
+    teacher = torch.where(valid[:, None], teacher_logits, torch.zeros_like(teacher_logits)).to(student.dtype)
+    if teacher_ids is None:
+        values = divergence_reference(student, teacher, divergence=divergence, temperature=temperature, mix=mix)
+    else:
+        ids = torch.where(valid[:, None], teacher_ids, torch.zeros_like(teacher_ids))
+        t = (teacher / temperature).log_softmax(1)
+        values = (t.exp() * (t - (student / temperature).log_softmax(1).gather(1, ids))).sum(1)
+    if token_weights is not None:
+        values = values * torch.where(valid, token_weights, torch.zeros_like(token_weights))
+    return torch.where(valid, values, torch.zeros_like(values))

@@ -123,7 +123,7 @@ def test_equal_models_are_no_distance_apart_and_have_no_gradient(kind: Any) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_absent_ids_and_masked_rows_are_never_read(kind: Any) -> None:
-    hidden, weight, bias, other, other_weight, _ = factors(9, 20, 20)
+    hidden, weight, _bias, other, other_weight, _ = factors(9, 20, 20)
     logits = other @ other_weight.T
     logits[:, [3, 7]] = -math.inf
     mask = torch.arange(9) % 4 > 0

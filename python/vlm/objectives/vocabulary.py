@@ -1,13 +1,12 @@
 """What objectives need of vocabulary logits, position by position and in chunks.
 
-The logits [n T, V] of a batch never exist at once: `in_chunks` computes those of a few positions, reduces them, and computes them
-again in the backward pass. n rows, T positions, V ids, C width, R chosen positions, B samples. Sources: every language model, povid,
+The logits [n T, V] of a batch never exist at once. Losses take the chunked operators of `vlm.ops`; what they lack, `in_chunks` computes
+from the logits of a few positions, and again in the backward pass. n rows, T positions, V ids, C width, R chosen positions, B samples. Sources: every language model, povid,
 llava-kd.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlm.config.errors import DataError, RunFailed
-from vlm.ops import linear_cross_entropy
+from vlm.ops import linear_cross_entropy, linear_distillation
+from vlm.ops.vocabulary_reference import Divergence, divergence_reference
 from vlm.types import Batch, Layout, Outputs, TokenIds, Vocabulary
 from vlm.types.layout import IGNORE, Modality
 
@@ -27,10 +27,7 @@ CHUNK = 2**24
 Unit = Literal["causal", "masked"]
 """`causal`: the logits of a position speak of the next one. `masked`: they speak of the position itself."""
 
-Direction = Literal["forward", "reverse", "symmetric", "js", "tv", "skew"]
-
-MIX = {"symmetric": 0.9, "js": 0.9, "skew": 0.1}
-"""Defaults of `mix` (llava-kd); the other directions have none."""
+Direction = Divergence
 
 
 def bare(stream: str) -> str:
@@ -224,10 +221,11 @@ def cross_entropy_of(
     *,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
+    allowed: Tensor | None = None,
     token_weights: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [R, C] against ids [R] -> (losses, times `token_weights` [R], with gradient; plain -log p without), both [R]."""
+    """hidden [R, C] against ids [R], among the `allowed` [V] -> (losses, times `token_weights` [R], with gradient; plain -log p without), both [R]."""
     found = linear_cross_entropy(
         hidden,
         vocabulary.weight,
@@ -236,6 +234,7 @@ def cross_entropy_of(
         smoothing=smoothing,
         z_loss=z_loss,
         softcap=vocabulary.softcap,
+        allowed=allowed,
         token_weights=token_weights,
         chunk=chunk,
     )
@@ -295,40 +294,8 @@ def divergence(
     temperature: float = 1.0,
     mix: float | None = None,
 ) -> Tensor:
-    """student [R, V], teacher [R, W] logits -> [R]: how far the softmaxes S and T are apart; 0 where they are equal.
-
-    forward: KL(T || S). reverse: KL(S || T). symmetric: (1 - mix) forward + mix reverse.
-    js: (1 - mix) KL(T || M) + mix KL(S || M) with M = (1 - mix) T + mix S. tv: half the sum of |T - S|.
-    skew: KL(T || mix T + (1 - mix) S). Both logits are divided by the temperature; the value is not scaled back.
-    Ids that either lacks, beyond the smaller vocabulary or at -inf, are left out of both.
-    """
-    size = min(student.shape[-1], teacher.shape[-1])
-    student, teacher = student[..., :size], teacher[..., :size]
-    absent = (student == -math.inf) | (teacher == -math.inf)
-    logs = [(x / temperature).masked_fill(absent, -math.inf).log_softmax(-1) for x in (student, teacher)]
-    # An absent id has probability 0; its logarithm is never used and must not make 0 * inf.
-    s, t = (x.masked_fill(absent, 0.0) for x in logs)
-    p, q = (x.exp().masked_fill(absent, 0.0) for x in (s, t))
-    share = MIX.get(direction, 0.0) if mix is None else mix
-
-    def between(other: float) -> Tensor:
-        """log((1 - other) T + other S)"""
-        return torch.logaddexp(t + math.log(1 - other), s + math.log(other))
-
-    if direction == "forward":
-        values = q * (t - s)
-    elif direction == "reverse":
-        values = p * (s - t)
-    elif direction == "symmetric":
-        values = (1 - share) * q * (t - s) + share * p * (s - t)
-    elif direction == "js":
-        middle = between(share)
-        values = (1 - share) * q * (t - middle) + share * p * (s - middle)
-    elif direction == "tv":
-        values = 0.5 * (q - p).abs()
-    else:
-        values = q * (t - between(1 - share))
-    return values.sum(-1)
+    """student [R, V], teacher [R, W] logits -> [R]; see `vlm.ops.vocabulary_reference.divergence_reference`."""
+    return divergence_reference(student, teacher, divergence=direction, temperature=temperature, mix=mix)
 
 
 def position_divergences(
@@ -338,13 +305,24 @@ def position_divergences(
     direction: Direction = "forward",
     temperature: float = 1.0,
     mix: float | None = None,
+    token_weights: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """[R]: `divergence` at R positions of two views, each (vocabulary, hidden [R, C]). The teacher gets no gradient."""
-
-    def apart(own: Tensor, other: Tensor) -> tuple[Tensor]:
-        return (divergence(own, other, direction=direction, temperature=temperature, mix=mix),)
-
-    vocabulary, hidden = teacher
-    (values,) = in_chunks(apart, [student, (detached(vocabulary), hidden.detach())], chunk=chunk)
-    return values
+    """[R]: `divergence` at R positions of two views, each (vocabulary, hidden [R, C]), times `token_weights` [R]. The teacher gets
+    no gradient."""
+    (own, hidden), (other, taught) = student, teacher
+    return linear_distillation(
+        hidden,
+        own.weight,
+        taught,
+        other.weight,
+        bias=own.bias,
+        teacher_bias=other.bias,
+        softcap=own.softcap,
+        teacher_softcap=other.softcap,
+        divergence=direction,
+        temperature=temperature,
+        mix=mix,
+        token_weights=token_weights,
+        chunk=chunk,
+    )

@@ -19,5 +19,6 @@ void register_runtime(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_contrastive(pybind11::module_& m);
 void register_vocabulary(pybind11::module_& m);
+void register_alignment(pybind11::module_& m);
 
 }  // namespace vlm::bindings

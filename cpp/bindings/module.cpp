@@ -6,4 +6,5 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_attention(m);
   vlm::bindings::register_contrastive(m);
   vlm::bindings::register_vocabulary(m);
+  vlm::bindings::register_alignment(m);
 }

@@ -1,6 +1,7 @@
 // The table of kernels that every level fills; dispatch picks one.
 #pragma once
 
+#include "vlm/alignment.hpp"
 #include "vlm/attention.hpp"
 #include "vlm/contrastive.hpp"
 #include "vlm/vocabulary.hpp"
@@ -24,6 +25,8 @@ struct KernelTable {
   void (*sigmoid_pair_backward)(const PairBackward&, const PairTargets&, int threads);
   void (*cross_entropy_rows)(const CrossEntropyRows&, int threads);
   void (*divergence_rows)(const DivergenceRows&, int threads);
+  void (*alignment_forward)(const AlignmentForward&, int threads);
+  void (*alignment_backward)(const AlignmentBackward&, int threads);
 };
 
 const KernelTable& active_kernels();

@@ -1,4 +1,5 @@
 // The kernel table of the level being compiled.
+#include "alignment/alignment_kernels.hpp"
 #include "attention/attention_kernels.hpp"
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
@@ -13,6 +14,8 @@ const KernelTable kernel_table = {
     softmax_pair_backward, sigmoid_pair_forward, sigmoid_pair_backward,
     cross_entropy_rows,
     divergence_rows,
+    alignment_forward,
+    alignment_backward,
 };
 
 }  // namespace VLM_LEVEL

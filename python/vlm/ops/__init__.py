@@ -1,5 +1,7 @@
 """Torch operators over the native core; every one has a plain-torch twin (`*_reference`)."""
 
+from vlm.ops.alignment import log_alignment_kernel, sequence_alignment
+from vlm.ops.alignment_reference import sequence_alignment_reference
 from vlm.ops.attention import Alignment, attention
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
@@ -27,5 +29,8 @@ __all__ = [
     "linear_cross_entropy_reference",
     "linear_distillation",
     "linear_distillation_reference",
+    "log_alignment_kernel",
     "self_test",
+    "sequence_alignment",
+    "sequence_alignment_reference",
 ]

@@ -35,7 +35,7 @@ def sequence_alignment(
         if lengths.shape != (cost.shape[0],) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"sequence_alignment: {name} must be integers [{cost.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}")
         traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-        if not traced and lengths.numel() and not (0 <= int(lengths.min()) and int(lengths.max()) <= most):
+        if not traced and lengths.numel() and not (int(lengths.min()) >= 0 and int(lengths.max()) <= most):
             raise ValueError(f"sequence_alignment: {name} must be in 0..{most}")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     if use_native(cost):

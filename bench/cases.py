@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm import ops
+from vlm.bench.alignment import ALIGNMENT_CASES
 from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
 from vlm.bench.decoder import DECODER_CASES
 from vlm.bench.vocabulary import VOCABULARY_CASES
@@ -109,6 +110,7 @@ CASES: tuple[Case, ...] = (
     ),
     *DECODER_CASES,
     *VOCABULARY_CASES,
+    *ALIGNMENT_CASES,
 )
 
 __all__ = ["CASES", "DENSE", "PEER_MEMORY_LIMIT", "SDPA", "Arm", "Case", "Work", "contrastive"]

@@ -223,7 +223,7 @@ def cross_entropy_of(
     z_loss: float = 0.0,
     allowed: Tensor | None = None,
     token_weights: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden [R, C] against ids [R], among the `allowed` [V] -> (losses, times `token_weights` [R], with gradient; plain -log p without), both [R]."""
     found = linear_cross_entropy(

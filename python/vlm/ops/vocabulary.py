@@ -32,7 +32,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     reduction: Reduction = "none",
     gradients: Schedule = "forward",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> CrossEntropy:
     """Cross-entropy of the logits z = hidden weight^T + bias against labels, and statistics of every row.
 
@@ -47,13 +47,16 @@ def linear_cross_entropy(
 
     gradients: "forward" makes them in the forward pass, three matrix products in all, and computes the chunks again (two more) only
     if the upstream gradient is not the same for every row; "recompute" always makes them in the backward pass, four products, and
-    keeps no gradient between the passes. chunk: logits held at once, in elements.
+    keeps no gradient between the passes. chunk: logits held at once, in elements, by default 2^24, and up to
+    twice that for 256 rows of a large vocabulary.
 
     Half types are multiplied as they are, or as autocast says; statistics and losses are float32 (float64 for float64 input), and
     the gradient of `weight` is collected in it. Differentiable once, in hidden, weight and bias.
     Raises ValueError on shapes, dtypes, options or labels that do not fit.
     """
     _check(hidden, weight, bias, labels, token_weights, allowed)
+    if chunk is None:  # measured: the gradient of the table is read and written once a chunk, so that chunks of few rows cost more
+        chunk = min(max(CHUNK, 256 * weight.shape[0]), 2 * CHUNK)
     if not (0 <= smoothing < 1 and z_loss >= 0 and (softcap or 0) >= 0 and chunk >= 1):
         raise ValueError("linear_cross_entropy: smoothing must be in [0, 1), z_loss and softcap not negative, chunk positive")
     if reduction not in ("none", "mean", "sum") or gradients not in ("forward", "recompute"):

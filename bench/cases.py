@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm import ops
+from vlm.bench.alignment import ALIGNMENT_CASES
 from vlm.bench.attention import ATTENTION_CASES
 from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
 from vlm.bench.decoder import DECODER_CASES
 from vlm.bench.tokens import TOKEN_CASES
+from vlm.bench.vocabulary import VOCABULARY_CASES
 
 
 def _arms(ours: Work, peer: Work) -> dict[Arm, Work]:
@@ -113,6 +115,8 @@ CASES: tuple[Case, ...] = (
     *ATTENTION_CASES,
     *DECODER_CASES,
     *TOKEN_CASES,
+    *VOCABULARY_CASES,
+    *ALIGNMENT_CASES,
 )
 
 __all__ = ["CASES", "DENSE", "PEER_MEMORY_LIMIT", "SDPA", "Arm", "Case", "Work", "contrastive"]

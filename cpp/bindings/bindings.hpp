@@ -20,5 +20,7 @@ void register_attention(pybind11::module_& m);
 void register_contrastive(pybind11::module_& m);
 void register_attention_statistics(pybind11::module_& m);
 void register_tokens(pybind11::module_& m);
+void register_vocabulary(pybind11::module_& m);
+void register_alignment(pybind11::module_& m);
 
 }  // namespace vlm::bindings

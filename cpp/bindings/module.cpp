@@ -7,4 +7,6 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_contrastive(m);
   vlm::bindings::register_attention_statistics(m);
   vlm::bindings::register_tokens(m);
+  vlm::bindings::register_vocabulary(m);
+  vlm::bindings::register_alignment(m);
 }

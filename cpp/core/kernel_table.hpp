@@ -1,10 +1,12 @@
 // The table of kernels that every level fills; dispatch picks one.
 #pragma once
 
+#include "vlm/alignment.hpp"
 #include "vlm/attention.hpp"
 #include "vlm/attention_statistics.hpp"
 #include "vlm/contrastive.hpp"
 #include "vlm/tokens.hpp"
+#include "vlm/vocabulary.hpp"
 
 namespace vlm {
 
@@ -31,6 +33,10 @@ struct KernelTable {
   void (*token_partners)(const TokenMatch&, float* best, int32_t* partner, int threads);
   void (*token_gather)(const TokenGather&, int threads);
   void (*token_scatter)(const TokenScatter&, const int64_t* starts, const int64_t* members, int threads);
+  void (*cross_entropy_rows)(const CrossEntropyRows&, int threads);
+  void (*divergence_rows)(const DivergenceRows&, int threads);
+  void (*alignment_forward)(const AlignmentForward&, int threads);
+  void (*alignment_backward)(const AlignmentBackward&, int threads);
 };
 
 const KernelTable& active_kernels();

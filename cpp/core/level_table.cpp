@@ -1,9 +1,11 @@
 // The kernel table of the level being compiled.
+#include "alignment/alignment_kernels.hpp"
 #include "attention/attention_kernels.hpp"
 #include "attention/statistics_kernels.hpp"
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
 #include "tokens/token_kernels.hpp"
+#include "vocabulary/vocabulary_kernels.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -15,6 +17,10 @@ const KernelTable kernel_table = {
     attention_column_sums, attention_row_statistics, attention_rows,
     attention_merge, attention_merge_backward,
     token_partners, token_gather, token_scatter,
+    cross_entropy_rows,
+    divergence_rows,
+    alignment_forward,
+    alignment_backward,
 };
 
 }  // namespace VLM_LEVEL

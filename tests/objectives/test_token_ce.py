@@ -20,8 +20,11 @@ from tests.objectives.toys import (
     tokens,
 )
 from vlm.objectives import BuildContext, TokenCrossEntropyOptions
+from vlm.objectives.vocabulary import targets_of
+from vlm.ops import vocabulary_chunks
 from vlm.types import Context, SingleProcess, Views
 from vlm.types.layout import IGNORE, Modality
+from vlm.types.vocabulary import Span, VocabularyLayout
 
 
 def nats_by_sample(model, batch, unit):
@@ -151,3 +154,40 @@ def test_a_text_may_be_read_with_another_picture():
     _, clean = apply(TokenCrossEntropyOptions(), batch, model)
     assert torch.equal(named.values, swapped.values)
     assert not torch.allclose(named.values, clean.values)
+
+
+@pytest.mark.parametrize("per", ["token", "sample"])
+def test_spans_of_the_vocabulary_are_a_softmax_of_their_own(per):
+    model, batch = Expanding(1), mixed_batch()
+    model.vocabulary = VocabularyLayout({"text": Span(0, 10), "image_code": Span(10, 30)})
+    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    assert view.vocabulary.weight.shape[0] > 30  # a table longer than the vocabulary
+    _, terms = apply(TokenCrossEntropyOptions(per=per, spans=("image_code",)), batch, model)  # checks `count` too
+    logits, layout = logits_by_hand(view), view.layout
+    expected = [[] for _ in range(len(batch))]
+    targets = targets_of(layout)
+    for row, at in zip(targets.row.tolist(), targets.position.tolist()):
+        label = int(layout.label[row, at + 1])
+        if 10 <= label < 30:
+            expected[int(layout.sample_index[row])].append(-logits[row, at, 10:30].log_softmax(-1)[label - 10])
+    found = [x for sample in expected for x in sample]
+    if per == "sample":
+        found = [torch.stack(x).mean() if x else torch.zeros(()).double() for x in expected]
+    assert len(found) > 0
+    assert torch.allclose(terms.values, torch.stack(found), atol=1e-12)
+    with pytest.raises(ValueError, match="no span 'audio'"):
+        TokenCrossEntropyOptions(spans=("audio",)).build(BuildContext(model))
+
+
+@pytest.mark.parametrize("per", ["token", "sample"])
+def test_logits_are_not_kept_and_the_forward_gradients_serve(per, monkeypatch):
+    """Equal weights of tokens or samples reach the operator as one number, so that no chunk is computed twice."""
+    model, batch = Expanding(1), mixed_batch()
+    calls = []
+    rows = vocabulary_chunks.cross_entropy_rows
+    monkeypatch.setattr(vocabulary_chunks, "cross_entropy_rows", lambda *a, **k: calls.append(k["gradient"]) or rows(*a, **k))
+    objective = TokenCrossEntropyOptions(per=per).build(BuildContext(model))
+    views = Views({"model/text": model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]})
+    loss_of(objective(views, Context(batch, SingleProcess()))).backward()
+    assert calls == [True]
+    assert gradients(model)

@@ -164,8 +164,17 @@ def test_self_test_covers_every_operator_at_every_level() -> None:
     checks = ops.self_test()
     assert {(c.operator, c.level) for c in checks} == {
         (operator, level)
-        for operator in ("attention", "contrastive_softmax", "contrastive_sigmoid",
-                         "attention_statistics", "merge_attention", "tokens")
+        for operator in (
+            "attention",
+            "attention_statistics",
+            "contrastive_sigmoid",
+            "contrastive_softmax",
+            "linear_cross_entropy",
+            "linear_distillation",
+            "merge_attention",
+            "sequence_alignment",
+            "tokens",
+        )
         for level in native.supported_levels()
     }
     assert all(c.ok for c in checks), checks

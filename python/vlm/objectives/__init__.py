@@ -9,10 +9,16 @@ from vlm.objectives.classification import ClassificationOptions
 from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
 from vlm.objectives.preference import PreferenceOptions
+from vlm.objectives.sequence_align import SequenceAlignOptions
 from vlm.objectives.token_ce import TokenCrossEntropyOptions
 
 AnyObjective = Annotated[
-    ClassificationOptions | ContrastiveOptions | DistillOptions | PreferenceOptions | TokenCrossEntropyOptions,
+    ClassificationOptions
+    | ContrastiveOptions
+    | DistillOptions
+    | PreferenceOptions
+    | SequenceAlignOptions
+    | TokenCrossEntropyOptions,
     Field(discriminator="kind"),
 ]
 
@@ -25,5 +31,6 @@ __all__ = [
     "Objective",
     "ObjectiveOptions",
     "PreferenceOptions",
+    "SequenceAlignOptions",
     "TokenCrossEntropyOptions",
 ]

@@ -23,12 +23,14 @@ from vlm.objectives.vocabulary import (
     Unit,
     bare,
     batch_layout,
+    exact,
     factors_of,
     match,
     position_divergences,
     same,
     sample_counts,
     sample_means,
+    sample_sums,
     targets_of,
     valid_of,
     visual_of,
@@ -255,17 +257,22 @@ class LogitDistill(_PositionDistill):
         options, batch = self.options, context.batch
         (student, layout), (teacher, other_layout) = (factors_of(views[name]) for name in self.names)
         own, other = self._matched(options.at, (layout, other_layout), batch)
+        index, samples = own.sample_index, len(batch)
+        counts = sample_counts(index, samples)
+        # Weighted inside, so that equal samples give every position the same upstream gradient.
+        share = None if options.per == "token" else 1 / counts.to(exact(student.hidden))[index]
         values = position_divergences(
             (student, own.of(student.hidden)),
             (teacher, other.of(teacher.hidden)),
             direction=options.direction,
             temperature=options.temperature or 1.0,
             mix=options.mix,
+            token_weights=share,
         )
         if options.per == "token":
-            return Terms(values, torch.ones_like(values.detach()), own.sample_index)
-        means, weights = sample_means(values, own.sample_index, len(batch))
-        return Terms(means, weights, torch.arange(len(batch), device=means.device))
+            return Terms(values, torch.ones_like(values.detach()), index)
+        means, weights = sample_sums(values, index, samples), (counts > 0).to(values.dtype)
+        return Terms(means, weights, torch.arange(samples, device=means.device))
 
 
 class RelationDistill(_PositionDistill):

@@ -1,13 +1,12 @@
 """What objectives need of vocabulary logits, position by position and in chunks.
 
-The logits [n T, V] of a batch never exist at once: `in_chunks` computes those of a few positions, reduces them, and computes them
-again in the backward pass. n rows, T positions, V ids, C width, R chosen positions, B samples. Sources: every language model, povid,
+The logits [n T, V] of a batch never exist at once. Losses take the chunked operators of `vlm.ops`; what they lack, `in_chunks` computes
+from the logits of a few positions, and again in the backward pass. n rows, T positions, V ids, C width, R chosen positions, B samples. Sources: every language model, povid,
 llava-kd.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlm.config.errors import DataError, RunFailed
+from vlm.ops import linear_cross_entropy, linear_distillation
+from vlm.ops.vocabulary_reference import Divergence, divergence_reference
 from vlm.types import Batch, Layout, Outputs, TokenIds, Vocabulary
 from vlm.types.layout import IGNORE, Modality
 
@@ -26,10 +27,7 @@ CHUNK = 2**24
 Unit = Literal["causal", "masked"]
 """`causal`: the logits of a position speak of the next one. `masked`: they speak of the position itself."""
 
-Direction = Literal["forward", "reverse", "symmetric", "js", "tv", "skew"]
-
-MIX = {"symmetric": 0.9, "js": 0.9, "skew": 0.1}
-"""Defaults of `mix` (llava-kd); the other directions have none."""
+Direction = Divergence
 
 
 def bare(stream: str) -> str:
@@ -216,6 +214,33 @@ def in_chunks(
     return tuple(torch.cat(column) for column in zip(*done))
 
 
+def cross_entropy_of(
+    vocabulary: Vocabulary,
+    hidden: Tensor,
+    ids: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    allowed: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hidden [R, C] against ids [R], among the `allowed` [V] -> (losses, times `token_weights` [R], with gradient; plain -log p without), both [R]."""
+    found = linear_cross_entropy(
+        hidden,
+        vocabulary.weight,
+        ids,
+        bias=vocabulary.bias,
+        smoothing=smoothing,
+        z_loss=z_loss,
+        softcap=vocabulary.softcap,
+        allowed=allowed,
+        token_weights=token_weights,
+        chunk=chunk,
+    )
+    return found.loss, -found.log_p
+
+
 def factors_of(view: Outputs) -> tuple[Vocabulary, Layout]:
     """The vocabulary of a view and its layout."""
     assert view.vocabulary is not None
@@ -232,15 +257,15 @@ def target_log_probabilities(
     """
     vocabulary, layout = factors_of(view)
     targets = targets_of(layout, unit)
-    ids = targets.told(layout.label)[:, None]
-    if chosen is not None:
-        ids = torch.cat([ids, chosen], dim=1)
+    hidden, ids = targets.of(vocabulary.hidden), targets.told(layout.label)
+    if chosen is None:
+        return -cross_entropy_of(vocabulary, hidden, ids, chunk=chunk)[0], targets
 
     def pick(logits: Tensor, ids: Tensor) -> tuple[Tensor]:
         return (logits.log_softmax(-1).gather(1, ids),)
 
-    (scores,) = in_chunks(pick, [(vocabulary, targets.of(vocabulary.hidden))], ids, chunk=chunk)
-    return (scores[:, 0] if chosen is None else scores), targets
+    (scores,) = in_chunks(pick, [(vocabulary, hidden)], torch.cat([ids[:, None], chosen], dim=1), chunk=chunk)
+    return scores, targets
 
 
 @torch.no_grad()
@@ -269,40 +294,8 @@ def divergence(
     temperature: float = 1.0,
     mix: float | None = None,
 ) -> Tensor:
-    """student [R, V], teacher [R, W] logits -> [R]: how far the softmaxes S and T are apart; 0 where they are equal.
-
-    forward: KL(T || S). reverse: KL(S || T). symmetric: (1 - mix) forward + mix reverse.
-    js: (1 - mix) KL(T || M) + mix KL(S || M) with M = (1 - mix) T + mix S. tv: half the sum of |T - S|.
-    skew: KL(T || mix T + (1 - mix) S). Both logits are divided by the temperature; the value is not scaled back.
-    Ids that either lacks, beyond the smaller vocabulary or at -inf, are left out of both.
-    """
-    size = min(student.shape[-1], teacher.shape[-1])
-    student, teacher = student[..., :size], teacher[..., :size]
-    absent = (student == -math.inf) | (teacher == -math.inf)
-    logs = [(x / temperature).masked_fill(absent, -math.inf).log_softmax(-1) for x in (student, teacher)]
-    # An absent id has probability 0; its logarithm is never used and must not make 0 * inf.
-    s, t = (x.masked_fill(absent, 0.0) for x in logs)
-    p, q = (x.exp().masked_fill(absent, 0.0) for x in (s, t))
-    share = MIX.get(direction, 0.0) if mix is None else mix
-
-    def between(other: float) -> Tensor:
-        """log((1 - other) T + other S)"""
-        return torch.logaddexp(t + math.log(1 - other), s + math.log(other))
-
-    if direction == "forward":
-        values = q * (t - s)
-    elif direction == "reverse":
-        values = p * (s - t)
-    elif direction == "symmetric":
-        values = (1 - share) * q * (t - s) + share * p * (s - t)
-    elif direction == "js":
-        middle = between(share)
-        values = (1 - share) * q * (t - middle) + share * p * (s - middle)
-    elif direction == "tv":
-        values = 0.5 * (q - p).abs()
-    else:
-        values = q * (t - between(1 - share))
-    return values.sum(-1)
+    """student [R, V], teacher [R, W] logits -> [R]; see `vlm.ops.vocabulary_reference.divergence_reference`."""
+    return divergence_reference(student, teacher, divergence=direction, temperature=temperature, mix=mix)
 
 
 def position_divergences(
@@ -312,13 +305,24 @@ def position_divergences(
     direction: Direction = "forward",
     temperature: float = 1.0,
     mix: float | None = None,
+    token_weights: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """[R]: `divergence` at R positions of two views, each (vocabulary, hidden [R, C]). The teacher gets no gradient."""
-
-    def apart(own: Tensor, other: Tensor) -> tuple[Tensor]:
-        return (divergence(own, other, direction=direction, temperature=temperature, mix=mix),)
-
-    vocabulary, hidden = teacher
-    (values,) = in_chunks(apart, [student, (detached(vocabulary), hidden.detach())], chunk=chunk)
-    return values
+    """[R]: `divergence` at R positions of two views, each (vocabulary, hidden [R, C]), times `token_weights` [R]. The teacher gets
+    no gradient."""
+    (own, hidden), (other, taught) = student, teacher
+    return linear_distillation(
+        hidden,
+        own.weight,
+        taught,
+        other.weight,
+        bias=own.bias,
+        teacher_bias=other.bias,
+        softcap=own.softcap,
+        teacher_softcap=other.softcap,
+        divergence=direction,
+        temperature=temperature,
+        mix=mix,
+        token_weights=token_weights,
+        chunk=chunk,
+    )

@@ -1,6 +1,8 @@
 """Torch operators over the native core; every one has a plain-torch twin (`*_reference`)."""
 
 from vlm.ops import attention_bias, masks
+from vlm.ops.alignment import log_alignment_kernel, sequence_alignment
+from vlm.ops.alignment_reference import sequence_alignment_reference
 from vlm.ops.attention import attention
 from vlm.ops.attention_bias import Alibi, BucketBias, GridBias, KeyBias
 from vlm.ops.attention_reference import attention_reference
@@ -8,9 +10,9 @@ from vlm.ops.attention_varlen import attention_varlen
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.masks import Alignment, MaskProgram
 from vlm.ops.merge import merge_attention
 from vlm.ops.merge_reference import merge_attention_reference
-from vlm.ops.masks import Alignment, MaskProgram
 from vlm.ops.self_check import OperatorCheck, self_test
 from vlm.ops.statistics import (
     Focus,
@@ -45,25 +47,30 @@ from vlm.ops.tokens_pool import (
     progressive_pool,
 )
 from vlm.ops.tokens_select import Selection, select_rows, select_threshold, select_top
+from vlm.ops.vocabulary import CrossEntropy, linear_cross_entropy
+from vlm.ops.vocabulary_distillation import linear_distillation
+from vlm.ops.vocabulary_reference import linear_cross_entropy_reference, linear_distillation_reference
 
 __all__ = [
     "Alibi",
     "Alignment",
     "Backend",
-    "Focus",
-    "MatchOrder",
-    "Matching",
-    "MergeWeighting",
     "BucketBias",
+    "CrossEntropy",
+    "Focus",
     "GridBias",
     "KeyBias",
     "MaskProgram",
+    "MatchOrder",
+    "Matching",
+    "MergeWeighting",
     "OperatorCheck",
     "RowStatistics",
     "Selection",
     "ShuffleOrder",
     "adaptive_pool",
     "attention",
+    "attention_bias",
     "attention_column_sums",
     "attention_columns",
     "attention_entropy",
@@ -73,8 +80,6 @@ __all__ = [
     "attention_reference",
     "attention_row_statistics",
     "attention_rows",
-    "attention_bias",
-    "attention_reference",
     "attention_varlen",
     "backend",
     "bipartite_match",
@@ -85,6 +90,12 @@ __all__ = [
     "contrastive_softmax_reference",
     "current_backend",
     "gather_tokens",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "linear_distillation",
+    "linear_distillation_reference",
+    "log_alignment_kernel",
+    "masks",
     "merge_attention",
     "merge_attention_reference",
     "merge_tokens",
@@ -97,7 +108,8 @@ __all__ = [
     "select_rows",
     "select_threshold",
     "select_top",
-    "masks",
     "self_test",
+    "sequence_alignment",
+    "sequence_alignment_reference",
     "unmerge_tokens",
 ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlm.ops.alignment import sequence_alignment
 from vlm.ops.attention import attention
 from vlm.ops.backend import NATIVE_AVAILABLE, backend, core
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
@@ -15,6 +16,8 @@ from vlm.ops.merge import merge_attention
 from vlm.ops.statistics import attention_column_sums, attention_row_statistics, attention_rows
 from vlm.ops.tokens import bipartite_match, gather_tokens, merge_tokens
 from vlm.ops.tokens_select import select_top
+from vlm.ops.vocabulary import linear_cross_entropy
+from vlm.ops.vocabulary_distillation import linear_distillation
 
 TOLERANCE = 2e-5
 """Largest accepted error, relative to the largest value of the exact result, forward and gradients."""
@@ -112,6 +115,36 @@ def _tokens_case() -> tuple[Call, list[Tensor]]:
         return merged, sizes, gather_tokens(merged, best.indices)
 
     return call, [x]
+def _vocabulary_factors() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((61, 24), (1031, 24), (1031,))]
+
+
+def _cross_entropy_case() -> tuple[Call, list[Tensor]]:
+    labels = torch.arange(61) * 17
+    labels[::9] = -100
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        found = linear_cross_entropy(hidden, weight, labels, bias=bias, smoothing=0.1, z_loss=1e-3, chunk=20 * 1031)
+        return (found.loss,)
+
+    return call, _vocabulary_factors()
+
+
+def _distillation_case() -> tuple[Call, list[Tensor]]:
+    teacher = torch.randn(61, 1031, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        logits = teacher.to(hidden.dtype)
+        return (linear_distillation(hidden, weight, teacher_logits=logits, bias=bias, divergence="js", chunk=20 * 1031),)
+
+    return call, _vocabulary_factors()
+
+
+def _alignment_case() -> tuple[Call, list[Tensor]]:
+    cost = torch.rand(19, 23, 31, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    lengths = torch.arange(19) + 5
+    return lambda c: (sequence_alignment(c, lengths, lengths + 2, gamma=0.5),), [cost]
 
 
 _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
@@ -121,6 +154,9 @@ _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "attention_statistics": _statistics_case,
     "merge_attention": _merge_case,
     "tokens": _tokens_case,
+    "linear_cross_entropy": _cross_entropy_case,
+    "linear_distillation": _distillation_case,
+    "sequence_alignment": _alignment_case,
 }
 
 

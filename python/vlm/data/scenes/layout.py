@@ -30,6 +30,7 @@ SPLITS = {"val": 0, "test": 1}
 _COLOR_NAMES = tuple(COLORS)
 _SIZE_NAMES = tuple(SIZES)
 _DRAWS = 40
+MOST_OBJECTS = 4
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,11 @@ def scene_generator(key: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([key, index], np.uint64)))
 
 
-def compose(generator: np.random.Generator, split: str) -> Scene:
-    """Draw scenes until one belongs to `split`; each attempt takes the same number of draws."""
+def compose(generator: np.random.Generator, split: str, most: int = MOST_OBJECTS) -> Scene:
+    """Draw scenes of at most `most` objects until one belongs to `split`; each attempt takes the same number of draws."""
     while True:
         u = generator.random(_DRAWS).tolist()
-        count = 1 + int(u[0] * 4)
+        count = 1 + int(u[0] * most)
         cells = list(range(9))
         things: list[Thing] = []
         names: set[tuple[str, str]] = set()

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.data.scenes.draw import draw
 from vlm.data.scenes.language import attributes, captions, description, inventory, questions
-from vlm.data.scenes.layout import Scene, compose, scene_generator
+from vlm.data.scenes.layout import MOST_OBJECTS, Scene, compose, scene_generator
 
 
 class SceneReader:
@@ -17,6 +17,7 @@ class SceneReader:
         self.split = str(spec["split"])
         self.size = int(spec["size"])
         self.yes = int(spec.get("yes", 50)) / 100
+        self.most = int(spec.get("objects", MOST_OBJECTS))
 
     def read(self, recipe: Any) -> dict[str, Any]:
         """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `attributes`, `name` ("red circle"), `shape`, `color`,
@@ -30,7 +31,7 @@ class SceneReader:
 
     def _scene(self, recipe: Any) -> tuple[Scene, dict[str, Any]]:
         generator = scene_generator(self.key, int(recipe))
-        scene = compose(generator, self.split)
+        scene = compose(generator, self.split, self.most)
         draws = generator.random(8).tolist()
         texts = captions(scene)
         main = scene.things[0]

@@ -1,0 +1,203 @@
+// Vocabulary losses of a chunk of logits against float64.
+#include <algorithm>
+#include <stdexcept>
+
+#include "check.hpp"
+#include "vlm/vocabulary.hpp"
+
+using namespace vlm;
+using namespace vlm::test;
+
+namespace {
+
+struct CrossEntropyCase {
+  int64_t rows, ids, stride;
+  float smoothing, z_loss, softcap;
+  std::vector<float> chunk, bias, factors, loss, log_p, lse;
+  std::vector<int64_t> labels;
+
+  CrossEntropyCase(int64_t R, int64_t V, bool with_bias, float smoothing_, float z_loss_, float cap)
+      : rows(R), ids(V), stride(V + 3), smoothing(smoothing_), z_loss(z_loss_), softcap(cap) {
+    Numbers numbers(7);
+    chunk = numbers.normal(R * stride, 3.0f);
+    if (with_bias) bias = numbers.normal(V);
+    factors = numbers.normal(R);
+    for (int64_t i = 0; i < R; ++i) labels.push_back(i % 5 == 4 ? -1 : numbers.below(V));
+    for (std::vector<float>* values : {&loss, &log_p, &lse}) values->resize(R);
+  }
+  void run(bool gradient, int threads) {
+    cross_entropy_rows({rows, ids, {chunk.data(), stride}, bias.empty() ? nullptr : bias.data(), labels.data(),
+                        factors.data(), smoothing, z_loss, softcap, gradient, loss.data(), log_p.data(), lse.data()},
+                       threads);
+  }
+};
+
+void compare(const CrossEntropyCase& given) {
+  const std::string name = "cross-entropy R" + std::to_string(given.rows) + " V" + std::to_string(given.ids) + " cap" +
+                           std::to_string(given.softcap);
+  const int64_t R = given.rows, V = given.ids;
+  std::vector<double> loss(R), log_p(R), lse(R);
+  std::vector<double> gradient(given.chunk.begin(), given.chunk.end());
+  for (int64_t i = 0; i < R; ++i) {
+    std::vector<double> z(V), slope(V, 1.0);
+    double sum = 0.0, all = 0.0;
+    for (int64_t v = 0; v < V; ++v) {
+      z[v] = given.chunk[i * given.stride + v] + (given.bias.empty() ? 0.0 : given.bias[v]);
+      if (given.softcap > 0) {
+        const double t = std::tanh(z[v] / given.softcap);
+        z[v] = given.softcap * t;
+        slope[v] = 1.0 - t * t;
+      }
+      sum += std::exp(z[v]);
+      all += z[v];
+    }
+    const int64_t y = given.labels[i];
+    const double L = std::log(sum), e = y < 0 ? 0.0 : given.smoothing;
+    lse[i] = L;
+    log_p[i] = y < 0 ? 0.0 : z[y] - L;
+    loss[i] = L - (y < 0 ? 0.0 : (1 - e) * z[y]) - e / V * all + given.z_loss * L * L;
+    for (int64_t v = 0; v < V; ++v)
+      gradient[i * given.stride + v] = given.factors[i] * slope[v] *
+                                       (std::exp(z[v] - L) * (1 + 2 * given.z_loss * L) - (v == y ? 1 - e : 0.0) - e / V);
+  }
+  CrossEntropyCase plain = given, full = given;
+  plain.run(false, 1);
+  full.run(true, 1);
+  check_close(full.loss, loss, 1e-6, name + " loss");
+  check_close(full.log_p, log_p, 1e-6, name + " log p");
+  check_close(full.lse, lse, 1e-6, name + " lse");
+  check_close(full.chunk, gradient, 2e-6, name + " gradient (and the gaps between rows)");
+  check_close(plain.loss, loss, 1e-6, name + " loss without gradient");
+  for (int threads : {2, 5}) {
+    CrossEntropyCase other = given;
+    other.run(true, threads);
+    check(same_bits(full.chunk, other.chunk) && same_bits(full.loss, other.loss), name + ": bits differ with threads");
+  }
+}
+
+struct DivergenceCase {
+  int64_t rows, ids, stride;
+  std::vector<float> student, teacher, factors, value;
+
+  DivergenceCase(int64_t R, int64_t V) : rows(R), ids(V), stride(V + 2), value(R) {
+    Numbers numbers(9);
+    student = numbers.normal(R * stride, 2.0f);
+    teacher = numbers.normal(R * stride, 2.0f);
+    factors = numbers.normal(R);
+    for (int64_t i = 0; i + 1 < R; i += 2) {  // ids that one side lacks
+      student[i * stride + (i * 7) % V] = -INFINITY;
+      teacher[i * stride + (i * 5 + 1) % V] = -INFINITY;
+    }
+    if (R > 2) std::fill_n(teacher.begin() + 2 * stride, V, -INFINITY);
+  }
+  void run(Divergence kind, bool gradient, int threads) {
+    divergence_rows({rows, ids, {student.data(), stride}, {teacher.data(), stride}, factors.data(), kind, 1.7f, 0.3f,
+                     gradient, value.data()}, threads);
+  }
+};
+
+double divergence(Divergence kind, const std::vector<double>& s, const std::vector<double>& t) {
+  const auto softmax = [&](const std::vector<double>& x) {
+    std::vector<double> p(x.size(), 0.0);
+    double sum = 0.0;
+    for (std::size_t v = 0; v < x.size(); ++v)
+      if (!std::isinf(s[v]) && !std::isinf(t[v])) sum += p[v] = std::exp(x[v] / 1.7f);
+    for (double& value : p) value = sum > 0 ? value / sum : 0.0;
+    return p;
+  };
+  const std::vector<double> p = softmax(s), q = softmax(t);
+  double total = 0.0;
+  const double m = 0.3f;
+  for (std::size_t v = 0; v < p.size(); ++v) {
+    if (p[v] == 0.0) continue;
+    const double forward = q[v] * std::log(q[v] / p[v]), reverse = p[v] * std::log(p[v] / q[v]);
+    const double mixed = (1 - m) * q[v] + m * p[v], skewed = m * q[v] + (1 - m) * p[v];
+    switch (kind) {
+      case Divergence::forward: total += forward; break;
+      case Divergence::reverse: total += reverse; break;
+      case Divergence::symmetric: total += (1 - m) * forward + m * reverse; break;
+      case Divergence::js: total += (1 - m) * q[v] * std::log(q[v] / mixed) + m * p[v] * std::log(p[v] / mixed); break;
+      case Divergence::skew: total += q[v] * std::log(q[v] / skewed); break;
+      case Divergence::tv: total += 0.5 * std::fabs(p[v] - q[v]); break;
+    }
+  }
+  return total;
+}
+
+void compare(Divergence kind, int64_t R, int64_t V) {
+  const std::string name = "divergence " + std::to_string(int(kind)) + " R" + std::to_string(R) + " V" + std::to_string(V);
+  const DivergenceCase given(R, V);
+  DivergenceCase full = given, plain = given, other = given;
+  full.run(kind, true, 1);
+  plain.run(kind, false, 1);
+  other.run(kind, true, 5);
+  std::vector<double> value(R), gradient(R * V), got(R * V);
+  for (int64_t i = 0; i < R; ++i) {
+    std::vector<double> s(given.student.begin() + i * given.stride, given.student.begin() + i * given.stride + V);
+    std::vector<double> t(given.teacher.begin() + i * given.stride, given.teacher.begin() + i * given.stride + V);
+    value[i] = divergence(kind, s, t);
+    for (int64_t v = 0; v < V; ++v) {
+      got[i * V + v] = full.student[i * full.stride + v];
+      if (std::isinf(s[v]) || std::isinf(t[v])) continue;
+      const double at = s[v], step = 1e-5;
+      s[v] = at + step;
+      const double above = divergence(kind, s, t);
+      s[v] = at - step;
+      gradient[i * V + v] = given.factors[i] * (above - divergence(kind, s, t)) / (2 * step);
+      s[v] = at;
+    }
+  }
+  check_close(full.value, value, 2e-6, name + " value");
+  check_close(plain.value, value, 2e-6, name + " value without gradient");
+  check_close(got, gradient, 3e-6, name + " gradient");
+  check(same_bits(full.student, other.student) && same_bits(full.value, other.value), name + ": bits differ with threads");
+}
+
+void nothing_to_choose() {
+  std::vector<float> chunk(2 * 5, -INFINITY), loss(2), log_p(2), lse(2);
+  const std::vector<int64_t> labels{1, -1};
+  for (int v = 0; v < 5; ++v) chunk[5 + v] = 1.0f;
+  cross_entropy_rows({2, 5, {chunk.data(), 5}, nullptr, labels.data(), nullptr, 0.0f, 0.0f, 0.0f, true, loss.data(),
+                      log_p.data(), lse.data()}, 1);
+  check(std::isinf(loss[0]) && lse[0] == -INFINITY, "a row of -inf has no probability");
+  for (int v = 0; v < 5; ++v) check(chunk[v] == 0.0f && std::fabs(chunk[5 + v] - 0.2f) < 1e-6f, "and no gradient");
+}
+
+void bad_calls_are_refused() {
+  std::vector<float> chunk(4), out(3);
+  std::vector<int64_t> labels{4};
+  CrossEntropyRows call{1, 4, {chunk.data(), 4}, nullptr, labels.data(), nullptr, 0.0f, 0.0f, 0.0f, false,
+                        out.data(), out.data() + 1, out.data() + 2};
+  const auto refused = [&](auto run) {
+    try {
+      run();
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  check(refused([&] { cross_entropy_rows(call, 1); }), "a label beyond the vocabulary");
+  labels[0] = 0;
+  call.smoothing = 1.0f;
+  check(refused([&] { cross_entropy_rows(call, 1); }), "smoothing of one");
+  const DivergenceRows pair{1, 4, {chunk.data(), 4}, {chunk.data(), 4}, nullptr, Divergence::js, 1.0f, 1.0f, false, out.data()};
+  check(refused([&] { divergence_rows(pair, 1); }), "a mixture of one");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run(argc, argv, [] {
+    for (int64_t V : {1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 127, 1023, 1024, 1025, 1031, 5003}) {
+      compare(CrossEntropyCase(7, V, false, 0.0f, 0.0f, 0.0f));
+      compare(CrossEntropyCase(6, V, true, 0.1f, 1e-3f, 0.0f));
+      compare(CrossEntropyCase(6, V, V % 2 == 0, 0.1f, 1e-3f, 5.0f));
+    }
+    compare(CrossEntropyCase(0, 5, true, 0.0f, 0.0f, 0.0f));
+    for (int kind = 0; kind < 6; ++kind)
+      for (int64_t V : {2, 4, 15, 16, 17, 1025}) compare(static_cast<Divergence>(kind), 5, V);
+    compare(Divergence::forward, 0, 3);
+    nothing_to_choose();
+    bad_calls_are_refused();
+  });
+}

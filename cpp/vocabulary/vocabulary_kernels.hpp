@@ -1,0 +1,13 @@
+// Declarations of the per-level kernels of this family.
+#pragma once
+
+#include "vlm/vocabulary.hpp"
+
+namespace vlm {
+namespace VLM_LEVEL {
+
+void cross_entropy_rows(const CrossEntropyRows& call, int threads);
+void divergence_rows(const DivergenceRows& call, int threads);
+
+}  // namespace VLM_LEVEL
+}  // namespace vlm

@@ -3,6 +3,7 @@
 
 #include "vlm/attention.hpp"
 #include "vlm/contrastive.hpp"
+#include "vlm/late_interaction.hpp"
 
 namespace vlm {
 
@@ -14,6 +15,17 @@ struct PairTargets {
   const float* column_share;          // [columns]
 };
 
+// The kept tokens of all samples, one after the other, prepared once outside the levels.
+struct TokenList {
+  const float* data;
+  int64_t samples, token_stride;
+  int64_t count;            // kept tokens
+  int64_t longest;          // most kept tokens of one sample
+  const int64_t* first;     // [samples + 1]: tokens of sample i are [first[i], first[i + 1])
+  const int64_t* source;    // [count]: where a token lies in `data`
+  const int64_t* position;  // [count]: its row in a contiguous [samples * tokens, width]
+};
+
 struct KernelTable {
   void (*attention_forward)(const AttentionForward&, int threads);
   void (*attention_backward)(const AttentionBackward&, int threads);
@@ -21,6 +33,8 @@ struct KernelTable {
   void (*softmax_pair_backward)(const PairBackward&, const PairTargets&, int threads);
   void (*sigmoid_pair_forward)(const PairForward&, const PairTargets&, int threads);
   void (*sigmoid_pair_backward)(const PairBackward&, const PairTargets&, int threads);
+  void (*late_forward)(const LateForward&, const TokenList& rows, const TokenList& columns, int threads);
+  void (*late_backward)(const LateBackward&, const TokenList& rows, const TokenList& columns, int threads);
 };
 
 const KernelTable& active_kernels();

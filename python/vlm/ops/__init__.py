@@ -5,6 +5,8 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.late_interaction import late_interaction, select_tokens, take_tokens
+from vlm.ops.late_interaction_reference import late_interaction_reference
 from vlm.ops.self_check import OperatorCheck, self_test
 
 __all__ = [
@@ -19,5 +21,9 @@ __all__ = [
     "contrastive_softmax",
     "contrastive_softmax_reference",
     "current_backend",
+    "late_interaction",
+    "late_interaction_reference",
+    "select_tokens",
     "self_test",
+    "take_tokens",
 ]

@@ -9,10 +9,15 @@ namespace vlm {
 
 // Ids made dense and counted, prepared once outside the levels.
 struct PairTargets {
-  const int32_t* row_ids;             // [rows]
-  const int32_t* column_ids;          // [columns]
-  const float* row_share;             // [rows]: 1 / number of positives, 0 if none
-  const float* column_share;          // [columns]
+  const int32_t* row_ids;          // [rows]
+  const int32_t* column_ids;       // [columns]
+  const int32_t* row_excluded;     // [rows], -1 where nothing is excluded
+  const int32_t* column_excluded;  // [columns], -2 where nothing is
+  const float* row_count;          // [rows]: number of positives
+  const float* column_count;       // [columns]
+  const float* positive_label;     // [rows]
+  const float* negative_label;     // [rows]
+  bool plain;                      // nothing but ids: no exclusions, labels, teacher, totals
 };
 
 // The kept tokens of all samples, one after the other, prepared once outside the levels.

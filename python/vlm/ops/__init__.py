@@ -4,6 +4,7 @@ from vlm.ops.attention import Alignment, attention
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.contrastive_pairs import Teacher
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 from vlm.ops.late_interaction import late_interaction, select_tokens, take_tokens
 from vlm.ops.late_interaction_reference import late_interaction_reference
@@ -13,6 +14,7 @@ __all__ = [
     "Alignment",
     "Backend",
     "OperatorCheck",
+    "Teacher",
     "attention",
     "attention_reference",
     "backend",

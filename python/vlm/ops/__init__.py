@@ -6,6 +6,7 @@ from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_pairs import Teacher
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.contrastive_ring import ring_contrastive
 from vlm.ops.late_interaction import late_interaction, select_tokens, take_tokens
 from vlm.ops.late_interaction_reference import late_interaction_reference
 from vlm.ops.self_check import OperatorCheck, self_test
@@ -25,6 +26,7 @@ __all__ = [
     "current_backend",
     "late_interaction",
     "late_interaction_reference",
+    "ring_contrastive",
     "select_tokens",
     "self_test",
     "take_tokens",

@@ -306,6 +306,7 @@ class Score(torch.nn.Module):
         return ops.late_interaction(v, w, mask_w=mask)[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_exports_to_onnx(tmp_path: object) -> None:
     import onnxruntime
 

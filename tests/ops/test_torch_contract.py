@@ -154,7 +154,7 @@ def test_self_test_covers_every_operator_at_every_level() -> None:
     checks = ops.self_test()
     assert {(c.operator, c.level) for c in checks} == {
         (operator, level)
-        for operator in ("attention", "contrastive_softmax", "contrastive_sigmoid")
+        for operator in ("attention", "contrastive_softmax", "contrastive_sigmoid", "late_interaction")
         for level in native.supported_levels()
     }
     assert all(c.ok for c in checks), checks

@@ -4,11 +4,13 @@ from vlm.ops.attention import Alignment, attention
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.contrastive_matrix import contrastive_matrices
 from vlm.ops.contrastive_pairs import Teacher
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 from vlm.ops.contrastive_ring import ring_contrastive
 from vlm.ops.late_interaction import late_interaction, select_tokens, take_tokens
 from vlm.ops.late_interaction_reference import late_interaction_reference
+from vlm.ops.mutual_guided import mutual_guided
 from vlm.ops.self_check import OperatorCheck, self_test
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "backend",
+    "contrastive_matrices",
     "contrastive_sigmoid",
     "contrastive_sigmoid_reference",
     "contrastive_softmax",
@@ -26,6 +29,7 @@ __all__ = [
     "current_backend",
     "late_interaction",
     "late_interaction_reference",
+    "mutual_guided",
     "ring_contrastive",
     "select_tokens",
     "self_test",

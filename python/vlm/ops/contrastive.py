@@ -209,7 +209,7 @@ def _relations(x: Tensor, y: Tensor, log_scale: Tensor, bias: Tensor | None, gro
     for name, scalar in (("log_scale", log_scale), ("bias", bias)):
         if scalar is not None and scalar.numel() != 1:
             raise ValueError(f"contrastive loss: {name} must be a scalar tensor, got shape {tuple(scalar.shape)}")
-    ids = []
+    ids: list[Tensor | None] = []
     for kind, first, second in (("groups", groups_x, groups_y), ("exclude", exclude_x, exclude_y)):
         if first is None:
             if second is not None:

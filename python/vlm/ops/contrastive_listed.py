@@ -12,7 +12,7 @@ def listed_targets(x: Tensor, y: Tensor, log_scale: Tensor, index: Tensor, weigh
     """x [R, E], y [C, E], index [R, K] into y (-1: none), weight [R, K] without gradient -> (sum of weight * logit,
     sum of weight), each [R]. No tensor of [R, K, E] exists; the gradient of y is added up in the order of the rows."""
     weight = torch.where(index >= 0, weight.to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
-    total: Tensor = _Listed.apply(x, y, log_scale, index.clamp(min=0), weight)  # type: ignore[no-untyped-call]
+    total: Tensor = _Listed.apply(x, y, log_scale, index.clamp(min=0), weight)
     return total, weight.sum(1)
 
 

@@ -74,7 +74,7 @@ def ring_contrastive(
     wide = torch.promote_types(x.dtype, torch.float32)
     setting = _Setting(form, communicator, counts, ids, exclude, decoupled, smoothing > 0, teacher)
     shift = log_scale.new_zeros(()) if bias is None else bias
-    rows, columns = _Ring.apply(x.to(wide), y.to(wide), log_scale.to(wide), shift.to(wide), setting)  # type: ignore[no-untyped-call]
+    rows, columns = _Ring.apply(x.to(wide), y.to(wide), log_scale.to(wide), shift.to(wide), setting)
     if form == "sigmoid":
         return rows[0], columns[0]
     share = 0.0 if teacher is None else teacher.share
@@ -159,7 +159,7 @@ class _Ring(torch.autograd.Function):
         def meet(met: _Columns) -> _Columns:
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_() for t in (x, met.y, log_scale, bias)]
-                ours, theirs = setting.block(*leaves, met)
+                ours, theirs = setting.block(leaves[0], leaves[1], leaves[2], leaves[3], met)
                 value = _weighted(setting.form, ours, rows, drows) + _weighted(setting.form, theirs, met.statistics.T, met.upstream.T)
                 found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
             for total, part in zip(sums, (found[0], found[2], found[3])):

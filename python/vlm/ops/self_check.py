@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm.ops.attention import attention
 from vlm.ops.backend import NATIVE_AVAILABLE, backend, core
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.late_interaction import late_interaction
 
 TOLERANCE = 2e-5
 """Largest accepted error, relative to the largest value of the exact result, forward and gradients."""
@@ -78,10 +79,18 @@ def _sigmoid_case() -> tuple[Call, list[Tensor]]:
     return contrastive_sigmoid, [*_pair_inputs(), torch.tensor(-4.0, dtype=torch.float64)]
 
 
+def _late_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    v, w = (torch.randn(9, tokens, 40, generator=generator, dtype=torch.float64) for tokens in (31, 19))
+    mask = torch.arange(19) < torch.arange(1, 19, 2)[:, None]
+    return lambda v, w: late_interaction(v, w, mask_w=mask), [v, w]
+
+
 _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "attention": _attention_case,
     "contrastive_softmax": _softmax_case,
     "contrastive_sigmoid": _sigmoid_case,
+    "late_interaction": _late_case,
 }
 
 

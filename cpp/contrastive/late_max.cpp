@@ -144,7 +144,11 @@ void late_forward(const LateForward& call, const TokenList& rows, const TokenLis
   clear(call.row_values, R, C, threads);
   clear(call.column_values, R, C, threads);
   if (R == 0 || C == 0) return;
-  late_sweep<false>(rows, columns, E, 0, R, {call.row_values, call.column_values, nullptr, nullptr}, threads);
+  if (call.found == nullptr)
+    late_sweep<false>(rows, columns, E, 0, R, {call.row_values, call.column_values, nullptr, nullptr}, threads);
+  else
+    late_sweep<true>(rows, columns, E, 0, R,
+                     {call.row_values, call.column_values, call.found, call.found + rows.count * C}, threads);
   Scratch broken(C);
   for (int64_t j = 0; j < C; ++j) broken.data[j] = is_broken(columns, j, E) ? __builtin_nanf("") : 0.0f;
   parallel_for(R, 1, threads, [&](int64_t i, int64_t, int) {
@@ -167,13 +171,16 @@ void late_backward(const LateBackward& call, const TokenList& rows, const TokenL
   clear(call.dcolumns, C, call.problem.columns.tokens * E, threads);
   if (R == 0 || C == 0) return;
   const int64_t sample_bytes = 2 * (rows.longest * C + columns.count);
-  const int64_t block = larger(1, smaller(R, FOUND_BYTES / larger(sample_bytes, 1)));
-  Scratch found((block * sample_bytes + 3) / 4);
-  uint16_t* row_best = reinterpret_cast<uint16_t*>(found.data);
-  uint16_t* column_best = row_best + block * rows.longest * C;
+  const bool known = call.found != nullptr;
+  const int64_t block = known ? R : larger(1, smaller(R, FOUND_BYTES / larger(sample_bytes, 1)));
+  Scratch found(known ? 0 : (block * sample_bytes + 3) / 4);
+  uint16_t* own = reinterpret_cast<uint16_t*>(found.data);
+  const uint16_t* row_best = known ? call.found : own;
+  const uint16_t* column_best = row_best + (known ? rows.count : block * rows.longest) * C;
   for (int64_t from = 0; from < R; from += block) {
     const int64_t to = smaller(from + block, R);
-    late_sweep<true>(rows, columns, E, from, to, {nullptr, nullptr, row_best, column_best}, threads);
+    if (!known)
+      late_sweep<true>(rows, columns, E, from, to, {nullptr, nullptr, own, own + block * rows.longest * C}, threads);
     const Gradients gradients{call, rows, columns, row_best, column_best, from, E};
     if (call.drows != nullptr)
       parallel_for(to - from, 1, threads, [&](int64_t i, int64_t, int) { gradients.row_sample(from + i); });

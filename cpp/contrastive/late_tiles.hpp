@@ -16,8 +16,8 @@ namespace VLM_LEVEL {
 constexpr int64_t LATE_ROWS = 8 * MR;  // rows of a tile
 
 struct LateTargets {
-  float *row_values, *column_values;    // sums of maxima [R, C], set to 0 before; null with Find
-  uint16_t *row_best, *column_best;     // with Find: [rows of the range, C] and [samples of the range, columns.count]
+  float *row_values, *column_values;  // sums of maxima [R, C], set to 0 before; both null if not wanted
+  uint16_t *row_best, *column_best;   // with Find: [rows of the range, C] and [samples of the range, columns.count]
 };
 
 // Tokens [begin, begin + count) interleaved as groups of Width.
@@ -99,11 +99,10 @@ struct LateTile {
       if (!stops) {
         row_value[r] = value;
         row_place[r] = place;
-      } else if constexpr (Find) {
-        out.row_best[(top + r - range_row) * columns.samples + j] = static_cast<uint16_t>(place);
-      } else {
-        out.row_values[owner[r] * columns.samples + j] += value;
+        continue;
       }
+      if constexpr (Find) out.row_best[(top + r - range_row) * columns.samples + j] = static_cast<uint16_t>(place);
+      if (out.row_values != nullptr) out.row_values[owner[r] * columns.samples + j] += value;
     }
   }
 
@@ -124,11 +123,12 @@ struct LateTile {
       if (!stops) {
         store(values + c, best.value);
         store(places + c, best.place);
-      } else if constexpr (Find) {
+        continue;
+      }
+      store(maxima + c, best.value);
+      if constexpr (Find) {
         uint16_t* to = out.column_best + (i - range_sample) * columns.count + left + c;
         for (int64_t l = 0; l < W && c + l < breadth; ++l) to[l] = static_cast<uint16_t>(best.place[l]);
-      } else {
-        store(maxima + c, best.value);
       }
     }
   }
@@ -197,7 +197,7 @@ static void late_sweep(const TokenList& rows, const TokenList& columns, int64_t 
             const int64_t r0 = larger(rows.first[i], top), r1 = smaller(rows.first[i + 1], bottom);
             if (r0 == r1) continue;
             tile.column_maxima(top, r0, r1, i, left, breadth, block_left);
-            if (Find || r1 < rows.first[i + 1]) continue;
+            if (out.column_values == nullptr || r1 < rows.first[i + 1]) continue;
             for (int64_t k = first_column_sample; k < j1 && columns.first[k] < right; ++k)
               tile.add_column_sums(i, k, larger(columns.first[k], left) - left,
                                    smaller(columns.first[k + 1], right) - left);

@@ -6,11 +6,12 @@
 // A pair of which one side keeps no token has the values 0 and gives no gradient. Removed tokens are never read. A kept
 // token that is not finite makes all values of its sample NaN.
 //
-// Backward: the gradient of a maximum goes to its first maximiser. The maximisers are computed again, for a block of
-// row samples at a time, then dv is summed row sample by row sample and dw column sample by column sample: no atomics.
+// Backward: the gradient of a maximum goes to its first maximiser. The maximisers are what the forward found, or, where
+// it was not told to keep them, computed again for a block of row samples at a time; then dv is summed row sample by row sample and dw column sample by column sample: no atomics.
 // Numerics: float32 products and sums. The work is cut by shape and masks alone, so the bits of the result do not
 // depend on the number of threads.
-// Extra memory: one packed copy of v (forward), and at most about 4 MiB of maximisers more (backward).
+// Extra memory: one packed copy of v; in a backward that is not given what was found, a packed copy of a block of v and
+// about 4 MiB of maximisers.
 #pragma once
 
 #include <cstdint>
@@ -34,12 +35,14 @@ struct LateForward {
   LateProblem problem;
   float* row_values;     // [R, C]
   float* column_values;  // [R, C]
+  uint16_t* found;       // [R C (T + U)]: where the maxima were, for the backward; null = not kept
 };
 
 struct LateBackward {
   LateProblem problem;
   const float* row_gradient;     // [R, C], null = zeros
   const float* column_gradient;  // [R, C], null = zeros
+  const uint16_t* found;         // of the forward, or null
   float* drows;                  // [R, T, E] contiguous, null if not wanted
   float* dcolumns;               // [C, U, E] contiguous, null if not wanted
 };

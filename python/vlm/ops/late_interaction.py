@@ -41,7 +41,8 @@ def late_interaction(
     wide = torch.promote_types(v.dtype, torch.float32)
     v, w = v.to(wide), w.to(wide)
     if use_native(v, w):
-        return native_late_interaction(v, w, mask_v, mask_w, mean)
+        rows, columns, _ = native_late_interaction(v, w, mask_v, mask_w, mean)
+        return rows, columns
     with torch.autocast(v.device.type, enabled=False):
         return late_interaction_reference(v, w, mask_v=mask_v, mask_w=mask_w, mean=mean)
 

@@ -45,7 +45,8 @@ VLM_INLINE int64_t column_block_end(const TokenList& columns, int64_t from) {
 
 VLM_INLINE vi lanes_between(int64_t from, int64_t to) {
   const vi lane = lane_numbers();
-  return (lane >= splat_int(static_cast<int32_t>(larger(from, -1)))) & (lane < splat_int(static_cast<int32_t>(smaller(to, W))));
+  const int32_t low = static_cast<int32_t>(larger(from, -1)), high = static_cast<int32_t>(smaller(to, W));
+  return (lane >= splat_int(low)) & (lane < splat_int(high));
 }
 
 // A maximum and where it was first; places are kept as floats, exact below 2^24.
@@ -107,7 +108,8 @@ struct LateTile {
   }
 
   // Rows [r0, r1) of sample i in a tile that begins at row `top`, for `breadth` columns from `left`.
-  void column_maxima(int64_t top, int64_t r0, int64_t r1, int64_t i, int64_t left, int64_t breadth, int64_t block_left) {
+  void column_maxima(int64_t top, int64_t r0, int64_t r1, int64_t i, int64_t left, int64_t breadth,
+                     int64_t block_left) {
     const bool goes_on = r0 > rows.first[i], stops = r1 == rows.first[i + 1];
     float* values = column_value + (left - block_left);
     float* places = column_place + (left - block_left);

@@ -13,9 +13,9 @@
 //   2 total     sum of z_ij over kept j                5 kept         number of kept j
 //   3 teacher   sum over kept j of q_ij z_ij           6 teacher lse  logsumexp over kept j of u_ij
 // with q_i = softmax over kept j of u_ij. 2, 3, 5 and 6 are 0 unless `full` (2, 5) or a teacher (3, 6) asks for them.
-// Sigmoid: term_ij = max(z, 0) - p z + log(1 + exp(-|z|)), p_ij = (1 - share) hard_ij + share * sigmoid(u_ij), hard_ij =
-// positive_label[i] (1 by default) on positives and negative_label[i] (0) elsewhere; terms that are not positive count
-// negative_weight times. Row 0 of the statistics holds the sums over kept pairs.
+// Sigmoid: term_ij = max(z, 0) - p z + log(1 + exp(-|z|)), p_ij = (1 - share) hard_ij + share * sigmoid(u_ij), where
+// hard_ij is positive_label[i] (1 by default) on positives and negative_label[i] (0) elsewhere; terms of pairs that are
+// not positive count negative_weight times. Row 0 of the statistics holds the sums over kept pairs.
 //
 // Backward takes the gradients of the numbers 0 to 3 (sigmoid: 0) and writes those of x, y, log(scale) and bias. Logits
 // are recomputed. The statistics may be those of a larger problem of which these rows and columns are a part.

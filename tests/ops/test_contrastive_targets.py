@@ -208,7 +208,7 @@ def test_core_siglip_soft_labels_equal_the_dense_loss(weight: float, taught: flo
         label = torch.where(match, high[:, None], low[:, None])
         label = (1 - taught) * label + taught * torch.sigmoid(6.0 * a @ b.T - 1.0)
         terms = F.binary_cross_entropy_with_logits(logits(x, y, s) + b_, label, reduction="none")
-        terms = terms * torch.where(match, 1.0, weight).double() * kept
+        terms = terms * torch.where(match, torch.ones((), dtype=torch.float64), weight) * kept
         return terms.sum(1), terms.sum(0)
 
     same(ours, textbook, [*inputs(), torch.tensor(-2.0, dtype=torch.float64)])

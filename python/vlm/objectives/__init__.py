@@ -6,7 +6,7 @@ from pydantic import Field
 
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.classification import ClassificationOptions
-from vlm.objectives.contrastive_options import ContrastiveOptions
+from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
 from vlm.objectives.preference import PreferenceOptions
 from vlm.objectives.token_ce import TokenCrossEntropyOptions

@@ -15,13 +15,23 @@ from torch import Tensor, nn
 
 from vlm import ops
 from vlm.models.blocks import normalise
-from vlm.objectives.base import Objective
-from vlm.objectives.contrastive_options import ContrastiveOptions
+from vlm.objectives.base import BuildContext, Objective
+from vlm.objectives.contrastive_options import ContrastiveFields
 from vlm.types import Batch, Context, Outputs, Request, Terms, Views
 from vlm.types.terms import Scope
 
 Pairing = tuple[Tensor, Tensor]
 """Rows of either stream, [r] and [c]."""
+
+
+class ContrastiveOptions(ContrastiveFields):
+    """Similarity of two streams; softmax (CLIP) or sigmoid (SigLIP) form."""
+
+    def build(self, context: BuildContext) -> ContrastiveObjective:
+        width = getattr(context.model.options, "embed_dim", None)
+        if self.queue and width is None:
+            raise ValueError("queue wants a model that says its embed_dim, as a dual encoder does")
+        return ContrastiveObjective(self, width or 0)
 
 
 class ContrastiveObjective(Objective):

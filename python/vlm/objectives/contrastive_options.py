@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vlm.objectives.base import BuildContext, ObjectiveOptions
-
-if TYPE_CHECKING:
-    from vlm.objectives.contrastive import ContrastiveObjective
+from vlm.objectives.base import ObjectiveOptions
 
 Sides = Literal["both", "rows", "columns"]
 
 
-class ContrastiveOptions(ObjectiveOptions):
-    """Similarity of two streams; softmax (CLIP) or sigmoid (SigLIP) form."""
+class ContrastiveFields(ObjectiveOptions):
+    """The fields, and which of them go together."""
 
     kind: Literal["contrastive"] = "contrastive"
     name: str = "contrastive"
@@ -56,7 +53,7 @@ class ContrastiveOptions(ObjectiveOptions):
     )
 
     @model_validator(mode="after")
-    def _combination(self) -> ContrastiveOptions:
+    def _combination(self) -> ContrastiveFields:
         pooled = self.similarity in ("global", "token-mean")
         one_row = self.targets in ("diagonal", "groups")
         refused = {
@@ -80,11 +77,3 @@ class ContrastiveOptions(ObjectiveOptions):
             if wrong:
                 raise ValueError(message)
         return self
-
-    def build(self, context: BuildContext) -> ContrastiveObjective:
-        from vlm.objectives.contrastive import ContrastiveObjective
-
-        width = getattr(context.model.options, "embed_dim", None)
-        if self.queue and width is None:
-            raise ValueError("queue wants a model that says its embed_dim, as a dual encoder does")
-        return ContrastiveObjective(self, width or 0)

@@ -94,7 +94,7 @@ def softmax_values(
     else:
         target, mass = listed
     if share:
-        target, mass = (1 - share) * target + share * teacher, (1 - share) * mass + share * (kept > 0)
+        target, mass = (1 - share) * target + share * teacher, (1 - share) * mass + share * (kept > 0).to(lse.dtype)
     if isinstance(smoothing, Tensor) or smoothing:
         target = (1 - smoothing) * target + smoothing * mass * total / kept.clamp(min=1)
     nothing = lse == float("-inf")

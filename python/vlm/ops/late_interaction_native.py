@@ -37,7 +37,7 @@ def _outputs(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pairs = v.shape[0] * w.shape[0]
     places = pairs * (v.shape[1] + w.shape[1])
     return (v.new_empty(v.shape[0], w.shape[0]), v.new_empty(v.shape[0], w.shape[0]),
-            v.new_empty(places if places <= FOUND_LIMIT else 0, dtype=torch.int16))
+            v.new_zeros(places if places <= FOUND_LIMIT else 0, dtype=torch.int16))
 
 
 @native_late_interaction.register_fake

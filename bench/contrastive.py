@@ -72,10 +72,9 @@ def taught(batch: int, width: int = 512, teacher_width: int = 256) -> Callable[[
         def peer() -> object:
             logits, soft = log_scale.exp() * x @ y.T, 14.3 * a @ b.T
             own = torch.eye(batch)
-            loss = sum(
-                F.cross_entropy(z, 0.9 * (0.5 * own + 0.5 * u.softmax(1)) + 0.1 / batch) for z, u in ((logits, soft), (logits.T, soft.T))
-            )
-            return torch.autograd.grad(loss / 2, leaves)
+            parts = [F.cross_entropy(z, 0.9 * (0.5 * own + 0.5 * u.softmax(1)) + 0.1 / batch)
+                     for z, u in ((logits, soft), (logits.T, soft.T))]
+            return torch.autograd.grad((parts[0] + parts[1]) / 2, leaves)
 
         return _arms(ours, peer)
 

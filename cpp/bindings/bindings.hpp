@@ -22,5 +22,6 @@ void register_attention_statistics(pybind11::module_& m);
 void register_tokens(pybind11::module_& m);
 void register_vocabulary(pybind11::module_& m);
 void register_alignment(pybind11::module_& m);
+void register_late_interaction(pybind11::module_& m);
 
 }  // namespace vlm::bindings

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_tokens(m);
   vlm::bindings::register_vocabulary(m);
   vlm::bindings::register_alignment(m);
+  vlm::bindings::register_late_interaction(m);
 }

@@ -1,6 +1,6 @@
-// Softmax contrastive loss (InfoNCE). Compiled once per level.
+// Softmax contrastive statistics (InfoNCE) with plain targets: ids alone. Compiled once per level.
 #include "contrastive/pair_kernels.hpp"
-#include "contrastive/pair_sweep.hpp"
+#include "contrastive/pair_softmax.hpp"
 #include "core/vector_math.hpp"
 
 namespace vlm {
@@ -24,7 +24,7 @@ struct Statistics {
 struct Forward {
   const PairTargets& targets;
   Statistics rows;
-  float* column_parts;  // Statistics for each chunk
+  float* column_parts;  // Statistics for each chunk, null if not wanted
   int64_t columns;      // padded
 
   Statistics columns_of(int64_t chunk) const {
@@ -37,6 +37,7 @@ struct Forward {
       for (int64_t c = t.breadth; c < padded; ++c) t.data[r * LDS + c] = -infinity;
       add_row(t.data + r * LDS, t.row + r, t.column, padded);
     }
+    if (column_parts == nullptr) return;
     const Statistics state = columns_of(t.chunk);
     for (int64_t c = 0; c < padded; c += W) add_columns(t, c, state);
   }
@@ -74,42 +75,23 @@ struct Forward {
     store(state.sum + at, sum);
     store(state.positives + at, positives);
   }
-};
 
-void merge_columns(const Forward& rule, int64_t chunks, int64_t column, float* lse, float* positives) {
-  float top = -infinity;
-  for (int64_t k = 0; k < chunks; ++k) top = __builtin_fmaxf(top, rule.columns_of(k).maximum[column]);
-  float sum = 0.0f, positive_sum = 0.0f;
-  for (int64_t k = 0; k < chunks; ++k) {
-    const Statistics part = rule.columns_of(k);
-    if (part.maximum[column] != -infinity) sum += part.sum[column] * __builtin_expf(part.maximum[column] - top);
-    positive_sum += part.positives[column];
-  }
-  *lse = top + __builtin_logf(sum);
-  *positives = positive_sum;
-}
-
-// Constants of the gradient for one side. Rows without a positive take no part.
-struct Side {
-  float *lse, *weight, *share;  // log-sum-exp, upstream gradient, upstream gradient / number of positives
-
-  static int64_t room(int64_t n) { return 3 * n; }
-  static Side make(float* data, int64_t n, int64_t padded, const float* lse, const float* gradient,
-                   const float* inverse_count) {
-    Side side{data, data + padded, data + 2 * padded};
-    for (int64_t i = 0; i < padded; ++i) {
-      const bool used = i < n && inverse_count[i] > 0.0f;
-      side.lse[i] = used ? lse[i] : infinity;
-      side.weight[i] = used ? gradient[i] : 0.0f;
-      side.share[i] = used ? gradient[i] * inverse_count[i] : 0.0f;
+  void merge_columns(int64_t chunks, int64_t column, float* lse, float* positives) const {
+    float top = -infinity, sum = 0.0f, positive_sum = 0.0f;
+    for (int64_t k = 0; k < chunks; ++k) top = __builtin_fmaxf(top, columns_of(k).maximum[column]);
+    for (int64_t k = 0; k < chunks; ++k) {
+      const Statistics part = columns_of(k);
+      if (part.maximum[column] != -infinity) sum += part.sum[column] * __builtin_expf(part.maximum[column] - top);
+      positive_sum += part.positives[column];
     }
-    return side;
+    *lse = top + __builtin_logf(sum);
+    *positives = positive_sum;
   }
 };
 
 struct Backward {
   const PairTargets& targets;
-  Side rows, columns;
+  SoftmaxSide rows, columns;
   float scale;
   double* scale_gradients;  // for each chunk
 
@@ -120,15 +102,16 @@ struct Backward {
   }
 
   float gradient_row(float* z, int64_t row, int64_t column, int64_t breadth) {
-    const vf lse = splat(rows.lse[row]), weight = splat(rows.weight[row]), share = splat(rows.share[row]);
+    const vf lse = splat(rows.lse[row]), weight = splat(rows.weight[row]), share = splat(rows.positive[row]);
     const vi id = splat_int(targets.row_ids[row]);
     vf sum{};
     for (int64_t c = 0; c < breadth; c += W) {
       const int64_t at = column + c;
       const vf value = load(z + c);
       vf g = weight * exp(value - lse) + load(columns.weight + at) * exp(value - load(columns.lse + at));
-      g -= select(load(targets.column_ids + at) == id, share + load(columns.share + at), vf{});
-      sum += g * value;  // beyond the last column the logit is 0
+      g += select(load(targets.column_ids + at) == id, share + load(columns.positive + at), vf{});
+      if (c + W > breadth) g = select(lanes_below(breadth - c), g, vf{});
+      sum += g * value;
       store(z + c, g * scale);
     }
     return sum_lanes(sum);
@@ -138,40 +121,42 @@ struct Backward {
 }  // namespace
 
 void softmax_pair_forward(const PairForward& call, const PairTargets& targets, int threads) {
+  if (!targets.plain) return softmax_full_forward(call, targets, threads);
   const PairProblem& p = call.problem;
-  const int64_t chunks = cut_rows(p.rows).count, columns = round_up(p.columns, W);
-  Scratch row_state(Statistics::room(p.rows)), column_state(chunks * Statistics::room(columns));
-  Forward rule{targets, Statistics::at(row_state.data, p.rows), column_state.data, columns};
-  rule.rows.clear(p.rows);
-  for (int64_t k = 0; k < chunks; ++k) rule.columns_of(k).clear(columns);
-  sweep_forward(p, rule, threads);
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const float lse = rule.rows.maximum[i] + __builtin_logf(rule.rows.sum[i]), share = targets.row_share[i];
-    call.row_lse[i] = lse;
-    call.row_values[i] = share > 0.0f ? lse - rule.rows.positives[i] * share : 0.0f;
+  const int64_t R = p.rows, C = p.columns, chunks = cut_rows(R).count, columns = round_up(C, W);
+  const bool want_columns = call.columns != nullptr;
+  Scratch row_state(Statistics::room(R)), column_state(want_columns ? chunks * Statistics::room(columns) : 0);
+  Forward rule{targets, Statistics::at(row_state.data, R), want_columns ? column_state.data : nullptr, columns};
+  rule.rows.clear(R);
+  for (int64_t k = 0; want_columns && k < chunks; ++k) rule.columns_of(k).clear(columns);
+  sweep_forward(p, rule, true, threads);
+  for (int64_t i = 0; i < PAIR_NUMBERS * R; ++i) call.rows[i] = 0.0f;
+  for (int64_t i = 0; i < R; ++i) {
+    call.rows[i] = rule.rows.maximum[i] + __builtin_logf(rule.rows.sum[i]);
+    call.rows[R + i] = rule.rows.positives[i];
+    call.rows[4 * R + i] = targets.row_count[i];
   }
-  parallel_for(p.columns, 256, threads, [&](int64_t begin, int64_t end, int) {
+  if (!want_columns) return;
+  for (int64_t j = 0; j < PAIR_NUMBERS * C; ++j) call.columns[j] = 0.0f;
+  parallel_for(C, 256, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t j = begin; j < end; ++j) {
-      float positives;
-      merge_columns(rule, chunks, j, call.column_lse + j, &positives);
-      const float share = targets.column_share[j];
-      call.column_values[j] = share > 0.0f ? call.column_lse[j] - positives * share : 0.0f;
+      rule.merge_columns(chunks, j, call.columns + j, call.columns + C + j);
+      call.columns[4 * C + j] = targets.column_count[j];
     }
   });
 }
 
 void softmax_pair_backward(const PairBackward& call, const PairTargets& targets, int threads) {
+  if (!targets.plain) return softmax_full_backward(call, targets, threads);
   const PairProblem& p = call.problem;
   const int64_t chunks = cut_rows(p.rows).count, columns = round_up(p.columns, W);
-  Scratch row_side(Side::room(p.rows)), column_side(Side::room(columns)), sums(2 * chunks);
+  Scratch row_side(SoftmaxSide::room(p.rows)), column_side(SoftmaxSide::room(columns)), sums(2 * chunks);
   double* scale_gradients = reinterpret_cast<double*>(sums.data);
   for (int64_t k = 0; k < chunks; ++k) scale_gradients[k] = 0.0;
-  Backward rule{targets,
-                Side::make(row_side.data, p.rows, p.rows, call.row_lse, call.row_gradient, targets.row_share),
-                Side::make(column_side.data, p.columns, columns, call.column_lse, call.column_gradient,
-                           targets.column_share),
-                p.scale, scale_gradients};
-  sweep_backward(p, rule, call.dx, call.dy, threads);
+  Backward rule{targets, SoftmaxSide::make(row_side.data, p.rows, p.rows, call.rows, call.row_gradient),
+                SoftmaxSide::make(column_side.data, p.columns, columns, call.columns, call.column_gradient), p.scale,
+                scale_gradients};
+  sweep_backward(p, rule, true, call.dx, call.dy, threads);
   double total = 0.0;
   for (int64_t k = 0; k < chunks; ++k) total += scale_gradients[k];
   *call.dlog_scale = total;

@@ -7,15 +7,32 @@
 #include "vlm/contrastive.hpp"
 #include "vlm/tokens.hpp"
 #include "vlm/vocabulary.hpp"
+#include "vlm/late_interaction.hpp"
 
 namespace vlm {
 
 // Ids made dense and counted, prepared once outside the levels.
 struct PairTargets {
-  const int32_t* row_ids;             // [rows]
-  const int32_t* column_ids;          // [columns]
-  const float* row_share;             // [rows]: 1 / number of positives, 0 if none
-  const float* column_share;          // [columns]
+  const int32_t* row_ids;          // [rows]
+  const int32_t* column_ids;       // [columns]
+  const int32_t* row_excluded;     // [rows], -1 where nothing is excluded
+  const int32_t* column_excluded;  // [columns], -2 where nothing is
+  const float* row_count;          // [rows]: number of positives
+  const float* column_count;       // [columns]
+  const float* positive_label;     // [rows]
+  const float* negative_label;     // [rows]
+  bool plain;                      // nothing but ids: no exclusions, labels, teacher, totals
+};
+
+// The kept tokens of all samples, one after the other, prepared once outside the levels.
+struct TokenList {
+  const float* data;
+  int64_t samples, token_stride;
+  int64_t count;            // kept tokens
+  int64_t longest;          // most kept tokens of one sample
+  const int64_t* first;     // [samples + 1]: tokens of sample i are [first[i], first[i + 1])
+  const int64_t* source;    // [count]: where a token lies in `data`
+  const int64_t* position;  // [count]: its row in a contiguous [samples * tokens, width]
 };
 
 struct KernelTable {
@@ -37,6 +54,8 @@ struct KernelTable {
   void (*divergence_rows)(const DivergenceRows&, int threads);
   void (*alignment_forward)(const AlignmentForward&, int threads);
   void (*alignment_backward)(const AlignmentBackward&, int threads);
+  void (*late_forward)(const LateForward&, const TokenList& rows, const TokenList& columns, int threads);
+  void (*late_backward)(const LateBackward&, const TokenList& rows, const TokenList& columns, int threads);
 };
 
 const KernelTable& active_kernels();

@@ -2,6 +2,7 @@
 #include "alignment/alignment_kernels.hpp"
 #include "attention/attention_kernels.hpp"
 #include "attention/statistics_kernels.hpp"
+#include "contrastive/late_kernels.hpp"
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
 #include "tokens/token_kernels.hpp"
@@ -21,6 +22,8 @@ const KernelTable kernel_table = {
     divergence_rows,
     alignment_forward,
     alignment_backward,
+    late_forward,
+    late_backward,
 };
 
 }  // namespace VLM_LEVEL

@@ -10,9 +10,10 @@ namespace {
 struct Tensors {
   int64_t rows, columns, width, offset, stride;
   float scale, bias;
+  bool full = false;  // take the unit for full targets
   std::vector<float> x, y, row_gradient, column_gradient;
   std::vector<int64_t> row_ids, column_ids;
-  std::vector<float> row_values, column_values, row_lse, column_lse, dx, dy;
+  std::vector<float> row_values, column_values, rows_out, columns_out, dx, dy;
   double dlog_scale = 0.0, dbias = 0.0;
 
   Tensors(int64_t R, int64_t C, int64_t E, bool groups, int64_t offset_)
@@ -27,9 +28,9 @@ struct Tensors {
       for (int64_t j = 0; j < C; ++j) column_ids.push_back((numbers.below(R / 2 + 2) - 2) * (int64_t(1) << 40));
     }
     row_values.resize(R);
-    row_lse.resize(R);
     column_values.resize(C);
-    column_lse.resize(C);
+    rows_out.resize(PAIR_NUMBERS * R);
+    columns_out.resize(PAIR_NUMBERS * C);
     dx.resize(R * E);
     dy.resize(C * E);
   }
@@ -37,16 +38,56 @@ struct Tensors {
     return row_ids.empty() ? j == i + offset : row_ids[i] == column_ids[j];
   }
   PairProblem problem() const {
-    const bool groups = !row_ids.empty();
-    return {rows, columns, width, {x.data(), stride}, {y.data(), stride}, scale, bias,
-            groups ? row_ids.data() : nullptr, groups ? column_ids.data() : nullptr, offset};
+    PairProblem p{};
+    p.rows = rows;
+    p.columns = columns;
+    p.width = width;
+    p.x = {x.data(), stride};
+    p.y = {y.data(), stride};
+    p.scale = scale;
+    p.bias = bias;
+    p.row_ids = row_ids.empty() ? nullptr : row_ids.data();
+    p.column_ids = row_ids.empty() ? nullptr : column_ids.data();
+    p.row_offset = offset;
+    p.full = full;
+    p.negative_weight = 1.0f;
+    p.teacher.similar = INFINITY;
+    return p;
+  }
+  void forward(PairLoss loss, int threads) {
+    pair_forward(loss, {problem(), rows_out.data(), columns_out.data()}, threads);
+    const auto values = [&](const std::vector<float>& out, std::vector<float>& to) {
+      const std::size_t n = to.size();
+      for (std::size_t i = 0; i < n; ++i) {
+        const float count = loss == PairLoss::softmax ? out[4 * n + i] : 0.0f;
+        to[i] = loss == PairLoss::sigmoid ? out[i] : count > 0.0f ? out[i] - out[n + i] / count : 0.0f;
+      }
+    };
+    values(rows_out, row_values);
+    values(columns_out, column_values);
+  }
+  // The gradients of the numbers, from those of the values.
+  std::vector<float> upstream(PairLoss loss, const std::vector<float>& out, const std::vector<float>& gradient) const {
+    const std::size_t n = gradient.size();
+    if (loss == PairLoss::sigmoid) return gradient;
+    std::vector<float> result(PAIR_GRADIENTS * n, 0.0f);
+    for (std::size_t i = 0; i < n; ++i) {
+      const float count = out[4 * n + i];
+      result[i] = count > 0.0f ? gradient[i] : 0.0f;
+      result[n + i] = count > 0.0f ? -gradient[i] / count : 0.0f;
+    }
+    return result;
+  }
+  void backward(PairLoss loss, float* dx_to, int threads) {
+    const std::vector<float> up_rows = upstream(loss, rows_out, row_gradient);
+    const std::vector<float> up_columns = upstream(loss, columns_out, column_gradient);
+    pair_backward(loss, {problem(), rows_out.data(), columns_out.data(), up_rows.data(), up_columns.data(),
+                         {dx_to, width}, {dy.data(), width}, &dlog_scale, &dbias},
+                  threads);
   }
   void run(PairLoss loss, int threads) {
-    pair_forward(loss, {problem(), row_values.data(), column_values.data(), row_lse.data(), column_lse.data()},
-                 threads);
-    pair_backward(loss, {problem(), row_lse.data(), column_lse.data(), row_gradient.data(), column_gradient.data(),
-                         {dx.data(), width}, {dy.data(), width}, &dlog_scale, &dbias},
-                  threads);
+    forward(loss, threads);
+    backward(loss, dx.data(), threads);
   }
 };
 
@@ -144,12 +185,55 @@ void compare(PairLoss loss, int64_t R, int64_t C, int64_t E, bool groups, int64_
 void one_gradient_can_be_left_out() {
   Tensors all(70, 90, 20, false, 0), some(70, 90, 20, false, 0);
   all.run(PairLoss::softmax, 1);
-  pair_forward(PairLoss::softmax, {some.problem(), some.row_values.data(), some.column_values.data(),
-                                   some.row_lse.data(), some.column_lse.data()}, 1);
-  pair_backward(PairLoss::softmax,
-                {some.problem(), some.row_lse.data(), some.column_lse.data(), some.row_gradient.data(),
-                 some.column_gradient.data(), {nullptr, 0}, {some.dy.data(), some.width}, &some.dlog_scale, nullptr}, 1);
+  some.forward(PairLoss::softmax, 1);
+  some.backward(PairLoss::softmax, nullptr, 1);
   check(same_bits(all.dy, some.dy) && all.dlog_scale == some.dlog_scale, "dy alone equals dy of both");
+}
+
+// The unit for full targets, with plain ones, gives what the plain unit gives.
+void full_targets_hold_plain_ones(PairLoss loss, bool groups) {
+  Tensors plain(150, 333, 24, groups, 20), full(150, 333, 24, groups, 20);
+  full.full = true;
+  plain.run(loss, 1);
+  full.run(loss, 1);
+  check_close(full.row_values, plain.row_values, 1e-6, "full rows");
+  check_close(full.column_values, plain.column_values, 1e-6, "full columns");
+  check_close(full.dx, plain.dx, 1e-6, "full dx");
+  check_close(full.dy, plain.dy, 1e-6, "full dy");
+  if (loss == PairLoss::sigmoid) return;
+  for (int64_t i = 0; i < 150; ++i) check(full.rows_out[5 * 150 + i] == 333.0f, "every column is kept");
+  for (int64_t j = 0; j < 333; ++j) check(full.columns_out[5 * 333 + j] == 150.0f, "every row is kept");
+}
+
+// bfloat16 rows give the bits of the same numbers in float32.
+void half_input_is_read_as_it_lies() {
+  Tensors wide(130, 300, 37, true, 0), narrow(130, 300, 37, true, 0);
+  const auto cut = [](std::vector<float>& values, std::vector<uint16_t>& to) {
+    for (float& v : values) {
+      uint32_t bits;
+      std::memcpy(&bits, &v, 4);
+      bits &= 0xffff0000u;
+      std::memcpy(&v, &bits, 4);
+      to.push_back(static_cast<uint16_t>(bits >> 16));
+    }
+  };
+  std::vector<uint16_t> x, y;
+  cut(wide.x, x);
+  cut(wide.y, y);
+  wide.run(PairLoss::softmax, 1);
+  PairProblem p = narrow.problem();
+  p.half = true;
+  p.x.data = reinterpret_cast<const float*>(x.data());
+  p.y.data = reinterpret_cast<const float*>(y.data());
+  pair_forward(PairLoss::softmax, {p, narrow.rows_out.data(), narrow.columns_out.data()}, 2);
+  check(same_bits(wide.rows_out, narrow.rows_out) && same_bits(wide.columns_out, narrow.columns_out), "half forward");
+  const std::vector<float> up_rows = wide.upstream(PairLoss::softmax, wide.rows_out, wide.row_gradient);
+  const std::vector<float> up_columns = wide.upstream(PairLoss::softmax, wide.columns_out, wide.column_gradient);
+  pair_backward(PairLoss::softmax,
+                {p, narrow.rows_out.data(), narrow.columns_out.data(), up_rows.data(), up_columns.data(),
+                 {narrow.dx.data(), 37}, {narrow.dy.data(), 37}, &narrow.dlog_scale, nullptr}, 2);
+  check(same_bits(wide.dx, narrow.dx) && same_bits(wide.dy, narrow.dy) && wide.dlog_scale == narrow.dlog_scale,
+        "half backward");
 }
 
 }  // namespace
@@ -168,5 +252,8 @@ int main(int argc, char** argv) {
       compare(loss, 5, 5, 1, false, 0);
     }
     one_gradient_can_be_left_out();
+    for (bool groups : {false, true})
+      for (PairLoss loss : {PairLoss::softmax, PairLoss::sigmoid}) full_targets_hold_plain_ones(loss, groups);
+    half_input_is_read_as_it_lies();
   });
 }

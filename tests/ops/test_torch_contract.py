@@ -47,7 +47,8 @@ def test_attention_with_every_extra_passes_opcheck() -> None:
 def test_pair_loss_passes_opcheck(loss: str, groups: bool) -> None:
     ids = (torch.arange(5), torch.arange(7)) if groups else (None, None)
     bias = torch.tensor(-1.0, requires_grad=True) if loss == "sigmoid" else None
-    torch.library.opcheck(native_pair_loss, (loss, leaf(5, 8), leaf(7, 8), torch.tensor(1.0, requires_grad=True), bias, *ids, 2))
+    torch.library.opcheck(native_pair_loss, (loss, leaf(5, 8), leaf(7, 8), torch.tensor(1.0, requires_grad=True), bias, *ids, 2,
+                                             *ids, None, None, None, [1.0, 0.0, 0.0, 9.0, 1.0], [False, groups, True]))
 
 
 def everything(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -169,6 +170,7 @@ def test_self_test_covers_every_operator_at_every_level() -> None:
             "attention_statistics",
             "contrastive_sigmoid",
             "contrastive_softmax",
+            "late_interaction",
             "linear_cross_entropy",
             "linear_distillation",
             "merge_attention",

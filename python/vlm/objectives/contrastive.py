@@ -1,59 +1,70 @@
 """Contrastive objective: matched pairs against all other pairs of the update.
 
-B pairs, E embedding width. Sources: clip, siglip, core-infonce, core-siglip.
+n rows of a stream, B pairs, E embedding width. Sources: clip, siglip, filip, core-infonce, core-siglip, core-filip; mug-stan,
+dreamlip (slots), flame (multi), ctp (queue), cloc (similar pairs).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from vlm import ops
 from vlm.models.blocks import normalise
-from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
-from vlm.types import Context, Outputs, Request, Terms, Views
+from vlm.objectives.base import BuildContext, Objective
+from vlm.objectives.contrastive_options import ContrastiveFields
+from vlm.types import Batch, Context, Outputs, Request, Terms, Views
 from vlm.types.terms import Scope
 
+Pairing = tuple[Tensor, Tensor]
+"""Rows of either stream, [r] and [c]."""
 
-class ContrastiveOptions(ObjectiveOptions):
-    """Global similarity of two streams; softmax (CLIP) or sigmoid (SigLIP) form."""
 
-    kind: Literal["contrastive"] = "contrastive"
-    name: str = "contrastive"
-    form: Literal["softmax", "sigmoid"] = "softmax"
-    rows: str = Field("image", description="stream of the rows")
-    columns: str = Field("text", description="stream of the columns")
-    targets: Literal["diagonal", "groups"] = Field(
-        "diagonal", description="positives: the own pair, or every pair whose `group` label is equal"
-    )
-    temperature: Literal["model", "own"] | float = Field(
-        "model", description="the model's scale (and bias), one of the objective's own, or a fixed temperature"
-    )
+class ContrastiveOptions(ContrastiveFields):
+    """Similarity of two streams; softmax (CLIP) or sigmoid (SigLIP) form."""
 
     def build(self, context: BuildContext) -> ContrastiveObjective:
-        return ContrastiveObjective(self)
+        width = getattr(context.model.options, "embed_dim", None)
+        if self.queue and width is None:
+            raise ValueError("queue wants a model that says its embed_dim, as a dual encoder does")
+        return ContrastiveObjective(self, width or 0)
 
 
 class ContrastiveObjective(Objective):
     """One value a pair: the mean of its row's and its column's loss."""
 
     scope: Scope = "batch"
+    queue_rows: Tensor
+    queue_columns: Tensor
+    filled: Tensor
 
-    def __init__(self, options: ContrastiveOptions) -> None:
+    def __init__(self, options: ContrastiveOptions, width: int = 0) -> None:
         super().__init__()
         self.options = options
-        self.requires = tuple(
-            Request.parse(f"model/{stream}.embedding") for stream in (options.rows, options.columns)
-        )
-        self.reads = ("group",) if options.targets == "groups" else ()
+        if options.gather != "all":
+            self.scope = "sample"
+        field = "embedding" if options.similarity == "global" else "tokens"
+        streams = (options.rows, options.columns)
+        asked = [f"model/{stream}.{field}" for stream in streams]
+        if options.teacher is not None:
+            asked += [f"{options.teacher}/{stream}.embedding" for stream in streams]
+        if options.queue and options.keys != "model":
+            asked += [f"{options.keys}/{stream}.embedding" for stream in streams]
+        self.requires = tuple(Request.parse(request) for request in asked)
+        grouped = ("group",) if options.targets == "groups" or options.exclude == "group" else ()
+        self.reads = grouped if options.weights is None else (*grouped, options.weights)
         if options.temperature == "own":
             sigmoid = options.form == "sigmoid"
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0 if sigmoid else 1 / 0.07)))
             self.own_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
+        if options.queue:
+            self.register_buffer("queue_rows", torch.zeros(options.queue, width))
+            self.register_buffer("queue_columns", torch.zeros(options.queue, width))
+            self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def temperature(self, view: Outputs) -> tuple[Tensor, Tensor]:
         """(log scale, bias)"""
@@ -67,28 +78,204 @@ class ContrastiveObjective(Objective):
             return view.log_scale, torch.zeros(()) if view.bias is None else view.bias
         return torch.tensor(-math.log(float(setting))), torch.zeros(())
 
-    def forward(self, views: Views, context: Context) -> Terms:
-        """values [B] >= 0, weight 1; a pair with a masked side is left out."""
-        left, right = views[f"model/{self.options.rows}"], views[f"model/{self.options.columns}"]
-        if not torch.equal(left.sample_index, right.sample_index):
-            raise ValueError(
-                f"streams {self.options.rows!r} and {self.options.columns!r} must have one row a sample, in the same order"
-            )
+    def count(self, batch: Batch) -> Tensor:
+        """gather "ring" and "none": the weights of the pairs of one micro-batch."""
+        rows, columns = batch[self.options.rows], batch[self.options.columns]
+        left, right = (s.mask if s.mask.dim() == 1 else s.mask.flatten(1).any(1) for s in (rows, columns))
+        live = left & torch.isin(rows.sample_index, columns.sample_index[right])
+        return self._weights(batch, rows.sample_index[live]).double().sum()
+
+    def prepare(self, views: Views, context: Context) -> Views:
+        """What is sent to other ranks: token means, or the tokens that match best within the micro-batch (FILIP)."""
+        out = super().prepare(views, context)
+        keys = [f"model/{stream}" for stream in (self.options.rows, self.options.columns)]
+        if self.options.similarity == "token-mean":
+            for key in keys:
+                out[key] = replace(out[key], embedding=_token_mean(out[key]), tokens=None, token_mask=None)
+        elif self.options.keep_ratio < 1:
+            sides = [_tokens(out[key]) for key in keys]
+            for key, (own, mask), (other, other_mask) in zip(keys, sides, reversed(sides)):
+                keep = math.ceil(self.options.keep_ratio * own.shape[1])
+                index = ops.select_tokens(normalise(own), normalise(other), keep, mask=mask, mask_others=other_mask)
+                tokens, kept = ops.take_tokens(own, index)
+                out[key] = replace(out[key], tokens=tokens, token_mask=kept)
+        return out
+
+    def commit(self, views: Views, context: Context) -> None:
+        """The queue takes in the update's embeddings, the newest first."""
+        if not self.options.queue:
+            return
+        left, right = (views[f"{self.options.keys}/{stream}"] for stream in (self.options.rows, self.options.columns))
         assert left.embedding is not None
         assert right.embedding is not None
         live = left.mask & right.mask
-        x, y = normalise(left.embedding[live]), normalise(right.embedding[live])
+        for queue, new in ((self.queue_rows, left.embedding[live]), (self.queue_columns, right.embedding[live])):
+            queue.copy_(torch.cat([normalise(new.detach().to(queue)), queue])[: len(queue)])
+        self.filled.copy_(torch.clamp(self.filled + live.sum(), max=self.options.queue))
+
+    def forward(self, views: Views, context: Context) -> Terms:
+        """values [B] >= 0; a pair with a masked side is left out. A sample's weight is that of the stream `weights`."""
+        if self.scope == "sample":
+            views = self.prepare(views, context)
+        left, right = views[f"model/{self.options.rows}"], views[f"model/{self.options.columns}"]
         log_scale, bias = self.temperature(left)
-        groups = context.batch["group"].values[live] if self.options.targets == "groups" else None
-        log_scale, bias = log_scale.to(x).reshape(()), bias.to(x).reshape(())
-        if self.options.form == "softmax":
-            rows, columns = ops.contrastive_softmax(x, y, log_scale, groups_x=groups, groups_y=groups)
+        many = self.options.targets in ("multi", "slots")
+        if not many and not torch.equal(left.sample_index, right.sample_index):
+            raise ValueError(
+                f"streams {self.options.rows!r} and {self.options.columns!r} must have one row a sample, in the same order"
+            )
+        live, pairings = self._pairings(left, right)
+        values = torch.zeros(0)
+        total = seen = None
+        for rows, columns in pairings:
+            place = torch.searchsorted(live, rows)  # live rows ascend
+            part = self._values(views, context, (rows, columns), log_scale, bias)
+            total = part.new_zeros(len(live)) if total is None else total
+            seen = part.new_zeros(len(live)) if seen is None else seen
+            total, seen = total.index_add(0, place, part), seen.index_add(0, place, torch.ones_like(part))
+        if total is not None and seen is not None:
+            values = total / seen.clamp(min=1)
+        index = left.sample_index[live]
+        weights = self._weights(context.batch, index).to(values)
+        return Terms(values=values, weights=weights, sample_index=index, scalars={"scale": log_scale.detach().exp()})
+
+    def _pairings(self, left: Outputs, right: Outputs) -> tuple[Tensor, list[Pairing]]:
+        """Rows that have a term, and what is compared: all rows with all columns, or those of one slot at a time."""
+        if self.options.targets not in ("multi", "slots"):
+            live = (left.mask & right.mask).nonzero().flatten()
+            return live, [(live, live)]
+        live = (left.mask & torch.isin(left.sample_index, right.sample_index[right.mask])).nonzero().flatten()
+        if len(left.sample_index.unique()) != len(left.sample_index):
+            raise ValueError(f"stream {self.options.rows!r} must have one row a sample for targets = {self.options.targets!r}")
+        columns = (right.mask & torch.isin(right.sample_index, left.sample_index[live])).nonzero().flatten()
+        if self.options.targets == "multi":
+            return live, [(live, columns)]
+        slot = _place_in_sample(right.sample_index)[columns]
+        row_of = live[_where(left.sample_index[live])[right.sample_index[columns]]]
+        pairings = []
+        for k in slot.unique().tolist():
+            rows, own = row_of[slot == k], columns[slot == k]
+            order = rows.argsort()
+            pairings.append((rows[order], own[order]))
+        return live, pairings
+
+    def _values(self, views: Views, context: Context, pairing: Pairing, log_scale: Tensor, bias: Tensor) -> Tensor:
+        """Values of the rows of one pairing, [r]."""
+        rows, columns = pairing
+        left, right = views[f"model/{self.options.rows}"], views[f"model/{self.options.columns}"]
+        options = self._relations(views, context, pairing, log_scale, bias)
+        if self.options.similarity in ("global", "token-mean"):
+            assert left.embedding is not None
+            assert right.embedding is not None
+            by_row, by_column = self._embeddings(normalise(left.embedding[rows]), normalise(right.embedding[columns]),
+                                                 log_scale, bias, options, context)
         else:
-            rows, columns = ops.contrastive_sigmoid(x, y, log_scale, bias, groups_x=groups, groups_y=groups)
-        values = 0.5 * (rows + columns)
-        return Terms(
-            values=values,
-            weights=torch.ones_like(values.detach()),
-            sample_index=left.sample_index[live],
-            scalars={"scale": log_scale.detach().exp()},
-        )
+            by_row, by_column = self._matrices(left, right, pairing, log_scale, bias, options)
+        if self.options.targets == "multi":  # a sample has several columns: their mean
+            place = _where(left.sample_index[rows])[right.sample_index[columns]]
+            count = torch.bincount(place, minlength=len(rows)).clamp(min=1)
+            by_column = by_row.new_zeros(len(rows)).index_add(0, place, by_column) / count
+        if self.options.direction == "both":
+            return 0.5 * (by_row + by_column)
+        return by_row if self.options.direction == "rows" else by_column
+
+    def _relations(self, views: Views, context: Context, pairing: Pairing, log_scale: Tensor, bias: Tensor) -> dict[str, Any]:
+        """Positives, excluded pairs and soft targets, as the operators take them."""
+        rows, columns = pairing
+        options: dict[str, Any] = {}
+        right = views[f"model/{self.options.columns}"]
+        if self.reads and "group" in self.reads:
+            group = context.batch["group"].values
+            kind = "groups" if self.options.targets == "groups" else "exclude"
+            options |= {f"{kind}_x": group[rows], f"{kind}_y": group[columns]}
+        if self.options.targets == "multi":
+            options |= {"groups_x": views[f"model/{self.options.rows}"].sample_index[rows], "groups_y": right.sample_index[columns]}
+        scale = float(log_scale.detach().exp()) if self.options.teacher_scale is None else self.options.teacher_scale
+        if self.options.teacher is not None:
+            a, b = (views[f"{self.options.teacher}/{s}"].embedding for s in (self.options.rows, self.options.columns))
+            assert a is not None
+            assert b is not None
+            options["teacher"] = ops.Teacher(normalise(a[rows].detach()), normalise(b[columns].detach()), scale,
+                                             self.options.teacher_share, float(bias.detach()))
+        if self.options.exclude_similar is not None:
+            own = right.embedding[columns] if right.embedding is not None else _token_mean(right)[columns]
+            if len(rows) != len(columns):
+                raise ValueError("exclude_similar wants one column a row")
+            own = normalise(own.detach())
+            options["teacher"] = ops.Teacher(own, own, share=0.0, similar=self.options.exclude_similar)
+        return options
+
+    def _embeddings(self, x: Tensor, y: Tensor, log_scale: Tensor, bias: Tensor, options: dict[str, Any],
+                    context: Context) -> tuple[Tensor, Tensor]:
+        chosen = self.options
+        x, y = (x.detach() if chosen.gradient == "columns" else x), (y.detach() if chosen.gradient == "rows" else y)
+        log_scale, bias = log_scale.to(x).reshape(()), bias.to(x).reshape(())
+        softmax = chosen.form == "softmax"
+        if chosen.gather == "ring":
+            return ops.ring_contrastive(
+                chosen.form, x, y, log_scale, None if softmax else bias, context.communicator, groups=options.get("groups_x"),
+                exclude=options.get("exclude_x"), smoothing=chosen.smoothing, decoupled=chosen.decoupled,
+                teacher=options.get("teacher"))
+        if softmax:
+            if chosen.queue:
+                held = int(self.filled)
+                options |= {"queue_x": self.queue_rows[:held].to(x), "queue_y": self.queue_columns[:held].to(x)}
+            return ops.contrastive_softmax(x, y, log_scale, smoothing=chosen.smoothing, decoupled=chosen.decoupled, **options)
+        labels = None
+        if chosen.smoothing:
+            ones = torch.ones(len(x), dtype=x.dtype)
+            labels = (ones * (1 - chosen.smoothing), ones * chosen.smoothing)
+        return ops.contrastive_sigmoid(x, y, log_scale, bias, labels=labels, negative_weight=chosen.negative_weight, **options)
+
+    def _matrices(self, left: Outputs, right: Outputs, pairing: Pairing, log_scale: Tensor, bias: Tensor,
+                  options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        chosen = self.options
+        (v, mask_v), (w, mask_w) = ((t[i], m[i]) for (t, m), i in zip(map(_tokens, (left, right)), pairing))
+        v, w = normalise(v), normalise(w)
+        v, w = (v.detach() if chosen.gradient == "columns" else v), (w.detach() if chosen.gradient == "rows" else w)
+        if chosen.similarity == "late-max":
+            rows, columns = ops.late_interaction(v, w, mask_v=mask_v, mask_w=mask_w, mean=chosen.aggregate == "mean")
+        else:
+            rows = columns = ops.mutual_guided(v, w, mask_v=mask_v, mask_w=mask_w, sharpness=chosen.sharpness)
+        return ops.contrastive_matrices(rows, columns, log_scale.to(v), None if chosen.form == "softmax" else bias.to(v),
+                                        decoupled=chosen.decoupled, smoothing=chosen.smoothing,
+                                        negative_weight=chosen.negative_weight, **options)
+
+    def _weights(self, batch: Batch, sample_index: Tensor) -> Tensor:
+        """One weight a sample, [r]."""
+        if self.options.weights is None:
+            return torch.ones(len(sample_index))
+        stream = batch[self.options.weights]
+        weights = torch.zeros(int(torch.cat([stream.sample_index, sample_index]).max()) + 1 if len(sample_index) else 0)
+        weights[stream.sample_index[stream.mask]] = stream.values[stream.mask].to(weights)
+        return weights[sample_index]
+
+
+def _tokens(view: Outputs) -> tuple[Tensor, Tensor]:
+    assert view.tokens is not None
+    assert view.token_mask is not None
+    return view.tokens, view.token_mask & view.mask[:, None]
+
+
+def _token_mean(view: Outputs) -> Tensor:
+    """[n, E]: the mean of the tokens that count."""
+    tokens, mask = _tokens(view)
+    kept = torch.where(mask[..., None], tokens, torch.zeros_like(tokens))
+    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _where(sample_index: Tensor) -> Tensor:
+    """[greatest sample + 1]: the place of each sample in the list; of others, 0."""
+    out = sample_index.new_zeros(int(sample_index.max()) + 1 if len(sample_index) else 0)
+    out[sample_index] = torch.arange(len(sample_index), device=sample_index.device)
+    return out
+
+
+def _place_in_sample(sample_index: Tensor) -> Tensor:
+    """[n]: how many earlier rows are of the same sample."""
+    order = torch.argsort(sample_index, stable=True)
+    ordered = sample_index[order]
+    first = torch.searchsorted(ordered, ordered)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) - first
+    return place

@@ -9,10 +9,16 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.attention_varlen import attention_varlen
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.contrastive_matrix import contrastive_matrices
+from vlm.ops.contrastive_pairs import Teacher
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.contrastive_ring import ring_contrastive
+from vlm.ops.late_interaction import late_interaction, select_tokens, take_tokens
+from vlm.ops.late_interaction_reference import late_interaction_reference
 from vlm.ops.masks import Alignment, MaskProgram
 from vlm.ops.merge import merge_attention
 from vlm.ops.merge_reference import merge_attention_reference
+from vlm.ops.mutual_guided import mutual_guided
 from vlm.ops.self_check import OperatorCheck, self_test
 from vlm.ops.statistics import (
     Focus,
@@ -68,6 +74,7 @@ __all__ = [
     "RowStatistics",
     "Selection",
     "ShuffleOrder",
+    "Teacher",
     "adaptive_pool",
     "attention",
     "attention_bias",
@@ -84,12 +91,15 @@ __all__ = [
     "backend",
     "bipartite_match",
     "compose_assignments",
+    "contrastive_matrices",
     "contrastive_sigmoid",
     "contrastive_sigmoid_reference",
     "contrastive_softmax",
     "contrastive_softmax_reference",
     "current_backend",
     "gather_tokens",
+    "late_interaction",
+    "late_interaction_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_distillation",
@@ -99,17 +109,21 @@ __all__ = [
     "merge_attention",
     "merge_attention_reference",
     "merge_tokens",
+    "mutual_guided",
     "pixel_shuffle_permutation",
     "pixel_shuffle_tokens",
     "pixel_unshuffle_tokens",
     "pooling_matrix",
     "progressive_pool",
+    "ring_contrastive",
     "scatter_tokens",
     "select_rows",
     "select_threshold",
+    "select_tokens",
     "select_top",
     "self_test",
     "sequence_alignment",
     "sequence_alignment_reference",
+    "take_tokens",
     "unmerge_tokens",
 ]

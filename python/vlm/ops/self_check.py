@@ -12,6 +12,7 @@ from vlm.ops.alignment import sequence_alignment
 from vlm.ops.attention import attention
 from vlm.ops.backend import NATIVE_AVAILABLE, backend, core
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.late_interaction import late_interaction
 from vlm.ops.merge import merge_attention
 from vlm.ops.statistics import attention_column_sums, attention_row_statistics, attention_rows
 from vlm.ops.tokens import bipartite_match, gather_tokens, merge_tokens
@@ -115,6 +116,8 @@ def _tokens_case() -> tuple[Call, list[Tensor]]:
         return merged, sizes, gather_tokens(merged, best.indices)
 
     return call, [x]
+
+
 def _vocabulary_factors() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((61, 24), (1031, 24), (1031,))]
@@ -147,6 +150,13 @@ def _alignment_case() -> tuple[Call, list[Tensor]]:
     return lambda c: (sequence_alignment(c, lengths, lengths + 2, gamma=0.5),), [cost]
 
 
+def _late_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    v, w = (torch.randn(9, tokens, 40, generator=generator, dtype=torch.float64) for tokens in (31, 19))
+    mask = torch.arange(19) < torch.arange(1, 19, 2)[:, None]
+    return lambda v, w: late_interaction(v, w, mask_w=mask), [v, w]
+
+
 _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "attention": _attention_case,
     "contrastive_softmax": _softmax_case,
@@ -157,6 +167,7 @@ _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "linear_cross_entropy": _cross_entropy_case,
     "linear_distillation": _distillation_case,
     "sequence_alignment": _alignment_case,
+    "late_interaction": _late_case,
 }
 
 

@@ -29,6 +29,11 @@ class Communicator(Protocol):
         """Each rank's list of integers (each list of the same length) in rank order."""
         ...
 
+    def shift(self, tensor: Tensor, rows: int) -> Tensor:
+        """One step around the ring: the tensor goes to rank + 1, and that of rank - 1, [rows, ...], is returned. Types and
+        trailing sizes must agree. No gradient."""
+        ...
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         ...
@@ -48,6 +53,9 @@ class SingleProcess:
 
     def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
         return [numbers]
+
+    def shift(self, tensor: Tensor, rows: int) -> Tensor:
+        return tensor
 
     def barrier(self) -> None:
         return None

@@ -1,6 +1,7 @@
 // Entries of exact attention on CUDA devices: checks, then the kernels for the widths at hand.
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
+#include "cuda/attention_mma.cuh"
 #include "vlm/cuda.hpp"
 
 namespace vlm::cuda {
@@ -13,7 +14,33 @@ void check_problem(const AttentionProblem& p) {
   require(width_steps(p) > 0, "attention: CUDA kernels take widths of at most 256");
 }
 
+template <int T, int C>
+int64_t most_shared_bytes() {
+  return ForwardShape<T, C>::shared_bytes > BackwardShape<T>::shared_bytes ? ForwardShape<T, C>::shared_bytes
+                                                                          : BackwardShape<T>::shared_bytes;
+}
+
+void check_rows(const HalfHeads& t) {
+  require(reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.batch_stride % 8 == 0 && t.head_stride % 8 == 0 &&
+              t.row_stride % 8 == 0,
+          "attention: the bf16 kernel takes rows at multiples of 16 bytes");
+}
+
 }  // namespace
+
+int64_t attention_shared_bytes(const AttentionProblem& p) {
+  check_problem(p);
+  const int steps = width_steps(p);
+  return steps == 1 ? most_shared_bytes<1, 4>() : steps == 2 ? most_shared_bytes<2, 4>() : most_shared_bytes<4, 2>();
+}
+
+void attention_forward_bf16(const AttentionForwardBf16& call, void* stream) {
+  check_problem(call.problem);
+  require(width_steps(call.problem) < 4, "attention: the bf16 kernel takes widths of at most 128");
+  for (const HalfHeads& t : {call.q, call.k, call.v}) check_rows(t);
+  if (width_steps(call.problem) == 1) return launch_attention_mma<64>(call, stream);
+  launch_attention_mma<128>(call, stream);
+}
 
 void attention_forward(const AttentionForward& call, void* stream) {
   check_problem(call.problem);

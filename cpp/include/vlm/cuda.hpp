@@ -14,9 +14,34 @@
 
 namespace vlm::cuda {
 
+// Attention. The float32 kernels compute as the CPU's do, in another order of sums.
 void attention_forward(const AttentionForward& call, void* stream);
 
 int64_t attention_backward_workspace(const AttentionProblem& problem);
 void attention_backward(const AttentionBackward& call, void* workspace, void* stream);
+
+// bf16 in and out on tensor cores: products of bf16, sums in float32, probabilities rounded to bf16 for the second
+// product. Data is 16-byte aligned and strides are multiples of 8, so that rows can be copied in pieces of 16 bytes.
+struct HalfHeads {
+  const uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct MutableHalfHeads {
+  uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct AttentionForwardBf16 {
+  AttentionProblem problem;  // its q, k, v are not looked at; mask and bias (float32) are
+  HalfHeads q, k, v;
+  MutableHalfHeads out;
+  float* lse;
+};
+
+void attention_forward_bf16(const AttentionForwardBf16& call, void* stream);
+
+// The most shared memory that a block of the kernels for this problem asks for; a device may have less.
+int64_t attention_shared_bytes(const AttentionProblem& problem);
 
 }  // namespace vlm::cuda

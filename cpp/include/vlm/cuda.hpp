@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "vlm/attention.hpp"
+#include "vlm/contrastive.hpp"
 
 namespace vlm::cuda {
 
@@ -43,5 +44,11 @@ void attention_forward_bf16(const AttentionForwardBf16& call, void* stream);
 
 // The most shared memory that a block of the kernels for this problem asks for; a device may have less.
 int64_t attention_shared_bytes(const AttentionProblem& problem);
+
+// Contrastive losses, in float32. dlog_scale and dbias point to doubles on the device. The workspace holds 12 bytes for
+// each column and 64 rows.
+int64_t pair_workspace(const PairProblem& problem);
+void pair_forward(PairLoss loss, const PairForward& call, void* workspace, void* stream);
+void pair_backward(PairLoss loss, const PairBackward& call, void* workspace, void* stream);
 
 }  // namespace vlm::cuda

@@ -1,0 +1,121 @@
+// The CUDA kernels of the contrastive losses against those of the CPU, in every order of execution.
+#include "emulated.hpp"
+#include "vlm/cuda.hpp"
+
+using namespace vlm;
+using namespace vlm::test;
+
+namespace {
+
+struct Tensors {
+  int64_t rows, columns, width, offset, stride;
+  float scale = 6.5f, bias = -2.5f;
+  std::vector<float> x, y, row_gradient, column_gradient;
+  std::vector<int64_t> row_ids, column_ids;
+  std::vector<float> row_values, column_values, row_lse, column_lse, dx, dy;
+  double dlog_scale = NAN, dbias = NAN;
+
+  Tensors(int64_t R, int64_t C, int64_t E, bool groups, int64_t offset_)
+      : rows(R), columns(C), width(E), offset(offset_), stride(E + 5) {
+    Numbers numbers(11);
+    x = numbers.normal(R * stride, 1.0f / std::sqrt(float(E + 1)));
+    y = numbers.normal(C * stride, 1.0f / std::sqrt(float(E + 1)));
+    row_gradient = numbers.normal(R);
+    column_gradient = numbers.normal(C);
+    for (int64_t i = 0; groups && i < R; ++i) row_ids.push_back((numbers.below(R / 2 + 2) - 3) * (int64_t(1) << 40));
+    for (int64_t j = 0; groups && j < C; ++j) column_ids.push_back((numbers.below(R / 2 + 2) - 2) * (int64_t(1) << 40));
+    row_values.assign(R, NAN);
+    row_lse.assign(R, NAN);
+    column_values.assign(C, NAN);
+    column_lse.assign(C, NAN);
+    dx.assign(R * E, NAN);
+    dy.assign(C * E, NAN);
+  }
+  PairProblem problem() const {
+    const bool groups = !row_ids.empty();
+    return {rows, columns, width, {x.data(), stride}, {y.data(), stride}, scale, bias,
+            groups ? row_ids.data() : nullptr, groups ? column_ids.data() : nullptr, offset};
+  }
+  PairForward forward() { return {problem(), row_values.data(), column_values.data(), row_lse.data(), column_lse.data()}; }
+  PairBackward backward(bool want_x, bool want_y) {
+    return {problem(), row_lse.data(), column_lse.data(), row_gradient.data(), column_gradient.data(),
+            {want_x ? dx.data() : nullptr, width}, {want_y ? dy.data() : nullptr, width}, &dlog_scale, &dbias};
+  }
+  void run_on_cpu(PairLoss loss) {
+    pair_forward(loss, forward(), 1);
+    pair_backward(loss, backward(true, true), 1);
+  }
+  void run(PairLoss loss, bool want_x = true, bool want_y = true) {
+    std::vector<double> workspace(cuda::pair_workspace(problem()) / 8 + 1, NAN);
+    cuda::pair_forward(loss, forward(), workspace.data(), nullptr);
+    std::fill(workspace.begin(), workspace.end(), NAN);
+    cuda::pair_backward(loss, backward(want_x, want_y), workspace.data(), nullptr);
+  }
+};
+
+// Both sides are float32; sums of signed terms are measured against the size of what was summed.
+double error(const Tensors& t, const Tensors& o, PairLoss loss) {
+  double worst = std::fmax(error_between(t.row_values, o.row_values), error_between(t.column_values, o.column_values));
+  worst = std::fmax(worst, std::fmax(error_between(t.dx, o.dx), error_between(t.dy, o.dy)) / 2.5);
+  const double size = 1.0 + double(t.rows + t.columns);
+  const auto sum = [&](double a, double b) { worst = std::isnan(a) ? INFINITY : std::fmax(worst, std::fabs(a - b) / size); };
+  sum(t.dlog_scale, o.dlog_scale);
+  if (loss == PairLoss::sigmoid) sum(t.dbias, o.dbias);
+  return worst;
+}
+
+bool same(const Tensors& a, const Tensors& b) {
+  return same_bits(a.row_values, b.row_values) && same_bits(a.column_values, b.column_values) && same_bits(a.dx, b.dx) &&
+         same_bits(a.dy, b.dy) && a.dlog_scale == b.dlog_scale && a.dbias == b.dbias;
+}
+
+void compare(PairLoss loss, int64_t R, int64_t C, int64_t E, bool groups, int64_t offset) {
+  const std::string name = std::string(loss == PairLoss::softmax ? "softmax" : "sigmoid") + " R" + std::to_string(R) +
+                           " C" + std::to_string(C) + " E" + std::to_string(E) + (groups ? " groups" : " diagonal") +
+                           " offset" + std::to_string(offset);
+  Tensors cpu(R, C, E, groups, offset), first(R, C, E, groups, offset);
+  cpu.run_on_cpu(loss);
+  first.run(loss);
+  in_every_mode([&](const std::string& mode) {
+    Tensors t(R, C, E, groups, offset);
+    t.run(loss);
+    check(error(t, cpu, loss) <= 4e-6, name + " " + mode + ": error " + std::to_string(error(t, cpu, loss) * 1e6) + "e-6");
+    check(same(t, first), name + " " + mode + ": bits depend on the order of execution");
+  });
+}
+
+void gradients_can_be_left_out(PairLoss loss) {
+  Tensors all(70, 90, 20, true, 0), neither(70, 90, 20, true, 0), y_only(70, 90, 20, true, 0);
+  all.run(loss);
+  neither.run(loss, false, false);
+  y_only.run(loss, false, true);
+  check(all.dlog_scale == neither.dlog_scale && all.dbias == neither.dbias && std::isnan(neither.dx[0]),
+        "the gradient of the scale alone");
+  check(same_bits(all.dy, y_only.dy) && all.dlog_scale == y_only.dlog_scale, "dy alone equals dy of both");
+}
+
+}  // namespace
+
+int main() {
+  return run_emulated([] {
+    for (PairLoss loss : {PairLoss::softmax, PairLoss::sigmoid}) {
+      for (int64_t n : {1, 63, 64, 65}) compare(loss, n, n, 19, n % 2 == 0, 0);
+      compare(loss, 70, 150, 64, false, 75);
+      compare(loss, 150, 70, 33, false, -60);
+      compare(loss, 130, 67, 7, true, 0);
+      compare(loss, 65, 20, 300, true, 0);
+      compare(loss, 10, 66, 520, false, 3);
+      compare(loss, 0, 5, 4, false, 0);
+      compare(loss, 5, 0, 4, false, 0);
+      compare(loss, 5, 6, 0, false, 0);
+      gradients_can_be_left_out(loss);
+      Tensors cpu(130, 130, 70, true, 0);
+      cpu.run_on_cpu(loss);
+      every_barrier_is_needed(loss == PairLoss::softmax ? "softmax" : "sigmoid", [&] {
+        Tensors t(130, 130, 70, true, 0);
+        t.run(loss);
+        return error(t, cpu, loss) <= 4e-6;
+      });
+    }
+  });
+}

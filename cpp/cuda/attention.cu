@@ -2,7 +2,6 @@
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_mma.cuh"
-#include "vlm/cuda.hpp"
 
 namespace vlm::cuda {
 namespace {

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "cuda/attention_scores.cuh"
-#include "vlm/cuda.hpp"
 
 namespace vlm::cuda {
 

@@ -4,7 +4,7 @@
 #include "cuda/checks.hpp"
 #include "cuda/mask_program.hpp"
 #include "cuda/tile.cuh"
-#include "vlm/attention.hpp"
+#include "vlm/cuda.hpp"
 
 namespace vlm::cuda {
 

@@ -1,7 +1,6 @@
 // Entries of the contrastive losses on CUDA devices.
 #include "cuda/pair_backward.cuh"
 #include "cuda/pair_forward.cuh"
-#include "vlm/cuda.hpp"
 
 namespace vlm::cuda {
 namespace {

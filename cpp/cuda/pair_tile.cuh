@@ -3,7 +3,7 @@
 
 #include "cuda/checks.hpp"
 #include "cuda/tile.cuh"
-#include "vlm/contrastive.hpp"
+#include "vlm/cuda.hpp"
 
 namespace vlm::cuda {
 

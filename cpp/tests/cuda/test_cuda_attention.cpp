@@ -80,7 +80,7 @@ struct Tensors {
   int64_t bias_at(int64_t b, int64_t h, int64_t i) const {
     return (((c.bias & 1 ? b : 0) * bias_heads + (c.bias & 2 ? h : 0)) * bias_rows + (c.bias & 4 ? i : 0)) * c.keys;
   }
-  AttentionProblem problem() const {
+  cuda::AttentionProblem problem() const {
     Heads b{nullptr, 0, 0, 0};
     if (c.bias)
       b = {bias.data(), c.bias & 1 ? bias_heads * bias_rows * c.keys : 0, c.bias & 2 ? bias_rows * c.keys : 0,

@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from vlm.ops.attention_cuda import attention_cuda, attention_cuda_takes
 from vlm.ops.attention_native import native_attention
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import use_native
@@ -64,6 +65,10 @@ def attention(
     if causal and alignment == "bottom-right" and not exporting and q.shape[2] == 1:
         causal = False  # the last query sees every key
     plain = not exporting and key_mask is None and bias is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
+    if attention_cuda_takes(q, k, v, bias):
+        offset = k.shape[2] - q.shape[2] if alignment == "bottom-right" else 0
+        out, lse = attention_cuda(q, k, v, key_mask, bias, q.shape[3] ** -0.5 if scale is None else scale, causal, offset)
+        return (out, lse) if return_lse else out
     if not use_native(q, k, v, bias, prefer_torch=plain and _torch_is_faster(q, k, v)):
         with torch.autocast(q.device.type, enabled=False):
             return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from vlm.ops.backend import use_native
+from vlm.ops.contrastive_cuda import pair_loss_cuda
 from vlm.ops.contrastive_native import native_pair_loss
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.cuda_core import cuda_takes
 
 
 def contrastive_softmax(
@@ -39,6 +41,9 @@ def contrastive_softmax(
     """
     groups_x, groups_y = _check(x, y, log_scale, None, groups_x, groups_y)
     x, y, log_scale = _widen(x, y, log_scale)
+    if cuda_takes(x, y, log_scale):
+        rows, columns, _, _ = pair_loss_cuda("softmax", x, y, log_scale, None, groups_x, groups_y, row_offset)
+        return rows, columns
     if use_native(x, y, log_scale, prefer_torch=groups_x is None and _is_small(x, y)):
         rows, columns, _, _ = native_pair_loss("softmax", x, y, log_scale, None, groups_x, groups_y, row_offset)
         return rows, columns
@@ -65,6 +70,9 @@ def contrastive_sigmoid(
     """
     groups_x, groups_y = _check(x, y, log_scale, bias, groups_x, groups_y)
     x, y, log_scale, bias = _widen(x, y, log_scale, bias)
+    if cuda_takes(x, y, log_scale, bias):
+        rows, columns, _, _ = pair_loss_cuda("sigmoid", x, y, log_scale, bias, groups_x, groups_y, row_offset)
+        return rows, columns
     if use_native(x, y, log_scale, bias, prefer_torch=groups_x is None and _is_small(x, y)):
         rows, columns, _, _ = native_pair_loss("sigmoid", x, y, log_scale, bias, groups_x, groups_y, row_offset)
         return rows, columns

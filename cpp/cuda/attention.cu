@@ -1,5 +1,6 @@
 // Entries of exact attention on CUDA devices: checks, then the kernels for the widths at hand.
 #include "cuda/attention_backward.cuh"
+#include "cuda/attention_columns.cuh"
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_mma.cuh"
 
@@ -67,6 +68,17 @@ void attention_backward(const AttentionBackward& call, void* workspace, void* st
     case 1: return launch_attention_backward<1>(call, delta, stream);
     case 2: return launch_attention_backward<2>(call, delta, stream);
     default: return launch_attention_backward<4>(call, delta, stream);
+  }
+}
+
+void attention_column_sums(const AttentionColumnSums& call, void* stream) {
+  AttentionColumnSums plain = call;
+  plain.problem.value_width = 0;
+  check_problem(plain.problem);
+  switch (width_steps(plain.problem)) {
+    case 1: return launch_attention_columns<1>(plain, stream);
+    case 2: return launch_attention_columns<2>(plain, stream);
+    default: return launch_attention_columns<4>(plain, stream);
   }
 }
 

@@ -30,6 +30,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   check(cudaGetLastError(), "launch of a CUDA kernel");
 }
 
+__device__ __forceinline__ int population(unsigned bits) { return __popc(bits); }
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

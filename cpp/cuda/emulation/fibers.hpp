@@ -292,6 +292,13 @@ inline void __syncwarp(unsigned mask = ~0u, VLM_SITE) {
   if (!left_out(file, line)) exchange(mask, 0, "__syncwarp", file, line);
 }
 
+// Fibers change only where they wait.
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, VLM_SITE) {
   vlm::emulation::exchange(mask, value, "__shfl_sync", file, line);
@@ -320,6 +327,8 @@ inline unsigned __ballot_sync(unsigned mask, bool vote, VLM_SITE) {
 }
 
 namespace vlm::cuda {
+
+inline int population(unsigned bits) { return __builtin_popcount(bits); }
 
 // 16 bytes from global to shared memory, of which the first `bytes` are read and the rest are zero.
 inline void copy_async_16(void* to, const void* from, int bytes) {

@@ -77,6 +77,18 @@ struct AttentionForwardBf16 {
 
 void attention_forward_bf16(const AttentionForwardBf16& call, void* stream);
 
+// ---- column sums of attention
+//
+// sums_bhj = sum_i weights_bhi P_bhij with P_ij = exp(s_ij - lse_i); a query of weight 0 is not read into a sum.
+struct AttentionColumnSums {
+  AttentionProblem problem;  // v is not looked at
+  const float* lse;          // [batch, query_heads, queries], contiguous
+  const float* weights;      // the same extents, contiguous; null = all 1
+  float* sums;               // [batch, query_heads, keys], contiguous
+};
+
+void attention_column_sums(const AttentionColumnSums& call, void* stream);
+
 // ---- contrastive losses
 //
 // Rows x [R, E], columns y [C, E], z_ij = scale <x_i, y_j> (+ bias for the sigmoid loss). Pair (i, j) is positive if
@@ -120,5 +132,38 @@ struct PairBackward {
 int64_t pair_workspace(const PairProblem& problem);
 void pair_forward(PairLoss loss, const PairForward& call, void* workspace, void* stream);
 void pair_backward(PairLoss loss, const PairBackward& call, void* workspace, void* stream);
+
+// ---- linear attention with decay
+//
+// With a = exp(log_decay[h]) and the state S [D, E] of each batch and head: S_t = a S_{t-1} + k_t v_t^T, out_t = q_t S_t;
+// `reverse` visits the last position first and decays after reading: out_t = q_t (S + k_t v_t^T), S <- a (S + k_t v_t^T).
+// So the gradients are scans as well: dq = scan(dout, v, k, state^T), dk = reverse scan(v, dout, q, dfinal^T),
+// dv = reverse scan(k, q, dout, dfinal), whose final state is the gradient of `state`. D at most 128.
+struct LinearDecay {
+  int64_t batch, heads, length, width, value_width;
+  Heads q, k, v;           // [B, H, N, D], [B, H, N, D], [B, H, N, E]
+  const float* log_decay;  // [H], <= 0
+  const float* state;      // [B, H, D, E] contiguous, or null for 0
+  bool reverse;
+  MutableHeads out;        // [B, H, N, E]
+  float* final_state;      // [B, H, D, E] contiguous, or null if not wanted
+};
+
+void linear_decay(const LinearDecay& call, void* stream);
+
+// ---- token selection
+//
+// The counts[b] best candidates of each row and every entry of `always`, as ascending indices padded with -1. A candidate
+// is valid and not in `always`. Equal scores: the lowest index. NaN counts as -inf.
+struct TokenSelect {
+  int64_t batch, length;
+  const float* scores;            // [batch, length], contiguous
+  const int64_t* counts;          // [batch]
+  const uint8_t *valid, *always;  // [batch, length], contiguous, or null: all valid, none always in
+  int64_t* index;                 // [batch, length], contiguous
+  int64_t* found;                 // [batch]
+};
+
+void token_select(const TokenSelect& call, void* stream);
 
 }  // namespace vlm::cuda

@@ -29,7 +29,7 @@ struct Tensors {
   static constexpr int64_t gap = 3;
   std::vector<float> q, k, v, bias, dout, dlse;
   std::vector<uint8_t> mask;
-  std::vector<float> out, lse, dq, dk, dv, dbias;
+  std::vector<float> out, lse, dq, dk, dv, dbias, sums;
   int64_t bias_batch, bias_heads, bias_rows;
   float scale;
 
@@ -66,6 +66,7 @@ struct Tensors {
     dk.assign(c.batch * c.key_heads * c.keys * c.width, nan);
     dv.assign(c.batch * c.key_heads * c.keys * c.value_width, nan);
     dbias.assign(bias.size(), nan);
+    sums.assign(c.batch * c.query_heads * c.keys, nan);
   }
   static int64_t at(int64_t b, int64_t n, int64_t h, int64_t length, int64_t heads, int64_t width) {
     return ((b * length + n) * heads + h) * (width + gap);
@@ -102,11 +103,12 @@ struct Tensors {
                               plain<MutableHeads>(dv, c.key_heads, c.keys, c.value_width),
                               c.bias ? dbias.data() : nullptr, bias_batch, bias_heads, bias_rows},
                              workspace.data(), nullptr);
+    cuda::attention_column_sums({problem(), lse.data(), dlse.data(), sums.data()}, nullptr);  // any weights will do
   }
 };
 
 struct Oracle {
-  std::vector<double> out, lse, dq, dk, dv, dbias;
+  std::vector<double> out, lse, dq, dk, dv, dbias, sums;
 };
 
 Oracle oracle(const Tensors& t) {
@@ -118,6 +120,7 @@ Oracle oracle(const Tensors& t) {
   o.dk.assign(t.dk.size(), 0.0);
   o.dv.assign(t.dv.size(), 0.0);
   o.dbias.assign(t.dbias.size(), 0.0);
+  o.sums.assign(t.sums.size(), 0.0);
   std::vector<double> p(c.keys);
   for (int64_t row = 0; row < c.batch * c.query_heads * c.queries; ++row) {
     const int64_t i = row % c.queries, h = row / c.queries % c.query_heads, b = row / c.queries / c.query_heads;
@@ -142,6 +145,7 @@ Oracle oracle(const Tensors& t) {
     double* out = o.out.data() + row * c.value_width;
     for (int64_t j = 0; j < c.keys; ++j) {
       p[j] = std::exp(p[j] - o.lse[row]);
+      o.sums[(b * c.query_heads + h) * c.keys + j] += t.dlse[row] * p[j];
       for (int64_t e = 0; p[j] != 0.0 && e < c.value_width; ++e) out[e] += p[j] * value(j)[e];
     }
     for (int64_t e = 0; e < c.value_width; ++e) delta += double(dout[e]) * out[e];
@@ -166,7 +170,8 @@ Oracle oracle(const Tensors& t) {
 
 bool close(const Tensors& t, const Oracle& o) {
   return error_between(t.out, o.out) <= 2e-6 && error_between(t.lse, o.lse) <= 2e-6 && error_between(t.dq, o.dq) <= 1e-5 &&
-         error_between(t.dk, o.dk) <= 1e-5 && error_between(t.dv, o.dv) <= 1e-5 && error_between(t.dbias, o.dbias) <= 1e-5;
+         error_between(t.dk, o.dk) <= 1e-5 && error_between(t.dv, o.dv) <= 1e-5 && error_between(t.dbias, o.dbias) <= 1e-5 &&
+         error_between(t.sums, o.sums) <= 5e-6;
 }
 
 void compare(const Case& c) {
@@ -183,8 +188,9 @@ void compare(const Case& c) {
     check_close(t.dk, o.dk, 1e-5, name + " dk");
     check_close(t.dv, o.dv, 1e-5, name + " dv");
     check_close(t.dbias, o.dbias, 1e-5, name + " dbias");
+    check_close(t.sums, o.sums, 5e-6, name + " column sums");
     check(same_bits(t.out, first.out) && same_bits(t.dq, first.dq) && same_bits(t.dk, first.dk) &&
-              same_bits(t.dv, first.dv) && same_bits(t.dbias, first.dbias),
+              same_bits(t.dv, first.dv) && same_bits(t.dbias, first.dbias) && same_bits(t.sums, first.sums),
           name + ": bits depend on the order of execution");
   });
 }

@@ -38,7 +38,8 @@ def usage(report: str) -> list[Usage]:
         head = re.match(r"'(\S+)' for '(\w+)'", part)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         registers = re.search(r"Used (\d+) registers", part)
-        assert head and spills and registers, part
+        if not (head and spills and registers):
+            raise ValueError(f"not a report of ptxas: {part}")
         found.append(Usage(kernel_name(head[1]), head[2], int(registers[1]), int(spills[1]) + int(spills[2])))
     return found
 

@@ -28,6 +28,8 @@ void check_rows(const HalfHeads& t) {
 
 }  // namespace
 
+int64_t device_shared_bytes(int device) { return block_room(device); }
+
 int64_t attention_shared_bytes(const AttentionProblem& p) {
   check_problem(p);
   const int steps = width_steps(p);

@@ -1,7 +1,7 @@
 // Exact attention backward in float32, deterministic: every output has one writer and a fixed order of its sums.
 //
-// Probabilities are recomputed from lse. A kernel over tiles of keys writes dK and dV, one over tiles of queries dQ, and
-// one over tiles of the bias its gradient, which loops over the batch and heads that share it.
+// Probabilities are recomputed from lse. A kernel over tiles of keys writes dK and dV, one over tiles of queries dQ,
+// and one over tiles of the bias its gradient, which loops over the batch and heads that share it.
 #pragma once
 
 #include "cuda/attention_scores.cuh"
@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_keys_kernel(Attenti
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const int64_t i = i0 + thread_column() + 16 * c;
-        const float lse = i < i1 ? call.lse[first_row + i] : minus_infinity(), shift = i < i1 ? delta[first_row + i] : 0.0f;
+        const float lse = i < i1 ? call.lse[first_row + i] : minus_infinity();
+        const float shift = i < i1 ? delta[first_row + i] : 0.0f;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           s[r][c] = probability(p, mask, bias, there[r], i, j0 + thread_row() * R + r, s[r][c], lse);
@@ -140,7 +141,8 @@ VLM_DEVICE void logit_gradient(const AttentionBackward& call, const float* delta
 }
 
 template <int T>
-__global__ void __launch_bounds__(TILE_THREADS, 1) attention_queries_kernel(AttentionBackward call, const float* delta) {
+__global__ void __launch_bounds__(TILE_THREADS, 1) attention_queries_kernel(AttentionBackward call,
+                                                                            const float* delta) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;
   VLM_DYN_SMEM(float, query);
@@ -200,7 +202,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(Attenti
   const int64_t own_b = member / call.bias_heads, own_h = member % call.bias_heads;
   const int64_t b0 = call.bias_batch == 1 ? 0 : own_b, b1 = call.bias_batch == 1 ? p.batch : own_b + 1;
   const int64_t h0 = call.bias_heads == 1 ? 0 : own_h, h1 = call.bias_heads == 1 ? p.query_heads : own_h + 1;
-  const int64_t first = one_row ? 0 : tile_row * Shape::own, last = one_row ? p.queries : smaller(first + Shape::own, p.queries);
+  const int64_t first = one_row ? 0 : tile_row * Shape::own;
+  const int64_t last = one_row ? p.queries : smaller(first + Shape::own, p.queries);
 
   float sum[R][C];
   clear(sum);
@@ -244,7 +247,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(Attenti
   } else {
     for (int at = threadIdx.x; at < Shape::own * Shape::other; at += TILE_THREADS) {
       const int row = at / Shape::other, column = at % Shape::other;
-      if (first + row < last && column < keys) to[(first + row) * p.keys + column] = weight[row * Shape::weight_room + column];
+      if (first + row < last && column < keys)
+        to[(first + row) * p.keys + column] = weight[row * Shape::weight_room + column];
     }
   }
 }
@@ -257,9 +261,11 @@ void launch_attention_backward(const AttentionBackward& call, float* delta, void
   const int64_t key_blocks = pieces(p.keys, Shape::own) * p.batch * p.key_heads;
   const int64_t query_blocks = pieces(p.queries, Shape::own) * p.batch * p.query_heads;
   if (rows > 0)
-    VLM_LAUNCH(attention_delta_kernel, {blocks(pieces(rows, TILE_THREADS / 32))}, {TILE_THREADS}, 0, stream, call, delta);
+    VLM_LAUNCH(attention_delta_kernel, {blocks(pieces(rows, TILE_THREADS / 32))}, {TILE_THREADS}, 0, stream, call,
+               delta);
   if (key_blocks > 0)
-    VLM_LAUNCH(attention_keys_kernel<T>, {blocks(key_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call, delta);
+    VLM_LAUNCH(attention_keys_kernel<T>, {blocks(key_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
+               delta);
   if (query_blocks > 0)
     VLM_LAUNCH(attention_queries_kernel<T>, {blocks(query_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
                delta);
@@ -267,7 +273,8 @@ void launch_attention_backward(const AttentionBackward& call, float* delta, void
   const int64_t bias_blocks = pieces(p.keys, Shape::other) * (call.bias_rows == 1 ? 1 : pieces(p.queries, Shape::own)) *
                               call.bias_batch * call.bias_heads;
   if (bias_blocks > 0)
-    VLM_LAUNCH(attention_bias_kernel<T>, {blocks(bias_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call, delta);
+    VLM_LAUNCH(attention_bias_kernel<T>, {blocks(bias_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
+               delta);
 }
 
 }  // namespace vlm::cuda

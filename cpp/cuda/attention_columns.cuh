@@ -6,7 +6,8 @@
 namespace vlm::cuda {
 
 template <int T>
-constexpr std::size_t columns_shared_bytes = sizeof(float) * (BackwardShape<T>::own + BackwardShape<T>::other) * row_room<T>;
+constexpr std::size_t columns_shared_bytes =
+    sizeof(float) * (BackwardShape<T>::own + BackwardShape<T>::other) * row_room<T>;
 
 template <int T>
 __global__ void __launch_bounds__(TILE_THREADS, 1) attention_columns_kernel(AttentionColumnSums call) {
@@ -18,7 +19,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_columns_kernel(Atte
   const AttentionProblem& p = call.problem;
   const int64_t tiles = pieces(p.keys, Shape::own), head = blockIdx.x / tiles;
   const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
-  const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys), first_row = head * p.queries;
+  const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys);
+  const int64_t first_row = head * p.queries;
   const MaskProgram mask = mask_of(p, b);
   const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
   load_tile<T>(key, Shape::own, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width,
@@ -35,7 +37,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_columns_kernel(Atte
     const int64_t i1 = smaller(i0 + Shape::other, p.queries);
     if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
     __syncthreads();
-    load_tile<T>(query, Shape::other, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width, always);
+    load_tile<T>(query, Shape::other, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
+                 always);
     __syncthreads();
     float s[R][C];
     clear(s);

@@ -9,7 +9,8 @@ namespace vlm::cuda {
 template <int T, int C>
 struct ForwardShape {
   static constexpr int R = 4, queries = 16 * R, keys = 16 * C, room = row_room<T>, weight_room = keys + 4;
-  static constexpr std::size_t shared_bytes = sizeof(float) * (queries * room + 2 * keys * room + queries * weight_room);
+  static constexpr std::size_t shared_bytes =
+      sizeof(float) * (queries * room + 2 * keys * room + queries * weight_room);
 };
 
 template <int T, int C>
@@ -31,7 +32,8 @@ __global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1) attention_forwar
   const float* keys = head_of(p.k, b, g);
   const float* values = head_of(p.v, b, g);
 
-  load_tile<T>(query, Shape::queries, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width, always);
+  load_tile<T>(query, Shape::queries, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
+               always);
   Accumulator<R, T> out;
   out.clear();
   float top[R], sum[R];

@@ -28,8 +28,8 @@ VLM_DEVICE bool my_key_exists(const MaskProgram& mask, int64_t j0, int64_t keys,
 }
 
 // Logit of an allowed pair from its product, -inf for a removed one; the bias of a removed pair is not read.
-VLM_DEVICE float logit(const AttentionProblem& p, const MaskProgram& mask, const float* bias, bool key_exists, int64_t i,
-                       int64_t j, float product) {
+VLM_DEVICE float logit(const AttentionProblem& p, const MaskProgram& mask, const float* bias, bool key_exists,
+                       int64_t i, int64_t j, float product) {
   if (!key_exists || i >= p.queries || !mask.allows(i, j)) return minus_infinity();
   return bias == nullptr ? product * p.scale : fmaf(product, p.scale, bias[i * p.bias.row_stride + j]);
 }

@@ -1,5 +1,5 @@
-// The module vlm._native_cuda: device addresses with sizes and strides (in elements), 0 for "not given", and the stream.
-// The Python side checks dtype, device and layout. The GIL is released while kernels are launched.
+// The module vlm._native_cuda: device addresses with sizes and strides (in elements), 0 for "not given", and the
+// stream. The Python side checks dtype, device and layout. The GIL is released while kernels are launched.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -46,6 +46,8 @@ void register_attention(py::module_& m) {
     const View none{};
     return cuda::attention_shared_bytes(problem(sizes, none, none, none, 1.0f, false, 0, {0, 0}, none));
   }, py::arg("sizes"), "Shared memory that a block asks for; see vlm/cuda.hpp.");
+  m.def("device_shared_bytes", &cuda::device_shared_bytes, py::arg("device"),
+        "Shared memory that a block may ask for.");
   m.def(
       "attention_forward",
       [](const Sizes& sizes, const View& q, const View& k, const View& v, float scale, bool causal,
@@ -107,8 +109,8 @@ cuda::PairLoss loss_from_name(const std::string& name) {
   throw py::value_error("unknown pair loss '" + name + "'; expected softmax or sigmoid");
 }
 
-cuda::PairProblem problem(const std::array<int64_t, 3>& sizes, Flat x, Flat y, float scale, float bias, uintptr_t row_ids,
-                          uintptr_t column_ids, int64_t row_offset) {
+cuda::PairProblem problem(const std::array<int64_t, 3>& sizes, Flat x, Flat y, float scale, float bias,
+                          uintptr_t row_ids, uintptr_t column_ids, int64_t row_offset) {
   return {sizes[0],
           sizes[1],
           sizes[2],

@@ -52,13 +52,13 @@ void pair_forward(PairLoss loss, const PairForward& call, void* workspace, void*
       VLM_LAUNCH(softmax_forward_kernel, {blocks(tiles)}, {TILE_THREADS},
                  slices + sizeof(ColumnPart) * PAIR_WARPS * PAIR_TILE, stream, call, at.row_share, parts);
     if (column_blocks > 0)
-      VLM_LAUNCH(softmax_columns_kernel, {blocks(column_blocks)}, {TILE_THREADS}, 0, stream, call, at.column_share, parts,
-                 tiles);
+      VLM_LAUNCH(softmax_columns_kernel, {blocks(column_blocks)}, {TILE_THREADS}, 0, stream, call, at.column_share,
+                 parts, tiles);
   } else {
     float* parts = static_cast<float*>(at.parts);
     if (tiles > 0)
-      VLM_LAUNCH(sigmoid_forward_kernel, {blocks(tiles)}, {TILE_THREADS}, slices + sizeof(float) * PAIR_WARPS * PAIR_TILE,
-                 stream, call, parts);
+      VLM_LAUNCH(sigmoid_forward_kernel, {blocks(tiles)}, {TILE_THREADS},
+                 slices + sizeof(float) * PAIR_WARPS * PAIR_TILE, stream, call, parts);
     if (column_blocks > 0)
       VLM_LAUNCH(sigmoid_columns_kernel, {blocks(column_blocks)}, {TILE_THREADS}, 0, stream, call, parts, tiles);
   }

@@ -21,7 +21,8 @@ VLM_DEVICE float decay_power(float log_decay, int64_t exponent) {
 
 // The own rows of the state, e = 64 t + 4 ty + r and columns 4 tx + n: += sum over s of factor(s) k[s, e] v[s, column].
 template <int T, class Factor>
-VLM_DEVICE void update_state(float* state, const float* key, const float* value, int count, float shrink, Factor factor) {
+VLM_DEVICE void update_state(float* state, const float* key, const float* value, int count, float shrink,
+                             Factor factor) {
   constexpr int R = 4;
 #pragma unroll
   for (int t = 0; t < T; ++t) {
@@ -76,9 +77,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearDec
     const int64_t t0 = (call.reverse ? chunks - 1 - step : step) * Shape::chunk;
     const int64_t n = smaller(call.length - t0, int64_t(Shape::chunk));
     __syncthreads();
-    load_tile<T>(query, Shape::chunk, head_at(call.q) + t0 * call.q.row_stride, call.q.row_stride, n, call.width, always);
+    load_tile<T>(query, Shape::chunk, head_at(call.q) + t0 * call.q.row_stride, call.q.row_stride, n, call.width,
+                 always);
     load_tile<T>(key, Shape::chunk, head_at(call.k) + t0 * call.k.row_stride, call.k.row_stride, n, call.width, always);
-    load_tile<1>(value, Shape::chunk, head_at(call.v) + t0 * call.v.row_stride + e0, call.v.row_stride, n, breadth, always);
+    load_tile<1>(value, Shape::chunk, head_at(call.v) + t0 * call.v.row_stride + e0, call.v.row_stride, n, breadth,
+                 always);
     __syncthreads();
 
     float s[R][C];
@@ -107,7 +110,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearDec
       const float power = decay_power(log_decay, call.reverse ? n - 1 - row : row + 1);
 #pragma unroll
       for (int m = 0; m < 4; ++m) inside.at[r][0][m] = fmaf(before.at[r][0][m], power, inside.at[r][0][m]);
-      float* out = call.out.data + b * call.out.batch_stride + h * call.out.head_stride + (t0 + row) * call.out.row_stride;
+      float* out =
+          call.out.data + b * call.out.batch_stride + h * call.out.head_stride + (t0 + row) * call.out.row_stride;
       inside.store_row(out + e0, r, breadth, 1.0f);
     }
     __syncthreads();  // everybody has read the state

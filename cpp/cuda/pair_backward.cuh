@@ -50,7 +50,8 @@ VLM_DEVICE double block_sum(double value, double* room) {
   return sum;
 }
 
-constexpr std::size_t PAIR_BACKWARD_SHARED = sizeof(float) * (3 * PAIR_SLICE_FLOATS) + 2 * sizeof(double) * TILE_THREADS / 32;
+constexpr std::size_t PAIR_BACKWARD_SHARED =
+    sizeof(float) * (3 * PAIR_SLICE_FLOATS) + 2 * sizeof(double) * TILE_THREADS / 32;
 
 template <PairLoss loss, int T>
 __global__ void __launch_bounds__(TILE_THREADS, 1) pair_gradient_kernel(PairGradient g) {
@@ -111,12 +112,14 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) pair_gradient_kernel(PairGrad
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int64_t i = i0 + thread_row() * R + r, e = e0 + 64 * t;
-      if (i < g.own.count && e < g.width) gradient[t].store_row(g.to.data + i * g.to.row_stride + e, r, g.width - e, g.scale);
+      if (i < g.own.count && e < g.width)
+        gradient[t].store_row(g.to.data + i * g.to.row_stride + e, r, g.width - e, g.scale);
     }
 }
 
 // One block of one warp: sums of pairs of doubles in a fixed order.
-__global__ void __launch_bounds__(32) pair_sums_kernel(const double* parts, int64_t count, double* dlog_scale, double* dbias) {
+__global__ void __launch_bounds__(32) pair_sums_kernel(const double* parts, int64_t count, double* dlog_scale,
+                                                       double* dbias) {
   double scale = 0.0, bias = 0.0;
   for (int64_t k = threadIdx.x; k < count; k += 32) {
     scale += parts[2 * k];
@@ -137,7 +140,8 @@ void launch_pair_gradient(const PairGradient& g, void* stream) {
   const int64_t tiles = pieces(g.own.count, PAIR_TILE);
   const int64_t chunks = g.to.data == nullptr ? 1 : pieces(g.width > 0 ? g.width : 1, 64 * T);
   if (tiles > 0)
-    VLM_LAUNCH((pair_gradient_kernel<loss, T>), {blocks(tiles * chunks)}, {TILE_THREADS}, PAIR_BACKWARD_SHARED, stream, g);
+    VLM_LAUNCH((pair_gradient_kernel<loss, T>), {blocks(tiles * chunks)}, {TILE_THREADS}, PAIR_BACKWARD_SHARED,
+               stream, g);
 }
 
 }  // namespace vlm::cuda

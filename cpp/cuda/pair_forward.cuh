@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(TILE_THREADS) softmax_forward_kernel(PairForwa
     __syncthreads();
     if (threadIdx.x < PAIR_TILE && j0 + threadIdx.x < p.columns) {
       ColumnPart whole{minus_infinity(), 0.0f, 0.0f};
-      for (int w = 0; w < PAIR_WARPS; ++w) whole.maximum = fmaxf(whole.maximum, warp_parts[w * PAIR_TILE + threadIdx.x].maximum);
+      for (int w = 0; w < PAIR_WARPS; ++w)
+        whole.maximum = fmaxf(whole.maximum, warp_parts[w * PAIR_TILE + threadIdx.x].maximum);
       for (int w = 0; w < PAIR_WARPS; ++w) {
         const ColumnPart part = warp_parts[w * PAIR_TILE + threadIdx.x];
         if (part.sum > 0.0f) whole.sum += part.sum * expf(part.maximum - whole.maximum);
@@ -156,7 +157,8 @@ __global__ void __launch_bounds__(TILE_THREADS) sigmoid_forward_kernel(PairForwa
   }
 }
 
-__global__ void __launch_bounds__(TILE_THREADS) sigmoid_columns_kernel(PairForward call, const float* parts, int64_t count) {
+__global__ void __launch_bounds__(TILE_THREADS) sigmoid_columns_kernel(PairForward call, const float* parts,
+                                                                       int64_t count) {
   const int64_t j = int64_t(blockIdx.x) * TILE_THREADS + threadIdx.x, columns = call.problem.columns;
   if (j >= columns) return;
   double sum = 0.0;

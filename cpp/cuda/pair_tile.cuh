@@ -11,8 +11,9 @@ constexpr int PAIR_TILE = 64, PAIR_ROWS = 4, PAIR_COLUMNS = 4, PAIR_ROOM = row_r
 constexpr int PAIR_SLICE_FLOATS = PAIR_TILE * PAIR_ROOM;
 
 // s[r][c] = <x_i, y_j> for i = i0 + ty 4 + r, j = j0 + tx + 16 c; 0 beyond the last row or column.
-VLM_DEVICE void pair_products(const Matrix& x, int64_t rows, const Matrix& y, int64_t columns, int64_t width, int64_t i0,
-                              int64_t j0, float* x_slice, float* y_slice, float (&s)[PAIR_ROWS][PAIR_COLUMNS]) {
+VLM_DEVICE void pair_products(const Matrix& x, int64_t rows, const Matrix& y, int64_t columns, int64_t width,
+                              int64_t i0, int64_t j0, float* x_slice, float* y_slice,
+                              float (&s)[PAIR_ROWS][PAIR_COLUMNS]) {
   clear(s);
   int64_t e = 0;
   do {  // at least once, for its barriers
@@ -40,7 +41,8 @@ VLM_BOTH Positives positives_of_rows(const PairProblem& p) { return {p.row_ids, 
 VLM_BOTH Positives positives_of_columns(const PairProblem& p) { return {p.column_ids, p.row_ids, -p.row_offset}; }
 
 // share[i] = 1 / number of positives of i, 0 without any.
-__global__ void __launch_bounds__(TILE_THREADS) pair_share_kernel(Positives positive, int64_t own, int64_t others, float* share) {
+__global__ void __launch_bounds__(TILE_THREADS) pair_share_kernel(Positives positive, int64_t own, int64_t others,
+                                                                  float* share) {
   const int64_t i = int64_t(blockIdx.x) * TILE_THREADS + threadIdx.x;
   if (i >= own) return;
   int64_t count = 0;

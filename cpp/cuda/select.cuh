@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(TILE_THREADS) token_select_kernel(TokenSelect 
     int equal_total, total;
     const bool equal = is_candidate && key == prefix;
     const int64_t equal_rank = equal_seen + block_rank(equal, room, equal_total);
-    const bool chosen = (n < call.length && always_in(n)) || (is_candidate && key > prefix) || (equal && equal_rank < equals);
+    const bool better = is_candidate && key > prefix, kept = n < call.length && always_in(n);
+    const bool chosen = kept || better || (equal && equal_rank < equals);
     const int rank = block_rank(chosen, room, total);
     if (chosen) index[written + rank] = n;
     written += total;

@@ -1,4 +1,4 @@
-// Products of tiles in shared memory, exact float32. 256 threads as 16 x 16: thread (ty, tx) owns rows ty R .. ty R + R.
+// Products of tiles in shared memory, exact float32. 256 threads as 16 x 16: thread (ty, tx) owns R rows from ty R on.
 //
 // T counts steps of 64 columns of the widest row. A row takes 64 T + 4 floats: 16 lanes that read 16 bytes of 16 rows
 // meet no bank twice in a phase. Rows of a warp are its own, so what it wrote to them needs only __syncwarp.

@@ -39,13 +39,16 @@ def test_attention_has_shapes_for_the_compiler() -> None:
         q, k, v = (torch.empty(shape, device="cuda") for shape in ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)))
         bias = torch.empty(1, 4, 1, 7, device="cuda")
         out, lse = attention_cuda.forward(q, k, v, None, bias, 0.3, True, 2)
-        assert out.shape == (2, 4, 5, 6) and out.stride() == (4 * 5 * 6, 6, 4 * 6, 1) and out.is_cuda
+        assert out.shape == (2, 4, 5, 6)
+        assert out.stride() == (4 * 5 * 6, 6, 4 * 6, 1)
+        assert out.is_cuda
         assert lse.shape == (2, 4, 5)
         grads = attention_cuda.backward(q, k, v, None, bias, 0.3, True, 2, out, lse, out, lse, True)
         assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, bias.shape]
         halves = [t.bfloat16() for t in (q, k, v)]
         out, lse = attention_cuda.forward_bf16(*halves, None, bias, 0.3, True, 2)
-        assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        assert out.dtype == torch.bfloat16
+        assert lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
@@ -53,7 +56,8 @@ def test_contrastive_losses_have_shapes_for_the_compiler(loss: str) -> None:
     with FakeTensorMode():
         x, y, scalar = (torch.empty(shape, device="cuda") for shape in ((5, 8), (7, 8), ()))
         rows, columns, row_lse, column_lse = pair_loss_cuda(loss, x, y, scalar, scalar, None, None, 0)
-        assert rows.shape == (5,) and columns.shape == (7,)
+        assert rows.shape == (5,)
+        assert columns.shape == (7,)
         assert row_lse.shape == ((5,) if loss == "softmax" else (0,))
         grads = pair_loss_cuda_backward(loss, x, y, scalar, scalar, None, None, 0, row_lse, column_lse, rows, columns,
                                         True, False)

@@ -1,10 +1,10 @@
 // CUDA kernels on the CPU, for tests: every CUDA thread of a block is a fiber, and blocks run one after another on the
 // calling thread.
 //
-// Scheduling is warp-greedy: a lane runs until it waits, a warp until all its lanes wait at a barrier of the block. So a
-// warp runs as far ahead of the others as the barriers allow, and a missing barrier shows. Mode::reversed takes warps,
-// lanes and blocks in the opposite order. Asynchronous copies land when they are waited for, or (Mode::eager) at once:
-// hardware may do either. Shared memory starts as NaN.
+// Scheduling is warp-greedy: a lane runs until it waits, a warp until all its lanes wait at a barrier of the block. So
+// a warp runs as far ahead of the others as the barriers allow, and a missing barrier shows. Mode::reversed takes
+// warps, lanes and blocks in the opposite order. Asynchronous copies land when they are waited for, or (Mode::eager) at
+// once: hardware may do either. Shared memory starts as NaN.
 //
 // What a GPU leaves undefined ends the process with a message: barriers that not all threads of a block reach at the
 // same place, lanes that disagree about a warp operation, writes beyond the shared memory, misaligned copies.
@@ -203,7 +203,7 @@ inline void run_warp(std::size_t first) {
     const Fiber& f = *machine.fibers[thread];
     threadIdx.x = unsigned(thread);
     if (f.wait == Wait::warp)
-      fail(std::string("lanes disagree about ") + f.operation + ": not all lanes of its mask came, or with other masks");
+      fail(std::string("lanes disagree about ") + f.operation + ": not all of its mask came, or with other masks");
   }
 }
 
@@ -328,12 +328,15 @@ inline unsigned __ballot_sync(unsigned mask, bool vote, VLM_SITE) {
 
 namespace vlm::cuda {
 
+inline int64_t block_room(int /*device*/) { return emulation::shared_limit; }
+
 inline int population(unsigned bits) { return __builtin_popcount(bits); }
 
 // 16 bytes from global to shared memory, of which the first `bytes` are read and the rest are zero.
 inline void copy_async_16(void* to, const void* from, int bytes) {
   using namespace vlm::emulation;
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned asynchronous copy");
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fail("misaligned asynchronous copy");
   const Copy copy{to, from, bytes, self().group};
   if (!mode.eager) return self().copies.push_back(copy);
   std::memset(to, 0, 16);

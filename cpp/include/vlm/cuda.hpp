@@ -16,10 +16,10 @@ namespace vlm::cuda {
 
 // ---- exact attention
 //
-// q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, V] -> out [B, Hq, N, V], lse [B, Hq, N]; D and V at most 256. Query head
-// h reads key head h / (Hq / Hk). s_ij = scale <q_i, k_j> + bias_ij; pair (i, j) is allowed if (not causal or
-// j <= i + causal_offset) and key_mask[b, j] is not 0. A removed pair has probability exactly 0, and what key_mask
-// removes is never read. A row without an allowed key: output 0, lse -inf, no gradient.
+// q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, V] -> out [B, Hq, N, V], lse [B, Hq, N]; D and V at most 256. Query
+// head h reads key head h / (Hq / Hk). s_ij = scale <q_i, k_j> + bias_ij; pair (i, j) is allowed if (not causal or j <=
+// i + causal_offset) and key_mask[b, j] is not 0. A removed pair has probability exactly 0, and what key_mask removes
+// is never read. A row without an allowed key: output 0, lse -inf, no gradient.
 struct AttentionProblem {
   int64_t batch, query_heads, key_heads, queries, keys, width, value_width;
   Heads q, k, v;
@@ -54,6 +54,7 @@ void attention_backward(const AttentionBackward& call, void* workspace, void* st
 
 // The most shared memory that a block of the float32 kernels for this problem asks for; a device may have less.
 int64_t attention_shared_bytes(const AttentionProblem& problem);
+int64_t device_shared_bytes(int device);
 
 // bf16 in and out on tensor cores: products of bf16, sums in float32, probabilities rounded to bf16 for the second
 // product. D and V at most 128. Data is aligned to 16 bytes and strides of q, k, v are multiples of 8, so that rows can
@@ -95,8 +96,8 @@ void attention_column_sums(const AttentionColumnSums& call, void* stream);
 // row_ids[i] == column_ids[j]; without ids if j == i + row_offset.
 // Softmax: rows[i] = logsumexp_j z_ij - mean of z_ij over the positives of row i, 0 if it has none; columns likewise.
 // Sigmoid: rows[i] and columns[j] are the sums of softplus(-t z_ij), t = +1 on positives and -1 elsewhere.
-// Backward takes the gradient of every value. Logits are recomputed; no [R, C] buffer exists, but the workspace holds 12
-// bytes for each column and 64 rows.
+// Backward takes the gradient of every value. Logits are recomputed; no [R, C] buffer exists, but the workspace holds
+// 12 bytes for each column and 64 rows.
 enum class PairLoss : int { softmax = 0, sigmoid = 1 };
 
 struct PairProblem {
@@ -135,9 +136,9 @@ void pair_backward(PairLoss loss, const PairBackward& call, void* workspace, voi
 
 // ---- linear attention with decay
 //
-// With a = exp(log_decay[h]) and the state S [D, E] of each batch and head: S_t = a S_{t-1} + k_t v_t^T, out_t = q_t S_t;
-// `reverse` visits the last position first and decays after reading: out_t = q_t (S + k_t v_t^T), S <- a (S + k_t v_t^T).
-// So the gradients are scans as well: dq = scan(dout, v, k, state^T), dk = reverse scan(v, dout, q, dfinal^T),
+// With a = exp(log_decay[h]) and the state S [D, E] of each batch and head: S_t = a S_{t-1} + k_t v_t^T, out_t = q_t
+// S_t; `reverse` visits the last position first and decays after reading: out_t = q_t (S + k_t v_t^T), S <- a (S + k_t
+// v_t^T). So the gradients are scans as well: dq = scan(dout, v, k, state^T), dk = reverse scan(v, dout, q, dfinal^T),
 // dv = reverse scan(k, q, dout, dfinal), whose final state is the gradient of `state`. D at most 128.
 struct LinearDecay {
   int64_t batch, heads, length, width, value_width;
@@ -153,8 +154,8 @@ void linear_decay(const LinearDecay& call, void* stream);
 
 // ---- token selection
 //
-// The counts[b] best candidates of each row and every entry of `always`, as ascending indices padded with -1. A candidate
-// is valid and not in `always`. Equal scores: the lowest index. NaN counts as -inf.
+// The counts[b] best candidates of each row and every entry of `always`, as ascending indices padded with -1. A
+// candidate is valid and not in `always`. Equal scores: the lowest index. NaN counts as -inf.
 struct TokenSelect {
   int64_t batch, length;
   const float* scores;            // [batch, length], contiguous

@@ -23,7 +23,8 @@ from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contras
 
 def load(path: str) -> Any:
     spec = importlib.util.spec_from_file_location("_native_cuda_emulated", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -63,10 +64,11 @@ def check_attention(core: Any) -> None:
         near(f"attention d{name}", a, b, 1e-5)
     assert attention_cuda.call_backward(core, 0, *arguments, out, lse, dout, dlse, False)[3].numel() == 0
 
-    halves = [t.bfloat16() for t in (q, k, v)]
-    exact = attention_reference(*(t.double() for t in halves), bias=bias.double(), return_lse=True, **options)  # type: ignore[arg-type]
-    out, lse = attention_cuda.call_forward_bf16(core, 0, *halves, mask, bias, 24**-0.5, True, 70 - 37)
-    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    exact = attention_reference(q.double(), k.double(), v.double(), bias=bias.double(), return_lse=True, **options)  # type: ignore[arg-type]
+    out, lse = attention_cuda.call_forward_bf16(core, 0, q, k, v, mask, bias, 24**-0.5, True, 70 - 37)
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
     near("attention bf16 out", out, exact[0], 6e-3)
     near("attention bf16 lse", lse, exact[1], 3e-6)
     assert core.attention_shared_bytes((1, 1, 1, 1, 1, 64, 64)) <= 99 * 1024  # every device since sm_80
@@ -87,7 +89,7 @@ def check_contrastive(core: Any) -> None:
                                 ("sigmoid", contrastive_sigmoid_reference, [log_scale, bias])):
         for options in ({"groups_x": groups_x, "groups_y": groups_y}, {"row_offset": 15}):
             leaves = [t.double().requires_grad_() for t in (x, y, *scalars)]
-            rows, columns = twin(*leaves, **options)  # type: ignore[operator]
+            rows, columns = twin(*leaves, **options)
             gradients = torch.autograd.grad((rows * drows).sum() + (columns * dcolumns).sum(), leaves)
             arguments = (loss, x, y, log_scale, bias if loss == "sigmoid" else None, options.get("groups_x"),
                          options.get("groups_y"), options.get("row_offset", 0))
@@ -98,7 +100,9 @@ def check_contrastive(core: Any) -> None:
             for name, a, b in zip(("x", "y", "scale", "bias"), found, gradients):
                 near(f"{loss} d{name}", a, b, 1e-5)
             less = contrastive_cuda.call_backward(core, 0, *arguments, got[2], got[3], drows, dcolumns, False, True)  # type: ignore[arg-type]
-            assert less[0].numel() == 0 and torch.equal(less[1], found[1]) and torch.equal(less[2], found[2])
+            assert less[0].numel() == 0
+            assert torch.equal(less[1], found[1])
+            assert torch.equal(less[2], found[2])
 
 
 def main() -> None:

@@ -169,9 +169,9 @@ Oracle oracle(const Tensors& t) {
 }
 
 bool close(const Tensors& t, const Oracle& o) {
-  return error_between(t.out, o.out) <= 2e-6 && error_between(t.lse, o.lse) <= 2e-6 && error_between(t.dq, o.dq) <= 1e-5 &&
-         error_between(t.dk, o.dk) <= 1e-5 && error_between(t.dv, o.dv) <= 1e-5 && error_between(t.dbias, o.dbias) <= 1e-5 &&
-         error_between(t.sums, o.sums) <= 5e-6;
+  return error_between(t.out, o.out) <= 2e-6 && error_between(t.lse, o.lse) <= 2e-6 &&
+         error_between(t.dq, o.dq) <= 1e-5 && error_between(t.dk, o.dk) <= 1e-5 && error_between(t.dv, o.dv) <= 1e-5 &&
+         error_between(t.dbias, o.dbias) <= 1e-5 && error_between(t.sums, o.sums) <= 5e-6;
 }
 
 void compare(const Case& c) {
@@ -205,7 +205,8 @@ int main() {
     compare({0, 1, 1, 3, 3, 4, 4, false, 0, 0, 0});
     compare({1, 1, 1, 3, 5, 0, 4, false, 0, 0, 0});
     // Around the borders of tiles: 32 and 64 rows, 64 columns; all three instances.
-    for (int64_t n : {31, 33, 63, 64, 65}) compare({1, 2, 1, n, n + 1, 17, 9, n % 2 == 1, 1, int(n % 2), n % 3 ? 15 : 0});
+    for (int64_t n : {31, 33, 63, 64, 65})
+      compare({1, 2, 1, n, n + 1, 17, 9, n % 2 == 1, 1, int(n % 2), n % 3 ? 15 : 0});
     compare({1, 2, 2, 29, 97, 64, 33, true, 97 - 29, 1, 0});
     compare({1, 1, 1, 65, 33, 66, 128, true, 0, 1, 12});
     compare({1, 2, 1, 33, 65, 256, 130, true, 32, 1, 14});

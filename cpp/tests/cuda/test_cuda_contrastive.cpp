@@ -1,4 +1,5 @@
-// The CUDA kernels of the contrastive losses against a float64 oracle that holds all pairs, in every order of execution.
+// The CUDA kernels of the contrastive losses against a float64 oracle that holds all pairs, in every order of
+// execution.
 #include "emulated.hpp"
 #include "vlm/cuda.hpp"
 
@@ -37,7 +38,9 @@ struct Tensors {
     return {rows, columns, width, {x.data(), stride}, {y.data(), stride}, scale, bias,
             groups ? row_ids.data() : nullptr, groups ? column_ids.data() : nullptr, offset};
   }
-  cuda::PairForward forward() { return {problem(), row_values.data(), column_values.data(), row_lse.data(), column_lse.data()}; }
+  cuda::PairForward forward() {
+    return {problem(), row_values.data(), column_values.data(), row_lse.data(), column_lse.data()};
+  }
   cuda::PairBackward backward(bool want_x, bool want_y) {
     return {problem(), row_lse.data(), column_lse.data(), row_gradient.data(), column_gradient.data(),
             {want_x ? dx.data() : nullptr, width}, {want_y ? dy.data() : nullptr, width}, &dlog_scale, &dbias};
@@ -71,7 +74,8 @@ Oracle oracle(const Tensors& t, PairLoss loss) {
       for (int64_t e = 0; e < E; ++e) z[i * C + j] += t.scale * (double(t.x[i * t.stride + e]) * t.y[j * t.stride + e]);
   for (int64_t i = 0; i < R && loss == PairLoss::sigmoid; ++i)
     for (int64_t j = 0; j < C; ++j) {
-      const double sign = t.positive(i, j) ? 1.0 : -1.0, logit = z[i * C + j] + t.bias, term = std::log1p(std::exp(-sign * logit));
+      const double sign = t.positive(i, j) ? 1.0 : -1.0, logit = z[i * C + j] + t.bias;
+      const double term = std::log1p(std::exp(-sign * logit));
       o.row_values[i] += term;
       o.column_values[j] += term;
       G[i * C + j] = -sign / (1.0 + std::exp(sign * logit)) * (double(t.row_gradient[i]) + t.column_gradient[j]);
@@ -109,7 +113,9 @@ Oracle oracle(const Tensors& t, PairLoss loss) {
 
 // Largest error over its limit; sums of signed terms are measured against the size of what was summed.
 double error(const Tensors& t, const Oracle& o) {
-  double worst = std::fmax(error_between(t.row_values, o.row_values), error_between(t.column_values, o.column_values)) / 2e-6;
+  const double rows = error_between(t.row_values, o.row_values);
+  const double columns = error_between(t.column_values, o.column_values);
+  double worst = std::fmax(rows, columns) / 2e-6;
   worst = std::fmax(worst, std::fmax(error_between(t.dx, o.dx), error_between(t.dy, o.dy)) / 5e-6);
   const double size = 1.0 + double(t.rows + t.columns);
   for (double difference : {t.dlog_scale - o.dlog_scale, t.dbias - o.dbias})
@@ -118,8 +124,8 @@ double error(const Tensors& t, const Oracle& o) {
 }
 
 bool same(const Tensors& a, const Tensors& b) {
-  return same_bits(a.row_values, b.row_values) && same_bits(a.column_values, b.column_values) && same_bits(a.dx, b.dx) &&
-         same_bits(a.dy, b.dy) && a.dlog_scale == b.dlog_scale && a.dbias == b.dbias;
+  return same_bits(a.row_values, b.row_values) && same_bits(a.column_values, b.column_values) &&
+         same_bits(a.dx, b.dx) && same_bits(a.dy, b.dy) && a.dlog_scale == b.dlog_scale && a.dbias == b.dbias;
 }
 
 void compare(PairLoss loss, int64_t R, int64_t C, int64_t E, bool groups, int64_t offset) {

@@ -24,19 +24,22 @@ struct Tensors {
   }
   std::string name() const {
     return "B" + std::to_string(batch) + " H" + std::to_string(heads) + " N" + std::to_string(length) + " D" +
-           std::to_string(width) + " E" + std::to_string(value_width) + " reverse" + std::to_string(reverse) + " state" +
-           std::to_string(with_state);
+           std::to_string(width) + " E" + std::to_string(value_width) + " reverse" + std::to_string(reverse) +
+           " state" + std::to_string(with_state);
   }
-  int64_t at(int64_t b, int64_t n, int64_t h, int64_t columns) const { return ((b * length + n) * heads + h) * (columns + gap); }
+  int64_t at(int64_t b, int64_t n, int64_t h, int64_t columns) const {
+    return ((b * length + n) * heads + h) * (columns + gap);
+  }
   Heads inside(const std::vector<float>& t, int64_t columns) const {
     return {t.data(), length * heads * (columns + gap), columns + gap, heads * (columns + gap)};
   }
   void run() {
     out.assign(batch * heads * length * value_width, NAN);
     final_state.assign(batch * heads * width * value_width, NAN);
-    cuda::linear_decay({batch, heads, length, width, value_width, inside(q, width), inside(k, width), inside(v, value_width),
-                        log_decay.data(), with_state ? state.data() : nullptr, reverse,
-                        {out.data(), heads * length * value_width, length * value_width, value_width}, final_state.data()},
+    const MutableHeads to{out.data(), heads * length * value_width, length * value_width, value_width};
+    cuda::linear_decay({batch, heads, length, width, value_width, inside(q, width), inside(k, width),
+                        inside(v, value_width), log_decay.data(), with_state ? state.data() : nullptr, reverse, to,
+                        final_state.data()},
                        nullptr);
   }
 };

@@ -48,7 +48,8 @@ __global__ void stream_kernel(const float* in, float* out, int slices) {
   float sum = 0.0f;
   for (int s = 0; s < slices; ++s) {
     const float* now = shared + s % 2 * 4 * count;
-    if (s + 1 < slices) copy_async_16(shared + (s + 1) % 2 * 4 * count + 4 * tid, in + (s + 1) * 4 * count + 4 * tid, 16);
+    if (s + 1 < slices)
+      copy_async_16(shared + (s + 1) % 2 * 4 * count + 4 * tid, in + (s + 1) * 4 * count + 4 * tid, 16);
     copy_commit();
     copy_wait<1>();
     __syncthreads();
@@ -112,7 +113,8 @@ __global__ void misaligned_kernel(const float* in) {
 }
 __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
   VLM_DYN_SMEM(uint16_t, shared);  // a [16, 16], then b [16, 8 + 8] row by row
-  for (int i = threadIdx.x; i < 512; i += 32) shared[i] = i < 256 ? a[i] : (i % 16 < 8 ? b[(i - 256) / 16 * 8 + i % 16] : 0);
+  for (int i = threadIdx.x; i < 512; i += 32)
+    shared[i] = i < 256 ? a[i] : (i % 16 < 8 ? b[(i - 256) / 16 * 8 + i % 16] : 0);
   __syncwarp();
   const int lane = threadIdx.x;
   uint32_t left[4], right[4];
@@ -191,7 +193,9 @@ int main() {
     every_barrier_is_needed("rotate", [&] {
       return rounds_right(rotate_kernel, in, [](int i) { return (i + 40) % THREADS; });
     });
-    every_barrier_is_needed("neighbour", [&] { return rounds_right(neighbour_kernel, in, [](int i) { return i ^ 1; }); });
+    every_barrier_is_needed("neighbour", [&] {
+      return rounds_right(neighbour_kernel, in, [](int i) { return i ^ 1; });
+    });
     every_barrier_is_needed("stream", [&] { return stream_right(in, 4); });
     check(emulation::sites.size() == 3, "the stream has two barriers and a wait");
     in_every_mode(warp_operations);
@@ -208,7 +212,9 @@ int main() {
     must_abort("lanes disagree about __syncwarp", [] { emulation::run_grid({1}, {32}, 0, missing_lane_kernel); });
     must_abort("not in its own mask", [] { emulation::run_grid({1}, {32}, 0, outside_kernel); });
     must_abort("a write beyond the shared memory", [] { emulation::run_grid({1}, {32}, 132, beyond_kernel); });
-    must_abort("misaligned asynchronous copy", [&] { VLM_LAUNCH(misaligned_kernel, {1}, {32}, 16, nullptr, in.data()); });
+    must_abort("misaligned asynchronous copy", [&] {
+      VLM_LAUNCH(misaligned_kernel, {1}, {32}, 16, nullptr, in.data());
+    });
     must_abort("more shared memory than sm_80 has", [] { emulation::run_grid({1}, {32}, 200 * 1024, masks_kernel); });
     must_abort("a block has 32", [] { emulation::run_grid({1}, {33}, 0, masks_kernel); });
   });

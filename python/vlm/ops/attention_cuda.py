@@ -18,8 +18,8 @@ def attention_cuda_takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -
     """Whether the CUDA kernels compute attention of these tensors: widths up to 256, and room on the device."""
     if not cuda_takes(q, k, v, bias) or max(q.shape[3], v.shape[3]) > 256:
         return False
-    room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-    return int(cuda_module().attention_shared_bytes(_sizes(q, k, v))) <= room
+    core = cuda_module()
+    return bool(core.attention_shared_bytes(_sizes(q, k, v)) <= core.device_shared_bytes(q.device.index or 0))
 
 
 def attention_cuda(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float,

@@ -111,7 +111,7 @@ def upward(graph: Mapping[str, list[Import]]) -> list[str]:
     for module, found in graph.items():
         part = module.split(".")[1] if module.count(".") else ""
         for entry in found:
-            if not entry.target.startswith("vlm.") or entry.target == "vlm._native":
+            if not entry.target.startswith("vlm.") or entry.target in ("vlm._native", "vlm._native_cuda"):
                 continue
             inner = entry.target.split(".")[1]
             here, there = floor_of(module), floor_of(entry.target)

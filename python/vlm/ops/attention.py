@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm.ops.attention_bias import AnyBias, lowered
+from vlm.ops.attention_cuda import attention_cuda, attention_cuda_takes
 from vlm.ops.attention_native import native_attention
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import use_native
@@ -92,6 +93,11 @@ def attention(
     plain = not exporting and key_mask is None and bias is None and mask is None and temperature is None and not softcap \
         and dropout is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
     given = bias if isinstance(bias, Tensor) else None
+    simple = mask is None and temperature is None and not softcap and dropout is None and (bias is None or given is not None)
+    if simple and attention_cuda_takes(q, k, v, given):
+        offset = k.shape[2] - q.shape[2] if alignment == "bottom-right" else 0
+        out, lse = attention_cuda(q, k, v, key_mask, given, q.shape[3] ** -0.5 if scale is None else scale, causal, offset)
+        return (out, lse) if return_lse else out
     if not use_native(q, k, v, given, temperature, prefer_torch=plain and _torch_is_faster(q, k, v)):
         with torch.autocast(q.device.type, enabled=False):
             if temperature is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlm.ops.backend import use_native
+from vlm.ops.contrastive_cuda import pair_loss_cuda
 from vlm.ops.contrastive_listed import check_listed, listed_targets
 from vlm.ops.contrastive_native import native_pair_statistics
 from vlm.ops.contrastive_pairs import Relations, Teacher, merge_statistics, softmax_values
@@ -24,6 +25,7 @@ from vlm.ops.contrastive_reference import (
     pair_sigmoid_reference,
     pair_statistics_reference,
 )
+from vlm.ops.cuda_core import cuda_takes
 
 Smoothing = float | tuple[Tensor, Tensor]
 Listed = tuple[Tensor, Tensor]
@@ -84,6 +86,9 @@ def contrastive_softmax(
     simple = relations.plain and not smooth and listed_x is listed_y is queue_x is queue_y is None
     native = use_native(x, y, log_scale, prefer_torch=simple and groups_x is None and _is_small(x, y))
     x, y, log_scale = _widen(native, x, y, log_scale)
+    if simple and cuda_takes(x, y, log_scale):
+        rows, columns, _, _ = pair_loss_cuda("softmax", x, y, log_scale, None, relations.groups_x, relations.groups_y, row_offset)
+        return rows, columns
     with torch.autocast(x.device.type, enabled=False):
         if simple and not native:
             return contrastive_softmax_reference(x, y, log_scale, groups_x=relations.groups_x, groups_y=relations.groups_y,
@@ -140,6 +145,9 @@ def contrastive_sigmoid(
     native = use_native(x, y, log_scale, bias, prefer_torch=simple and groups_x is None and _is_small(x, y))
     x, y, log_scale, bias = _widen(native, x, y, log_scale, bias)
     stacked = None if labels is None else torch.stack([p.detach().to(log_scale.dtype) for p in labels])
+    if simple and cuda_takes(x, y, log_scale, bias):
+        rows, columns, _, _ = pair_loss_cuda("sigmoid", x, y, log_scale, bias, relations.groups_x, relations.groups_y, row_offset)
+        return rows, columns
     with torch.autocast(x.device.type, enabled=False):
         if simple and not native:
             return contrastive_sigmoid_reference(x, y, log_scale, bias, groups_x=relations.groups_x,

@@ -1,0 +1,280 @@
+// Exact attention backward in float32, deterministic: every output has one writer and a fixed order of its sums.
+//
+// Probabilities are recomputed from lse. A kernel over tiles of keys writes dK and dV, one over tiles of queries dQ,
+// and one over tiles of the bias its gradient, which loops over the batch and heads that share it.
+#pragma once
+
+#include "cuda/attention_scores.cuh"
+
+namespace vlm::cuda {
+
+// T: steps of 64 columns. R: own rows / 16; the other side comes in tiles of 32.
+template <int T>
+struct BackwardShape {
+  static constexpr int R = T == 4 ? 2 : 4, C = 2, own = 16 * R, other = 16 * C, room = row_room<T>;
+  static constexpr int weight_room = other + 4;
+  static constexpr std::size_t shared_bytes = sizeof(float) * (2 * (own + other) * room + own * weight_room);
+};
+
+// delta_i = <dout_i, out_i> - dlse_i, a warp for each row.
+__global__ void __launch_bounds__(TILE_THREADS, 1) attention_delta_kernel(AttentionBackward call, float* delta) {
+  const AttentionProblem& p = call.problem;
+  const int64_t row = int64_t(blockIdx.x) * (TILE_THREADS / 32) + threadIdx.x / 32;
+  if (row >= p.batch * p.query_heads * p.queries) return;  // a whole warp
+  const int64_t i = row % p.queries, h = row / p.queries % p.query_heads, b = row / p.queries / p.query_heads;
+  const float* out = head_of(call.out, b, h) + i * call.out.row_stride;
+  const float* dout = head_of(call.dout, b, h) + i * call.dout.row_stride;
+  float sum = 0.0f;
+  for (int64_t e = threadIdx.x % 32; e < p.value_width; e += 32) sum = fmaf(out[e], dout[e], sum);
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(all_lanes, sum, bits);
+  if (threadIdx.x % 32 == 0) delta[row] = sum - (call.dlse == nullptr ? 0.0f : call.dlse[row]);
+}
+
+// Probability of a pair from its product; 0 for removed pairs and rows without any key.
+VLM_DEVICE float probability(const AttentionProblem& p, const MaskProgram& mask, const float* bias, bool key_exists,
+                             int64_t i, int64_t j, float product, float lse) {
+  const float s = logit(p, mask, bias, key_exists, i, j, product);
+  return s == minus_infinity() || lse == minus_infinity() ? 0.0f : expf(s - lse);
+}
+
+template <int T>
+__global__ void __launch_bounds__(TILE_THREADS, 1) attention_keys_kernel(AttentionBackward call, const float* delta) {
+  using Shape = BackwardShape<T>;
+  constexpr int R = Shape::R, C = Shape::C;
+  VLM_DYN_SMEM(float, key);
+  float* value = key + Shape::own * Shape::room;
+  float* query = value + Shape::own * Shape::room;
+  float* dout = query + Shape::other * Shape::room;
+  float* weight = dout + Shape::other * Shape::room;
+
+  const AttentionProblem& p = call.problem;
+  const int64_t tiles = pieces(p.keys, Shape::own), head = blockIdx.x / tiles, group = p.query_heads / p.key_heads;
+  const int64_t b = head / p.key_heads, g = head % p.key_heads;
+  const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys);
+  const MaskProgram mask = mask_of(p, b);
+  const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+  load_tile<T>(key, Shape::own, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
+  load_tile<T>(value, Shape::own, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width,
+               exists);
+  bool there[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t j = j0 + thread_row() * R + r;
+    there[r] = j < p.keys && mask.keys.exists(j);
+  }
+  Accumulator<R, T> dk, dv;
+  dk.clear();
+  dv.clear();
+  const bool any_key = __syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::own)) > 0;
+
+  for (int64_t h = g * group; any_key && h < (g + 1) * group; ++h) {
+    const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+    const int64_t first_row = (b * p.query_heads + h) * p.queries;
+    for (int64_t i0 = 0; i0 < p.queries; i0 += Shape::other) {
+      const int64_t i1 = smaller(i0 + Shape::other, p.queries);
+      if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+      __syncthreads();
+      load_tile<T>(query, Shape::other, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
+                   always);
+      load_tile<T>(dout, Shape::other, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride,
+                   i1 - i0, p.value_width, always);
+      __syncthreads();
+      float s[R][C], gradient[R][C];
+      clear(s);
+      clear(gradient);
+      tile_dot(key, query, Shape::room, round_to_4(p.width), s);
+      tile_dot(value, dout, Shape::room, round_to_4(p.value_width), gradient);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int64_t i = i0 + thread_column() + 16 * c;
+        const float lse = i < i1 ? call.lse[first_row + i] : minus_infinity();
+        const float shift = i < i1 ? delta[first_row + i] : 0.0f;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          s[r][c] = probability(p, mask, bias, there[r], i, j0 + thread_row() * R + r, s[r][c], lse);
+          gradient[r][c] = s[r][c] == 0.0f ? 0.0f : s[r][c] * (gradient[r][c] - shift);
+        }
+      }
+      put_scores(weight, Shape::weight_room, s);
+      __syncwarp();
+      dv.add_product(weight, Shape::weight_room, dout, Shape::other);
+      __syncwarp();
+      put_scores(weight, Shape::weight_room, gradient);
+      __syncwarp();
+      dk.add_product(weight, Shape::weight_room, query, Shape::other);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t j = j0 + thread_row() * R + r;
+    if (j >= p.keys) continue;
+    dk.store_row(head_of(call.dk, b, g) + j * call.dk.row_stride, r, p.width, p.scale);
+    dv.store_row(head_of(call.dv, b, g) + j * call.dv.row_stride, r, p.value_width, 1.0f);
+  }
+}
+
+// The gradient of the logits of one tile, [16 R queries, 16 C keys], from tiles in shared memory.
+template <int R, int C>
+VLM_DEVICE void logit_gradient(const AttentionBackward& call, const float* delta, const MaskProgram& mask, int64_t b,
+                               int64_t h, int64_t i0, int64_t j0, const float* query, const float* dout,
+                               const float* key, const float* value, int room, float (&gradient)[R][C]) {
+  const AttentionProblem& p = call.problem;
+  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+  float s[R][C];
+  clear(s);
+  clear(gradient);
+  tile_dot(query, key, room, round_to_4(p.width), s);
+  tile_dot(dout, value, room, round_to_4(p.value_width), gradient);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = i0 + thread_row() * R + r, row = (b * p.query_heads + h) * p.queries + i;
+    const float lse = i < p.queries ? call.lse[row] : minus_infinity(), shift = i < p.queries ? delta[row] : 0.0f;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int64_t j = j0 + thread_column() + 16 * c;
+      const bool there = j < p.keys && mask.keys.exists(j);
+      const float weight = probability(p, mask, bias, there, i, j, s[r][c], lse);
+      gradient[r][c] = weight == 0.0f ? 0.0f : weight * (gradient[r][c] - shift);
+    }
+  }
+}
+
+template <int T>
+__global__ void __launch_bounds__(TILE_THREADS, 1) attention_queries_kernel(AttentionBackward call,
+                                                                            const float* delta) {
+  using Shape = BackwardShape<T>;
+  constexpr int R = Shape::R, C = Shape::C;
+  VLM_DYN_SMEM(float, query);
+  float* dout = query + Shape::own * Shape::room;
+  float* key = dout + Shape::own * Shape::room;
+  float* value = key + Shape::other * Shape::room;
+  float* weight = value + Shape::other * Shape::room;
+
+  const AttentionProblem& p = call.problem;
+  const int64_t tiles = pieces(p.queries, Shape::own), head = blockIdx.x / tiles;
+  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
+  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::own, i1 = smaller(i0 + Shape::own, p.queries);
+  const MaskProgram mask = mask_of(p, b);
+  load_tile<T>(query, Shape::own, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width, always);
+  load_tile<T>(dout, Shape::own, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride, i1 - i0,
+               p.value_width, always);
+  Accumulator<R, T> dq;
+  dq.clear();
+  for (int64_t j0 = 0; j0 < p.keys; j0 += Shape::other) {
+    const int64_t j1 = smaller(j0 + Shape::other, p.keys);
+    if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+    if (__syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::other)) == 0) continue;
+    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+    load_tile<T>(key, Shape::other, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
+    load_tile<T>(value, Shape::other, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width,
+                 exists);
+    __syncthreads();
+    float gradient[R][C];
+    logit_gradient(call, delta, mask, b, h, i0, j0, query, dout, key, value, Shape::room, gradient);
+    put_scores(weight, Shape::weight_room, gradient);
+    __syncwarp();
+    dq.add_product(weight, Shape::weight_room, key, Shape::other);
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = i0 + thread_row() * R + r;
+    if (i < p.queries) dq.store_row(head_of(call.dq, b, h) + i * call.dq.row_stride, r, p.width, p.scale);
+  }
+}
+
+// A block owns a tile [own, other] of the bias, or all rows of `other` columns where the bias has one row.
+template <int T>
+__global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(AttentionBackward call, const float* delta) {
+  using Shape = BackwardShape<T>;
+  constexpr int R = Shape::R, C = Shape::C;
+  VLM_DYN_SMEM(float, query);
+  float* dout = query + Shape::own * Shape::room;
+  float* key = dout + Shape::own * Shape::room;
+  float* value = key + Shape::other * Shape::room;
+  float* weight = value + Shape::other * Shape::room;
+
+  const AttentionProblem& p = call.problem;
+  const bool one_row = call.bias_rows == 1;
+  const int64_t columns = pieces(p.keys, Shape::other), rows = one_row ? 1 : pieces(p.queries, Shape::own);
+  const int64_t j0 = blockIdx.x % columns * Shape::other, j1 = smaller(j0 + Shape::other, p.keys);
+  const int64_t tile_row = blockIdx.x / columns % rows, member = blockIdx.x / columns / rows;
+  const int64_t own_b = member / call.bias_heads, own_h = member % call.bias_heads;
+  const int64_t b0 = call.bias_batch == 1 ? 0 : own_b, b1 = call.bias_batch == 1 ? p.batch : own_b + 1;
+  const int64_t h0 = call.bias_heads == 1 ? 0 : own_h, h1 = call.bias_heads == 1 ? p.query_heads : own_h + 1;
+  const int64_t first = one_row ? 0 : tile_row * Shape::own;
+  const int64_t last = one_row ? p.queries : smaller(first + Shape::own, p.queries);
+
+  float sum[R][C];
+  clear(sum);
+  for (int64_t b = b0; b < b1; ++b) {
+    const MaskProgram mask = mask_of(p, b);
+    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+    for (int64_t h = h0; h < h1; ++h) {
+      const int64_t g = h / (p.query_heads / p.key_heads);
+      for (int64_t i0 = first; i0 < last; i0 += Shape::own) {
+        const int64_t i1 = smaller(i0 + Shape::own, p.queries);
+        if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+        __syncthreads();
+        load_tile<T>(key, Shape::other, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width,
+                     exists);
+        load_tile<T>(value, Shape::other, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0,
+                     p.value_width, exists);
+        load_tile<T>(query, Shape::own, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
+                     always);
+        load_tile<T>(dout, Shape::own, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride,
+                     i1 - i0, p.value_width, always);
+        __syncthreads();
+        float gradient[R][C];
+        logit_gradient(call, delta, mask, b, h, i0, j0, query, dout, key, value, Shape::room, gradient);
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int c = 0; c < C; ++c) sum[r][c] += gradient[r][c];
+      }
+    }
+  }
+  put_scores(weight, Shape::weight_room, sum);
+  __syncthreads();
+  const int64_t keys = j1 - j0;
+  float* to = call.dbias + member * call.bias_rows * p.keys + j0;
+  if (one_row) {
+    if (threadIdx.x < keys) {
+      float total = 0.0f;
+      for (int row = 0; row < Shape::own; ++row) total += weight[row * Shape::weight_room + threadIdx.x];
+      to[threadIdx.x] = total;
+    }
+  } else {
+    for (int at = threadIdx.x; at < Shape::own * Shape::other; at += TILE_THREADS) {
+      const int row = at / Shape::other, column = at % Shape::other;
+      if (first + row < last && column < keys)
+        to[(first + row) * p.keys + column] = weight[row * Shape::weight_room + column];
+    }
+  }
+}
+
+template <int T>
+void launch_attention_backward(const AttentionBackward& call, float* delta, void* stream) {
+  using Shape = BackwardShape<T>;
+  const AttentionProblem& p = call.problem;
+  const int64_t rows = p.batch * p.query_heads * p.queries;
+  const int64_t key_blocks = pieces(p.keys, Shape::own) * p.batch * p.key_heads;
+  const int64_t query_blocks = pieces(p.queries, Shape::own) * p.batch * p.query_heads;
+  if (rows > 0)
+    VLM_LAUNCH(attention_delta_kernel, {blocks(pieces(rows, TILE_THREADS / 32))}, {TILE_THREADS}, 0, stream, call,
+               delta);
+  if (key_blocks > 0)
+    VLM_LAUNCH(attention_keys_kernel<T>, {blocks(key_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
+               delta);
+  if (query_blocks > 0)
+    VLM_LAUNCH(attention_queries_kernel<T>, {blocks(query_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
+               delta);
+  if (call.dbias == nullptr) return;
+  const int64_t bias_blocks = pieces(p.keys, Shape::other) * (call.bias_rows == 1 ? 1 : pieces(p.queries, Shape::own)) *
+                              call.bias_batch * call.bias_heads;
+  if (bias_blocks > 0)
+    VLM_LAUNCH(attention_bias_kernel<T>, {blocks(bias_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
+               delta);
+}
+
+}  // namespace vlm::cuda

@@ -1,0 +1,112 @@
+// Exact attention forward in float32: one block for each tile of 64 queries, streaming softmax over tiles of keys.
+#pragma once
+
+#include "cuda/attention_scores.cuh"
+
+namespace vlm::cuda {
+
+// T: steps of 64 columns. C: keys of a tile / 16.
+template <int T, int C>
+struct ForwardShape {
+  static constexpr int R = 4, queries = 16 * R, keys = 16 * C, room = row_room<T>, weight_room = keys + 4;
+  static constexpr std::size_t shared_bytes =
+      sizeof(float) * (queries * room + 2 * keys * room + queries * weight_room);
+};
+
+template <int T, int C>
+__global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1) attention_forward_kernel(AttentionForward call) {
+  using Shape = ForwardShape<T, C>;
+  constexpr int R = Shape::R;
+  VLM_DYN_SMEM(float, query);
+  float* key = query + Shape::queries * Shape::room;
+  float* value = key + Shape::keys * Shape::room;
+  float* weight = value + Shape::keys * Shape::room;
+
+  const AttentionProblem& p = call.problem;
+  const int64_t tiles = pieces(p.queries, Shape::queries), head = blockIdx.x / tiles;
+  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
+  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::queries;  // causal: the longest rows first
+  const int64_t i1 = smaller(i0 + Shape::queries, p.queries);
+  const MaskProgram mask = mask_of(p, b);
+  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+  const float* keys = head_of(p.k, b, g);
+  const float* values = head_of(p.v, b, g);
+
+  load_tile<T>(query, Shape::queries, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
+               always);
+  Accumulator<R, T> out;
+  out.clear();
+  float top[R], sum[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    top[r] = minus_infinity();
+    sum[r] = 0.0f;
+  }
+
+  for (int64_t j0 = 0; j0 < p.keys; j0 += Shape::keys) {
+    const int64_t j1 = smaller(j0 + Shape::keys, p.keys);
+    if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+    // Also the barrier after which the tiles of the last round may be overwritten.
+    if (__syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::keys)) == 0) continue;
+    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+    load_tile<T>(key, Shape::keys, keys + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
+    load_tile<T>(value, Shape::keys, values + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width, exists);
+    __syncthreads();
+
+    float s[R][C];
+    clear(s);
+    tile_dot(query, key, Shape::room, round_to_4(p.width), s);
+    bool there[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int64_t j = j0 + thread_column() + 16 * c;
+      there[c] = j < p.keys && mask.keys.exists(j);
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t i = i0 + thread_row() * R + r;
+      float high = minus_infinity();
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        s[r][c] = logit(p, mask, bias, there[c], i, j0 + thread_column() + 16 * c, s[r][c]);
+        high = fmaxf(high, s[r][c]);
+      }
+      const float now = fmaxf(top[r], row_max(high));
+      const float reference = now == minus_infinity() ? 0.0f : now;  // nothing allowed yet: exp gives 0
+      float part = 0.0f;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        s[r][c] = expf(s[r][c] - reference);
+        part += s[r][c];
+      }
+      const float shrink = expf(top[r] - reference);
+      sum[r] = sum[r] * shrink + row_sum(part);
+      top[r] = now;
+      out.scale(r, shrink);
+    }
+    put_scores(weight, Shape::weight_room, s);
+    __syncwarp();
+    out.add_product(weight, Shape::weight_room, value, Shape::keys);
+  }
+
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = i0 + thread_row() * R + r;
+    if (i >= p.queries) continue;
+    const bool any = sum[r] > 0.0f;
+    out.store_row(head_of(call.out, b, h) + i * call.out.row_stride, r, p.value_width, any ? 1.0f / sum[r] : 0.0f);
+    if (thread_column() == 0)
+      call.lse[(b * p.query_heads + h) * p.queries + i] = any ? top[r] + logf(sum[r]) : minus_infinity();
+  }
+}
+
+template <int T, int C>
+void launch_attention_forward(const AttentionForward& call, void* stream) {
+  using Shape = ForwardShape<T, C>;
+  const AttentionProblem& p = call.problem;
+  const int64_t count = pieces(p.queries, Shape::queries) * p.batch * p.query_heads;
+  if (count == 0) return;
+  VLM_LAUNCH((attention_forward_kernel<T, C>), {blocks(count)}, {TILE_THREADS}, Shape::shared_bytes, stream, call);
+}
+
+}  // namespace vlm::cuda

@@ -1,0 +1,198 @@
+// Exact attention forward in bf16 on tensor cores: mma.sync m16n8k16, double-buffered cp.async, float32 statistics.
+//
+// A block of 4 warps owns 64 queries, a warp 16 of them; keys come in tiles of 64. Scores stay in registers: the layout
+// of the accumulator of Q K^T is that of the left operand of P V. Rows in shared memory hold chunks of 16 bytes, which
+// are exchanged by the row number so that ldmatrix meets no bank twice.
+#pragma once
+
+#include "cuda/attention_scores.cuh"
+
+namespace vlm::cuda {
+
+// W: columns of a row in shared memory, 64 or 128; both widths are at most that.
+template <int W>
+struct MmaShape {
+  static constexpr int threads = 128, queries = 64, keys = 64, tile = keys * W;
+  static constexpr std::size_t shared_bytes = sizeof(uint16_t) * (queries * W + 4 * tile);
+};
+
+VLM_BOTH const uint16_t* head_of(const HalfHeads& t, int64_t b, int64_t h) {
+  return t.data + b * t.batch_stride + h * t.head_stride;
+}
+
+template <int W>
+VLM_DEVICE uint16_t* chunk_at(uint16_t* tile, int row, int column) {
+  return tile + row * W + ((column / 8) ^ (row % 8)) * 8;
+}
+
+// Starts the copy of 64 rows; what does not exist becomes 0.
+template <int W, class Exists>
+VLM_DEVICE void fetch_tile(uint16_t* to, const uint16_t* from, int64_t row_stride, int64_t count, int64_t width,
+                           Exists exists) {
+#pragma unroll 4
+  for (int at = threadIdx.x; at < 64 * W / 8; at += MmaShape<W>::threads) {
+    const int row = at / (W / 8), column = at % (W / 8) * 8;
+    int bytes = 0;
+    if (row < count && column < width && exists(row)) bytes = int(smaller(width - column, int64_t(8))) * 2;
+    copy_async_16(chunk_at<W>(to, row, column), bytes == 0 ? from : from + row * row_stride + column, bytes);
+  }
+}
+
+// The first tile of keys at or after j0 that the queries [i0, i1) may see.
+VLM_DEVICE int64_t next_tile(const MaskProgram& mask, int64_t i0, int64_t i1, int64_t j0, int64_t keys, int tile) {
+  while (j0 < keys && mask.cover(i0, i1, j0, smaller(j0 + tile, keys)) == Cover::skip) j0 += tile;
+  return j0;
+}
+
+VLM_DEVICE float quad_sum(float v) {
+  v += __shfl_xor_sync(all_lanes, v, 1);
+  return v + __shfl_xor_sync(all_lanes, v, 2);
+}
+VLM_DEVICE float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(all_lanes, v, 1));
+  return fmaxf(v, __shfl_xor_sync(all_lanes, v, 2));
+}
+
+template <int W>
+__global__ void __launch_bounds__(MmaShape<W>::threads, 2) attention_mma_kernel(AttentionForwardBf16 call) {
+  using Shape = MmaShape<W>;
+  constexpr int STEPS = W / 16, TILES = Shape::keys / 8, COLUMNS = W / 8;
+  VLM_DYN_SMEM(uint16_t, query);
+  uint16_t* keys_at = query + Shape::queries * W;
+  uint16_t* values_at = keys_at + 2 * Shape::tile;
+
+  const AttentionProblem& p = call.problem;
+  const int64_t tiles = pieces(p.queries, Shape::queries), head = blockIdx.x / tiles;
+  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
+  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::queries, i1 = smaller(i0 + Shape::queries, p.queries);
+  const MaskProgram mask = mask_of(p, b);
+  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  const auto fetch = [&](int stage, int64_t j0) {
+    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+    fetch_tile<W>(keys_at + stage * Shape::tile, head_of(call.k, b, g) + j0 * call.k.row_stride, call.k.row_stride,
+                  p.keys - j0, p.width, exists);
+    fetch_tile<W>(values_at + stage * Shape::tile, head_of(call.v, b, g) + j0 * call.v.row_stride, call.v.row_stride,
+                  p.keys - j0, p.value_width, exists);
+  };
+
+  fetch_tile<W>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, i1 - i0, p.width,
+                [](int) { return true; });
+  copy_commit();
+  copy_wait<0>();
+  __syncthreads();
+  uint32_t left[STEPS][4];
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+    load_matrices<false>(left[k], chunk_at<W>(query, 16 * warp + lane % 16, 16 * k + lane / 16 * 8));
+
+  float out[COLUMNS][4], top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
+
+  int stage = 0;
+  int64_t j0 = next_tile(mask, i0, i1, 0, p.keys, Shape::keys);
+  if (j0 < p.keys) fetch(0, j0);
+  copy_commit();
+  while (j0 < p.keys) {
+    const int64_t after = next_tile(mask, i0, i1, j0 + Shape::keys, p.keys, Shape::keys);
+    if (after < p.keys) fetch(1 - stage, after);
+    copy_commit();
+    copy_wait<1>();
+    __syncthreads();
+    uint16_t* key = keys_at + stage * Shape::tile;
+    uint16_t* value = values_at + stage * Shape::tile;
+
+    float s[TILES][4];
+#pragma unroll
+    for (int n = 0; n < TILES; n += 2) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] = s[n + 1][e] = 0.0f;
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k) {
+        uint32_t right[4];
+        load_matrices<false>(right, chunk_at<W>(key, 8 * n + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8));
+        mma_bf16(s[n], left[k], {right[0], right[1]});
+        mma_bf16(s[n + 1], left[k], {right[2], right[3]});
+      }
+    }
+    // This thread holds rows lane / 4 and lane / 4 + 8, of each tile of 8 keys two neighbours.
+    float high[2] = {minus_infinity(), minus_infinity()};
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int64_t i = i0 + 16 * warp + lane / 4 + 8 * (e / 2), j = j0 + 8 * n + 2 * (lane % 4) + e % 2;
+        s[n][e] = logit(p, mask, bias, j < p.keys && mask.keys.exists(j), i, j, s[n][e]);
+        high[e / 2] = fmaxf(high[e / 2], s[n][e]);
+      }
+    float shrink[2], part[2] = {0.0f, 0.0f}, reference[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float now = fmaxf(top[r], quad_max(high[r]));
+      reference[r] = now == minus_infinity() ? 0.0f : now;
+      shrink[r] = expf(top[r] - reference[r]);
+      top[r] = now;
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = expf(s[n][e] - reference[e / 2]);
+        part[e / 2] += s[n][e];
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = sum[r] * shrink[r] + quad_sum(part[r]);
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
+#pragma unroll
+    for (int k = 0; k < Shape::keys / 16; ++k) {
+      const uint32_t weights[4] = {pack_bf16(s[2 * k][0], s[2 * k][1]), pack_bf16(s[2 * k][2], s[2 * k][3]),
+                                   pack_bf16(s[2 * k + 1][0], s[2 * k + 1][1]),
+                                   pack_bf16(s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n += 2) {
+        uint32_t right[4];
+        load_matrices<true>(right, chunk_at<W>(value, 16 * k + lane % 16, 8 * n + lane / 16 * 8));
+        mma_bf16(out[n], weights, {right[0], right[1]});
+        mma_bf16(out[n + 1], weights, {right[2], right[3]});
+      }
+    }
+    __syncthreads();
+    j0 = after;
+    stage = 1 - stage;
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t i = i0 + 16 * warp + lane / 4 + 8 * r;
+    if (i >= p.queries) continue;
+    const float factor = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+    uint16_t* to = call.out.data + b * call.out.batch_stride + h * call.out.head_stride + i * call.out.row_stride;
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n) {
+      const int column = 8 * n + 2 * (lane % 4);
+      const uint32_t pair = pack_bf16(out[n][2 * r] * factor, out[n][2 * r + 1] * factor);
+      if (column < p.value_width) to[column] = uint16_t(pair);
+      if (column + 1 < p.value_width) to[column + 1] = uint16_t(pair >> 16);
+    }
+    if (lane % 4 == 0)
+      call.lse[(b * p.query_heads + h) * p.queries + i] = sum[r] > 0.0f ? top[r] + logf(sum[r]) : minus_infinity();
+  }
+}
+
+template <int W>
+void launch_attention_mma(const AttentionForwardBf16& call, void* stream) {
+  using Shape = MmaShape<W>;
+  const AttentionProblem& p = call.problem;
+  const int64_t count = pieces(p.queries, Shape::queries) * p.batch * p.query_heads;
+  if (count > 0)
+    VLM_LAUNCH(attention_mma_kernel<W>, {blocks(count)}, {Shape::threads}, Shape::shared_bytes, stream, call);
+}
+
+}  // namespace vlm::cuda

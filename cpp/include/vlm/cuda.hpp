@@ -1,0 +1,170 @@
+// Operators on CUDA devices. Every pointer is device memory; last axes are contiguous; strides count elements.
+//
+// `stream` is a cudaStream_t. Calls return once the kernels are launched; nothing is allocated: a caller gives
+// `workspace` of at least the bytes asked for, aligned to 16 bytes, which may be reused once the stream has passed.
+// Results do not depend on the order in which blocks run. All throw std::invalid_argument on what the kernels do not
+// take and std::runtime_error with CUDA's words if a launch fails.
+//
+// Numerics: float32 products and sums unless said otherwise; no tensor cores, no TF32.
+#pragma once
+
+#include <cstdint>
+
+#include "vlm/view.hpp"
+
+namespace vlm::cuda {
+
+// ---- exact attention
+//
+// q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, V] -> out [B, Hq, N, V], lse [B, Hq, N]; D and V at most 256. Query
+// head h reads key head h / (Hq / Hk). s_ij = scale <q_i, k_j> + bias_ij; pair (i, j) is allowed if (not causal or j <=
+// i + causal_offset) and key_mask[b, j] is not 0. A removed pair has probability exactly 0, and what key_mask removes
+// is never read. A row without an allowed key: output 0, lse -inf, no gradient.
+struct AttentionProblem {
+  int64_t batch, query_heads, key_heads, queries, keys, width, value_width;
+  Heads q, k, v;
+  float scale;
+  bool causal;
+  int64_t causal_offset;    // keys - queries for bottom-right alignment, 0 for top-left
+  const uint8_t* key_mask;  // [batch, keys] with row stride key_mask_stride, or null
+  int64_t key_mask_stride;
+  Heads bias;               // data null = none; strides of 0 repeat it
+};
+
+struct AttentionForward {
+  AttentionProblem problem;
+  MutableHeads out;
+  float* lse;  // [batch, query_heads, queries], contiguous
+};
+
+struct AttentionBackward {
+  AttentionProblem problem;
+  Heads out;
+  const float* lse;
+  Heads dout;
+  const float* dlse;  // contiguous like lse, or null for zero
+  MutableHeads dq, dk, dv;
+  float* dbias;       // [bias_batch, bias_heads, bias_rows, keys], contiguous, or null; each extent is 1 or full
+  int64_t bias_batch, bias_heads, bias_rows;
+};
+
+void attention_forward(const AttentionForward& call, void* stream);
+int64_t attention_backward_workspace(const AttentionProblem& problem);
+void attention_backward(const AttentionBackward& call, void* workspace, void* stream);
+
+// The most shared memory that a block of the float32 kernels for this problem asks for; a device may have less.
+int64_t attention_shared_bytes(const AttentionProblem& problem);
+int64_t device_shared_bytes(int device);
+
+// bf16 in and out on tensor cores: products of bf16, sums in float32, probabilities rounded to bf16 for the second
+// product. D and V at most 128. Data is aligned to 16 bytes and strides of q, k, v are multiples of 8, so that rows can
+// be copied in pieces of 16 bytes.
+struct HalfHeads {
+  const uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct MutableHalfHeads {
+  uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct AttentionForwardBf16 {
+  AttentionProblem problem;  // its q, k, v are not looked at; mask and bias (float32) are
+  HalfHeads q, k, v;
+  MutableHalfHeads out;
+  float* lse;
+};
+
+void attention_forward_bf16(const AttentionForwardBf16& call, void* stream);
+
+// ---- column sums of attention
+//
+// sums_bhj = sum_i weights_bhi P_bhij with P_ij = exp(s_ij - lse_i); a query of weight 0 is not read into a sum.
+struct AttentionColumnSums {
+  AttentionProblem problem;  // v is not looked at
+  const float* lse;          // [batch, query_heads, queries], contiguous
+  const float* weights;      // the same extents, contiguous; null = all 1
+  float* sums;               // [batch, query_heads, keys], contiguous
+};
+
+void attention_column_sums(const AttentionColumnSums& call, void* stream);
+
+// ---- contrastive losses
+//
+// Rows x [R, E], columns y [C, E], z_ij = scale <x_i, y_j> (+ bias for the sigmoid loss). Pair (i, j) is positive if
+// row_ids[i] == column_ids[j]; without ids if j == i + row_offset.
+// Softmax: rows[i] = logsumexp_j z_ij - mean of z_ij over the positives of row i, 0 if it has none; columns likewise.
+// Sigmoid: rows[i] and columns[j] are the sums of softplus(-t z_ij), t = +1 on positives and -1 elsewhere.
+// Backward takes the gradient of every value. Logits are recomputed; no [R, C] buffer exists, but the workspace holds
+// 12 bytes for each column and 64 rows.
+enum class PairLoss : int { softmax = 0, sigmoid = 1 };
+
+struct PairProblem {
+  int64_t rows, columns, width;
+  Matrix x, y;
+  float scale;
+  float bias;                 // sigmoid only
+  const int64_t* row_ids;     // [rows] or null
+  const int64_t* column_ids;  // [columns] or null, together with row_ids
+  int64_t row_offset;         // used without ids
+};
+
+struct PairForward {
+  PairProblem problem;
+  float* row_values;     // [rows]
+  float* column_values;  // [columns]
+  float* row_lse;        // [rows], softmax only: logsumexp_j z_ij
+  float* column_lse;     // [columns], softmax only
+};
+
+struct PairBackward {
+  PairProblem problem;
+  const float* row_lse;  // softmax only
+  const float* column_lse;
+  const float* row_gradient;     // [rows]
+  const float* column_gradient;  // [columns]
+  MutableMatrix dx;              // [rows, width], data may be null if not wanted
+  MutableMatrix dy;              // [columns, width], data may be null
+  double* dlog_scale;            // one number on the device
+  double* dbias;                 // one number on the device
+};
+
+int64_t pair_workspace(const PairProblem& problem);
+void pair_forward(PairLoss loss, const PairForward& call, void* workspace, void* stream);
+void pair_backward(PairLoss loss, const PairBackward& call, void* workspace, void* stream);
+
+// ---- linear attention with decay
+//
+// With a = exp(log_decay[h]) and the state S [D, E] of each batch and head: S_t = a S_{t-1} + k_t v_t^T, out_t = q_t
+// S_t; `reverse` visits the last position first and decays after reading: out_t = q_t (S + k_t v_t^T), S <- a (S + k_t
+// v_t^T). So the gradients are scans as well: dq = scan(dout, v, k, state^T), dk = reverse scan(v, dout, q, dfinal^T),
+// dv = reverse scan(k, q, dout, dfinal), whose final state is the gradient of `state`. D at most 128.
+struct LinearDecay {
+  int64_t batch, heads, length, width, value_width;
+  Heads q, k, v;           // [B, H, N, D], [B, H, N, D], [B, H, N, E]
+  const float* log_decay;  // [H], <= 0
+  const float* state;      // [B, H, D, E] contiguous, or null for 0
+  bool reverse;
+  MutableHeads out;        // [B, H, N, E]
+  float* final_state;      // [B, H, D, E] contiguous, or null if not wanted
+};
+
+void linear_decay(const LinearDecay& call, void* stream);
+
+// ---- token selection
+//
+// The counts[b] best candidates of each row and every entry of `always`, as ascending indices padded with -1. A
+// candidate is valid and not in `always`. Equal scores: the lowest index. NaN counts as -inf.
+struct TokenSelect {
+  int64_t batch, length;
+  const float* scores;            // [batch, length], contiguous
+  const int64_t* counts;          // [batch]
+  const uint8_t *valid, *always;  // [batch, length], contiguous, or null: all valid, none always in
+  int64_t* index;                 // [batch, length], contiguous
+  int64_t* found;                 // [batch]
+};
+
+void token_select(const TokenSelect& call, void* stream);
+
+}  // namespace vlm::cuda

@@ -1,0 +1,117 @@
+"""The Python side of the CUDA operators over the emulated kernels: addresses, strides, types, gradients.
+
+Usage: check_operators.py MODULE, the path of `_native_cuda_emulated`. It runs the very functions that serve CUDA
+tensors, on CPU tensors, against the float64 twins. Exit code 77 (skipped) without torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+try:
+    import torch
+except ImportError:
+    sys.exit(77)
+
+from torch import Tensor
+
+from vlm.ops import attention_cuda, attention_reference, contrastive_cuda
+from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+
+
+def load(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("_native_cuda_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def near(name: str, got: Tensor, exact: Tensor, tolerance: float) -> None:
+    assert got.shape == exact.shape, f"{name}: {tuple(got.shape)} instead of {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{name}: infinities differ"
+    error = (got.double() - exact)[finite].abs().max() / exact[finite].abs().max().clamp(min=1.0)
+    assert error <= tolerance, f"{name}: error {float(error):.2e}"
+
+
+def strided(*shape: int) -> Tensor:
+    """Like the heads of a fused projection: [B, N, H, E] in memory, with something between the rows."""
+    batch, heads, length, width = shape
+    return torch.randn(batch, length, heads, width + 3)[..., :width].transpose(1, 2)
+
+
+def check_attention(core: Any) -> None:
+    q, k, v = strided(2, 4, 37, 24), strided(2, 2, 70, 24), strided(2, 2, 70, 17)
+    bias = torch.randn(1, 4, 1, 70)
+    mask = torch.rand(2, 70) > 0.2
+    mask[0] = False
+    leaves = [t.double().requires_grad_() for t in (q, k, v, bias)]
+    options = {"causal": True, "alignment": "bottom-right", "key_mask": mask}
+    exact = attention_reference(*leaves[:3], bias=leaves[3], return_lse=True, **options)  # type: ignore[arg-type]
+    dout, dlse = torch.randn(2, 4, 37, 17), torch.randn(2, 4, 37)
+    loss = (exact[0] * dout).sum() + (torch.where(exact[1].isinf(), 0.0, exact[1]) * dlse).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    arguments = (q, k, v, mask, bias, 24**-0.5, True, 70 - 37)
+    out, lse = attention_cuda.call_forward(core, 0, *arguments)
+    near("attention out", out, exact[0].detach(), 2e-6)
+    near("attention lse", lse, exact[1].detach(), 2e-6)
+    got = attention_cuda.call_backward(core, 0, *arguments, out, lse, dout, dlse, True)
+    for name, a, b in zip("qkvb", got, gradients):
+        near(f"attention d{name}", a, b, 1e-5)
+    assert attention_cuda.call_backward(core, 0, *arguments, out, lse, dout, dlse, False)[3].numel() == 0
+
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    exact = attention_reference(q.double(), k.double(), v.double(), bias=bias.double(), return_lse=True, **options)  # type: ignore[arg-type]
+    out, lse = attention_cuda.call_forward_bf16(core, 0, q, k, v, mask, bias, 24**-0.5, True, 70 - 37)
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    near("attention bf16 out", out, exact[0], 6e-3)
+    near("attention bf16 lse", lse, exact[1], 3e-6)
+    assert core.attention_shared_bytes((1, 1, 1, 1, 1, 64, 64)) <= 99 * 1024  # every device since sm_80
+    try:
+        core.attention_shared_bytes((1, 1, 1, 1, 1, 300, 64))
+    except ValueError as error:
+        assert "at most 256" in str(error)
+    else:
+        raise AssertionError("a width of 300 was taken")
+
+
+def check_contrastive(core: Any) -> None:
+    x, y = torch.randn(70, 43)[:, :40] / 6, torch.randn(90, 40).T.contiguous().T / 6
+    groups_x, groups_y = torch.randint(-5, 20, (70,), dtype=torch.int32), torch.randint(-5, 20, (90,))
+    log_scale, bias = torch.tensor(1.9), torch.tensor(-2.0)
+    drows, dcolumns = torch.randn(70), torch.randn(90)
+    for loss, twin, scalars in (("softmax", contrastive_softmax_reference, [log_scale]),
+                                ("sigmoid", contrastive_sigmoid_reference, [log_scale, bias])):
+        for options in ({"groups_x": groups_x, "groups_y": groups_y}, {"row_offset": 15}):
+            leaves = [t.double().requires_grad_() for t in (x, y, *scalars)]
+            rows, columns = twin(*leaves, **options)
+            gradients = torch.autograd.grad((rows * drows).sum() + (columns * dcolumns).sum(), leaves)
+            arguments = (loss, x, y, log_scale, bias if loss == "sigmoid" else None, options.get("groups_x"),
+                         options.get("groups_y"), options.get("row_offset", 0))
+            got = contrastive_cuda.call_forward(core, 0, *arguments)  # type: ignore[arg-type]
+            near(f"{loss} rows", got[0], rows.detach(), 2e-6)
+            near(f"{loss} columns", got[1], columns.detach(), 2e-6)
+            found = contrastive_cuda.call_backward(core, 0, *arguments, got[2], got[3], drows, dcolumns, True, True)  # type: ignore[arg-type]
+            for name, a, b in zip(("x", "y", "scale", "bias"), found, gradients):
+                near(f"{loss} d{name}", a, b, 1e-5)
+            less = contrastive_cuda.call_backward(core, 0, *arguments, got[2], got[3], drows, dcolumns, False, True)  # type: ignore[arg-type]
+            assert less[0].numel() == 0
+            assert torch.equal(less[1], found[1])
+            assert torch.equal(less[2], found[2])
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    core = load(sys.argv[1])
+    check_attention(core)
+    check_contrastive(core)
+    print("the Python side agrees with the float64 twins")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+// The tensor core attention kernel against a float64 oracle on the same bf16 numbers.
+#include <stdexcept>
+
+#include "emulated.hpp"
+#include "vlm/cuda.hpp"
+
+using namespace vlm;
+using namespace vlm::test;
+
+namespace {
+
+struct Case {
+  int64_t batch, query_heads, key_heads, queries, keys, width, value_width;
+  bool causal;
+  int64_t offset;
+  bool mask, bias;
+  std::string name() const {
+    return "B" + std::to_string(batch) + " H" + std::to_string(query_heads) + "/" + std::to_string(key_heads) + " N" +
+           std::to_string(queries) + " M" + std::to_string(keys) + " D" + std::to_string(width) + " V" +
+           std::to_string(value_width) + " causal" + std::to_string(causal) + " mask" + std::to_string(mask) + " bias" +
+           std::to_string(bias);
+  }
+};
+
+int64_t stride_of(int64_t width) { return (width + 7) / 8 * 8 + 8; }
+
+struct Tensors {
+  Case c;
+  std::vector<uint16_t> q, k, v, out;
+  std::vector<uint8_t> mask;
+  std::vector<float> bias, lse;
+  std::vector<double> exact, exact_lse;
+
+  explicit Tensors(const Case& c_) : c(c_) {
+    Numbers numbers(5);
+    const auto fill = [&](int64_t count) {
+      std::vector<uint16_t> values;
+      for (float x : numbers.normal(count)) values.push_back(uint16_t(cuda::pack_bf16(x, 0.0f)));
+      return values;
+    };
+    q = fill(c.batch * c.query_heads * c.queries * stride_of(c.width));
+    k = fill(c.batch * c.key_heads * c.keys * stride_of(c.width));
+    v = fill(c.batch * c.key_heads * c.keys * stride_of(c.value_width));
+    if (c.mask) mask.resize(c.batch * c.keys);
+    for (int64_t j = 0; j < int64_t(mask.size()); ++j) {
+      mask[j] = numbers.below(4) > 0 && j >= (c.batch > 1 ? c.keys : 0);  // the first of several sequences has no key
+      const int64_t b = j / c.keys;
+      for (int64_t g = 0; g < c.key_heads && !mask[j]; ++g) {
+        const int64_t row = (b * c.key_heads + g) * c.keys + j % c.keys;
+        std::fill_n(k.begin() + row * stride_of(c.width), c.width, uint16_t(0x7fff));  // NaN
+        std::fill_n(v.begin() + row * stride_of(c.value_width), c.value_width, uint16_t(0x7fff));
+      }
+    }
+    if (c.bias) bias = numbers.normal(c.query_heads * c.queries * c.keys);
+    solve();
+  }
+
+  bool allowed(int64_t b, int64_t i, int64_t j) const {
+    return (!c.causal || j <= i + c.offset) && (!c.mask || mask[b * c.keys + j]);
+  }
+  void solve() {
+    exact.assign(c.batch * c.query_heads * c.queries * c.value_width, 0.0);
+    exact_lse.assign(c.batch * c.query_heads * c.queries, -INFINITY);
+    for (int64_t row = 0; row < int64_t(exact_lse.size()); ++row) {
+      const int64_t i = row % c.queries, h = row / c.queries % c.query_heads, b = row / c.queries / c.query_heads;
+      const int64_t key_head = b * c.key_heads + h / (c.query_heads / c.key_heads);
+      double sum = 0.0;
+      for (int64_t j = 0; j < c.keys; ++j) {
+        if (!allowed(b, i, j)) continue;
+        double dot = 0.0;
+        for (int64_t e = 0; e < c.width; ++e)
+          dot += double(cuda::float_of_bf16(q[row * stride_of(c.width) + e])) *
+                 cuda::float_of_bf16(k[(key_head * c.keys + j) * stride_of(c.width) + e]);
+        const double weight = std::exp(dot * scale() + (c.bias ? bias[(h * c.queries + i) * c.keys + j] : 0.0f));
+        sum += weight;
+        for (int64_t e = 0; e < c.value_width; ++e)
+          exact[row * c.value_width + e] +=
+              weight * cuda::float_of_bf16(v[(key_head * c.keys + j) * stride_of(c.value_width) + e]);
+      }
+      if (sum == 0.0) continue;
+      exact_lse[row] = std::log(sum);
+      for (int64_t e = 0; e < c.value_width; ++e) exact[row * c.value_width + e] /= sum;
+    }
+  }
+  float scale() const { return 1.0f / std::sqrt(float(c.width)); }
+
+  void run() {
+    const auto view = [](const std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t stride) {
+      return cuda::HalfHeads{t.data(), heads * length * stride, length * stride, stride};
+    };
+    out.assign(exact.size(), 0x7fff);
+    lse.assign(exact_lse.size(), NAN);
+    Heads b{nullptr, 0, 0, 0};
+    if (c.bias) b = {bias.data(), 0, c.queries * c.keys, c.keys};
+    const Heads none{nullptr, 0, 0, 0};
+    cuda::attention_forward_bf16(
+        {{c.batch, c.query_heads, c.key_heads, c.queries, c.keys, c.width, c.value_width, none, none, none, scale(),
+          c.causal, c.offset, c.mask ? mask.data() : nullptr, c.keys, b},
+         view(q, c.query_heads, c.queries, stride_of(c.width)),
+         view(k, c.key_heads, c.keys, stride_of(c.width)),
+         view(v, c.key_heads, c.keys, stride_of(c.value_width)),
+         {out.data(), c.query_heads * c.queries * c.value_width, c.queries * c.value_width, c.value_width},
+         lse.data()},
+        nullptr);
+  }
+  std::vector<float> result() const {
+    std::vector<float> values;
+    for (uint16_t bits : out) values.push_back(cuda::float_of_bf16(bits));
+    return values;
+  }
+  bool close() const { return error_between(result(), exact) <= 6e-3 && error_between(lse, exact_lse) <= 3e-6; }
+};
+
+void compare(const Case& c) {
+  Tensors t(c);
+  in_every_mode([&](const std::string& mode) {
+    t.run();
+    // Rounding to 8 bits: of the result, and of each probability.
+    check_close(t.result(), t.exact, 6e-3, c.name() + " " + mode + " out");
+    check_close(t.lse, t.exact_lse, 3e-6, c.name() + " " + mode + " lse");
+  });
+}
+
+}  // namespace
+
+int main() {
+  return run_emulated([] {
+    compare({1, 1, 1, 1, 1, 8, 8, false, 0, false, false});
+    compare({1, 1, 1, 0, 4, 8, 8, false, 0, false, false});
+    compare({1, 1, 1, 4, 0, 8, 8, false, 0, false, false});
+    compare({1, 2, 1, 63, 65, 64, 64, true, 2, true, false});
+    compare({2, 2, 1, 65, 64, 33, 21, true, -1, true, true});
+    compare({1, 1, 1, 20, 130, 128, 72, false, 0, false, true});
+    const Tensors small(Case{1, 1, 1, 64, 200, 16, 16, true, 136, true, false});
+    every_barrier_is_needed("attention bf16", [&] {
+      Tensors t = small;
+      t.run();
+      return t.close();
+    });
+    bool refused = false;
+    try {
+      Tensors t(Case{1, 1, 1, 4, 4, 8, 136, false, 0, false, false});
+      t.run();
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    check(refused, "a width over 128 is refused");
+  });
+}

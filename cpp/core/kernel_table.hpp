@@ -3,6 +3,7 @@
 
 #include "vlm/attention.hpp"
 #include "vlm/contrastive.hpp"
+#include "vlm/recurrent.hpp"
 
 namespace vlm {
 
@@ -21,6 +22,7 @@ struct KernelTable {
   void (*softmax_pair_backward)(const PairBackward&, const PairTargets&, int threads);
   void (*sigmoid_pair_forward)(const PairForward&, const PairTargets&, int threads);
   void (*sigmoid_pair_backward)(const PairBackward&, const PairTargets&, int threads);
+  void (*linear_scan)(const LinearScan&, int threads);
 };
 
 const KernelTable& active_kernels();

@@ -2,6 +2,7 @@
 #include "attention/attention_kernels.hpp"
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
+#include "recurrent/recurrent_kernels.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -10,6 +11,7 @@ extern const KernelTable kernel_table;
 const KernelTable kernel_table = {
     attention_forward,     attention_backward,   softmax_pair_forward,
     softmax_pair_backward, sigmoid_pair_forward, sigmoid_pair_backward,
+    linear_scan,
 };
 
 }  // namespace VLM_LEVEL

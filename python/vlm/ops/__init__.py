@@ -5,6 +5,8 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.linear_decay import linear_decay
+from vlm.ops.linear_decay_reference import linear_decay_reference
 from vlm.ops.self_check import OperatorCheck, self_test
 
 __all__ = [
@@ -19,5 +21,7 @@ __all__ = [
     "contrastive_softmax",
     "contrastive_softmax_reference",
     "current_backend",
+    "linear_decay",
+    "linear_decay_reference",
     "self_test",
 ]

@@ -23,6 +23,8 @@ struct KernelTable {
   void (*sigmoid_pair_forward)(const PairForward&, const PairTargets&, int threads);
   void (*sigmoid_pair_backward)(const PairBackward&, const PairTargets&, int threads);
   void (*linear_scan)(const LinearScan&, int threads);
+  void (*ssm_forward)(const SsmForward&, int threads);
+  void (*ssm_backward)(const SsmBackward&, int threads);
 };
 
 const KernelTable& active_kernels();

@@ -12,6 +12,8 @@ const KernelTable kernel_table = {
     attention_forward,     attention_backward,   softmax_pair_forward,
     softmax_pair_backward, sigmoid_pair_forward, sigmoid_pair_backward,
     linear_scan,
+    ssm_forward,
+    ssm_backward,
 };
 
 }  // namespace VLM_LEVEL

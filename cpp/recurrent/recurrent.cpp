@@ -7,6 +7,26 @@
 #include "core/kernel_table.hpp"
 
 namespace vlm {
+namespace {
+
+void check(const SsmProblem& p) {
+  for (int64_t n : {p.batch, p.length, p.channels, p.states})
+    if (n < 0) throw std::invalid_argument("ssm_scan: negative size");
+  for (int64_t i = 0; i < p.channels * p.states; ++i)
+    if (!(p.rate[i] <= 0.0f)) throw std::invalid_argument("ssm_scan: rate must not be above 0");
+}
+
+}  // namespace
+
+void ssm_forward(const SsmForward& call, int threads) {
+  check(call.problem);
+  active_kernels().ssm_forward(call, std::max(threads, 1));
+}
+
+void ssm_backward(const SsmBackward& call, int threads) {
+  check(call.problem);
+  active_kernels().ssm_backward(call, std::max(threads, 1));
+}
 
 void linear_scan(const LinearScan& call, int threads) {
   for (int64_t n : {call.batch, call.heads, call.length, call.width, call.value_width})

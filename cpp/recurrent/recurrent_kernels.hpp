@@ -7,6 +7,8 @@ namespace vlm {
 namespace VLM_LEVEL {
 
 void linear_scan(const LinearScan& call, int threads);
+void ssm_forward(const SsmForward& call, int threads);
+void ssm_backward(const SsmBackward& call, int threads);
 
 }  // namespace VLM_LEVEL
 }  // namespace vlm

@@ -93,6 +93,94 @@ void compare(int64_t B, int64_t H, int64_t N, int64_t D, int64_t E) {
       }
 }
 
+// The selective scan: values against the recurrence, gradients against finite differences of it in double.
+struct Ssm {
+  int64_t B, N, C, S;
+  std::vector<float> x, delta, rate, b, c, skip, state, out, last, borders;
+  std::vector<std::vector<float>> gradients;
+  std::vector<uint8_t> keep;
+  std::vector<int32_t> run;
+
+  Ssm(int64_t batch, int64_t n, int64_t channels, int64_t states) : B(batch), N(n), C(channels), S(states) {
+    Numbers numbers(5);
+    x = numbers.normal(B * N * C);
+    delta = numbers.normal(B * N * C);
+    rate = numbers.normal(C * S);
+    for (float& r : rate) r = -std::fabs(r);
+    b = numbers.normal(B * N * S);
+    c = numbers.normal(B * N * S);
+    skip = numbers.normal(C);
+    state = numbers.normal(B * C * S);
+    for (int64_t i = 0; i < B * N; ++i) {
+      keep.push_back(i % N % 5 != 3);
+      run.push_back(int32_t(i % N / 20));
+    }
+    out.resize(B * N * C);
+    last.resize(B * C * S);
+    borders.resize(B * ((N + SSM_CHUNK - 1) / SSM_CHUNK) * C * S);
+    for (int64_t n_ : {B * N * C, B * N * C, C * S, B * N * S, B * N * S, C, B * C * S})
+      gradients.push_back(std::vector<float>(n_));
+  }
+  SsmProblem problem() const {
+    return {B, N, C, S, {x.data(), N * C, C}, {delta.data(), N * C, C}, rate.data(), {b.data(), N * S, S},
+            {c.data(), N * S, S}, skip.data(), state.data(), keep.data(), run.data()};
+  }
+  // Loss: the sum of out * (1 + place % 3) and of the last state.
+  double loss(const std::vector<double> (&in)[7], std::vector<double>* values) const {
+    double sum = 0.0;
+    for (int64_t row = 0; row < B; ++row)
+      for (int64_t ch = 0; ch < C; ++ch)
+        for (int64_t s = 0; s < S; ++s) {
+          double h = in[6][(row * C + ch) * S + s];
+          for (int64_t t = 0; t < N; ++t) {
+            const int64_t at = row * N + t;
+            if (t > 0 && run[at] != run[at - 1]) h = 0.0;
+            if (keep[at] == 0) continue;
+            const double step = std::log1p(std::exp(in[1][at * C + ch])), x_ = in[0][at * C + ch];
+            h = std::exp(step * in[2][ch * S + s]) * h + step * x_ * in[3][at * S + s];
+            const double out_ = h * in[4][at * S + s] + (s == 0 ? in[5][ch] * x_ : 0.0);
+            if (values != nullptr) (*values)[at * C + ch] += out_;
+            sum += out_ * double(1 + (at * C + ch) % 3);
+          }
+          sum += h;
+        }
+    return sum;
+  }
+  void check_all() {
+    const std::string name = "ssm N" + std::to_string(N) + " C" + std::to_string(C) + " S" + std::to_string(S);
+    std::vector<float> dout(B * N * C), dlast(B * C * S, 1.0f);
+    for (std::size_t i = 0; i < dout.size(); ++i) dout[i] = float(1 + i % 3);
+    std::vector<std::vector<float>> first;
+    for (int threads : {1, 3}) {
+      ssm_forward({problem(), out.data(), last.data(), borders.data()}, threads);
+      ssm_backward({problem(), borders.data(), {dout.data(), N * C, C}, dlast.data(), gradients[0].data(),
+                    gradients[1].data(), gradients[2].data(), gradients[3].data(), gradients[4].data(),
+                    gradients[5].data(), gradients[6].data()},
+                   threads);
+      if (threads == 1) first = gradients;
+      for (int i = 0; i < 7; ++i) check(same_bits(first[i], gradients[i]), name + " threads");
+    }
+    const std::vector<float>* inputs[7] = {&x, &delta, &rate, &b, &c, &skip, &state};
+    std::vector<double> in[7], values(B * N * C, 0.0);
+    for (int i = 0; i < 7; ++i) in[i].assign(inputs[i]->begin(), inputs[i]->end());
+    loss(in, &values);
+    check_close(out, values, 4e-6, name + " out");
+    Numbers numbers(3);
+    for (int i = 0; i < 7; ++i)
+      for (int trial = 0; trial < 6; ++trial) {
+        const int64_t place = numbers.below(int64_t(in[i].size()));
+        const double before = in[i][place], small = 1e-5;
+        in[i][place] = before + small;
+        const double above = loss(in, nullptr);
+        in[i][place] = before - small;
+        const double slope = (above - loss(in, nullptr)) / (2 * small);
+        in[i][place] = before;
+        check(std::fabs(slope - gradients[i][place]) <= 1e-4 * std::fmax(1.0, std::fabs(slope)),
+              name + " gradient " + std::to_string(i));
+      }
+  }
+};
+
 void refused() {
   Scan one(1, 1, 3, 2, 2, false, false);
   one.log_decay[0] = 0.1f;
@@ -112,6 +200,8 @@ int main(int argc, char** argv) {
     compare(1, 1, 97, 33, 130);
     compare(0, 2, 9, 4, 4);
     compare(1, 9, 70, 1, 1);
+    Ssm(2, 131, 19, 3).check_all();
+    Ssm(1, 64, 70, 16).check_all();
     refused();
   });
 }

@@ -87,7 +87,7 @@ def test_core_transnormer_pieces_that_pass_the_state_equal_one_call(backend: ops
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_core_transnormer_without_decay_is_the_causal_sum(backend: ops.Backend) -> None:
-    q, k, v, log_decay, _ = tensors(2, 2, 99, 5, 6)
+    q, k, v, _, _ = tensors(2, 2, 99, 5, 6)
     expected = (q @ k.mT).tril() @ v
     with ops.backend(backend):
         got, last = ops.linear_decay(q.float(), k.float(), v.float(), torch.zeros(2))

@@ -47,4 +47,46 @@ struct LinearScan {
 // Throws std::invalid_argument on sizes that do not fit and std::bad_alloc without memory. threads >= 1.
 void linear_scan(const LinearScan& call, int threads);
 
+// Selective state-space scan: with step = softplus(delta) (one number for each position and channel c) and the state
+// h [C, S] of each batch
+//   h_t[c, s] = exp(step rate[c, s]) h_{t-1}[c, s] + step x_t[c] b_t[s],   out_t[c] = sum_s h_t[c, s] c_t[s] + skip[c] x_t[c].
+// Channels are vector lanes; time is walked in chunks of SSM_CHUNK, whose first states are kept for the backward pass,
+// which computes the others again.
+constexpr int64_t SSM_CHUNK = 64;
+
+struct Rows {  // [batch, length, width], the last axis contiguous
+  const float* data;
+  int64_t batch_stride, row_stride;
+};
+
+struct SsmProblem {
+  int64_t batch, length, channels, states;
+  Rows x, delta;         // [B, N, C]
+  const float* rate;     // [C, S] contiguous, <= 0
+  Rows b, c;             // [B, N, S]
+  const float* skip;     // [C]
+  const float* state;    // [B, C, S] contiguous, or null for 0
+  const uint8_t* keep;   // [B, N] contiguous or null
+  const int32_t* run;    // [B, N] contiguous or null
+};
+
+struct SsmForward {
+  SsmProblem problem;
+  float* out;            // [B, N, C] contiguous
+  float* final_state;    // [B, C, S] contiguous
+  float* boundaries;     // [B, ceil(N / SSM_CHUNK), C, S] contiguous: states before each chunk
+};
+
+struct SsmBackward {
+  SsmProblem problem;
+  const float* boundaries;
+  Rows dout;                                     // [B, N, C]
+  const float* dfinal;                           // [B, C, S] contiguous
+  float *dx, *ddelta, *drate, *db, *dc, *dskip;  // contiguous, of the shapes of their inputs
+  float* dstate;                                 // [B, C, S]
+};
+
+void ssm_forward(const SsmForward& call, int threads);
+void ssm_backward(const SsmBackward& call, int threads);
+
 }  // namespace vlm

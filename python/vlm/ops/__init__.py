@@ -8,6 +8,8 @@ from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contras
 from vlm.ops.linear_decay import linear_decay
 from vlm.ops.linear_decay_reference import linear_decay_reference
 from vlm.ops.self_check import OperatorCheck, self_test
+from vlm.ops.ssm_scan import ssm_scan
+from vlm.ops.ssm_scan_reference import ssm_scan_reference
 
 __all__ = [
     "Alignment",
@@ -24,4 +26,6 @@ __all__ = [
     "linear_decay",
     "linear_decay_reference",
     "self_test",
+    "ssm_scan",
+    "ssm_scan_reference",
 ]

@@ -1,7 +1,25 @@
 """The `[attention]` axis: kinds of attention a preset may ask for, and the plug-in for transformers models."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from vlm.attention.exact import ExactAttention, ExactAttentionOptions
+from vlm.attention.linear_decay import LinearDecay, LinearDecayOptions
+from vlm.attention.ssm_scan import SelectiveScan, SsmOptions
 
 AttentionOptions = ExactAttentionOptions
 
-__all__ = ["AttentionOptions", "ExactAttention", "ExactAttentionOptions"]
+MixerOptions = Annotated[LinearDecayOptions | SsmOptions, Field(discriminator="kind")]
+"""Recurrent layers that may stand where a language model has attention."""
+
+__all__ = [
+    "AttentionOptions",
+    "ExactAttention",
+    "ExactAttentionOptions",
+    "LinearDecay",
+    "LinearDecayOptions",
+    "MixerOptions",
+    "SelectiveScan",
+    "SsmOptions",
+]

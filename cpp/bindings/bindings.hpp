@@ -19,5 +19,6 @@ void register_runtime(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_contrastive(pybind11::module_& m);
 void register_recurrent(pybind11::module_& m);
+void register_selection(pybind11::module_& m);
 
 }  // namespace vlm::bindings

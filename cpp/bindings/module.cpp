@@ -6,4 +6,5 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_attention(m);
   vlm::bindings::register_contrastive(m);
   vlm::bindings::register_recurrent(m);
+  vlm::bindings::register_selection(m);
 }

@@ -4,6 +4,7 @@
 #include "vlm/attention.hpp"
 #include "vlm/contrastive.hpp"
 #include "vlm/recurrent.hpp"
+#include "vlm/selection.hpp"
 
 namespace vlm {
 
@@ -25,6 +26,8 @@ struct KernelTable {
   void (*linear_scan)(const LinearScan&, int threads);
   void (*ssm_forward)(const SsmForward&, int threads);
   void (*ssm_backward)(const SsmBackward&, int threads);
+  void (*select_hierarchical)(const HierarchicalSelection&, int threads);
+  void (*block_sparse_forward)(const BlockSparseForward&, int threads);
 };
 
 const KernelTable& active_kernels();

@@ -3,6 +3,7 @@
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
 #include "recurrent/recurrent_kernels.hpp"
+#include "selection/selection_kernels.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -14,6 +15,8 @@ const KernelTable kernel_table = {
     linear_scan,
     ssm_forward,
     ssm_backward,
+    select_hierarchical,
+    block_sparse_forward,
 };
 
 }  // namespace VLM_LEVEL

@@ -7,6 +7,7 @@ from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 from vlm.ops.linear_decay import linear_decay
 from vlm.ops.linear_decay_reference import linear_decay_reference
+from vlm.ops.selection import BlockList, block_sparse_attention, select_hierarchical
 from vlm.ops.self_check import OperatorCheck, self_test
 from vlm.ops.ssm_scan import ssm_scan
 from vlm.ops.ssm_scan_reference import ssm_scan_reference
@@ -14,10 +15,12 @@ from vlm.ops.ssm_scan_reference import ssm_scan_reference
 __all__ = [
     "Alignment",
     "Backend",
+    "BlockList",
     "OperatorCheck",
     "attention",
     "attention_reference",
     "backend",
+    "block_sparse_attention",
     "contrastive_sigmoid",
     "contrastive_sigmoid_reference",
     "contrastive_softmax",
@@ -25,6 +28,7 @@ __all__ = [
     "current_backend",
     "linear_decay",
     "linear_decay_reference",
+    "select_hierarchical",
     "self_test",
     "ssm_scan",
     "ssm_scan_reference",

@@ -90,10 +90,11 @@ def block_sparse_attention(
     q, k, v = _readable(q.float()), _readable(k.float()), _readable(v.float())
     index, count = blocks.index.contiguous(), blocks.count.contiguous()
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    lse = q.new_empty(q.shape[:3])
     core().block_sparse_forward(
         sizes=_sizes(q, k, blocks.block_q, blocks.block_k), q=_view(q), k=_view(k), v=_view(v), value_width=v.shape[3],
         capacity=index.shape[3], scale=q.shape[3] ** -0.5 if scale is None else scale, indices=index.data_ptr(),
-        counts=count.data_ptr(), out=_view(out), lse=q.new_empty(q.shape[:3]).data_ptr(), threads=torch.get_num_threads(),
+        counts=count.data_ptr(), out=_view(out), lse=lse.data_ptr(), threads=torch.get_num_threads(),
     )
     return out.to(kind)
 

@@ -81,6 +81,7 @@ def _search(q: Tensor, position: Tensor, k: Tensor, m: int, low: int, n: int, bl
     first, end = (t.expand(batch, heads, m) for t in (edges[:-1], edges[1:]))
     evaluated = torch.zeros((batch, heads), dtype=torch.int64, device=q.device)
     while bool((end - first > 1).any()):
+        going = (end - first > 1).any(-1)
         middle = torch.where(end - first > 1, first + (end - first) // 2, end)
         halves, stops = torch.stack([first, middle], -1).flatten(2), torch.stack([middle, end], -1).flatten(2)
         real = stops > halves
@@ -94,5 +95,5 @@ def _search(q: Tensor, position: Tensor, k: Tensor, m: int, low: int, n: int, bl
         score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~real, -torch.inf)  # never one that is not there
         best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :m].sort(-1).values
         first, end = halves.gather(-1, best), stops.gather(-1, best)
-        evaluated = evaluated + real.sum(-1)
+        evaluated = evaluated + torch.where(going, real.sum(-1), 0)
     return first, evaluated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -107,7 +108,7 @@ def test_core_hip_evaluations_grow_as_the_logarithm_of_the_length() -> None:
         scored = select_hierarchical(q, k, budget=64, block_k=1, window=0, sinks=0)[1]
         assert scored.max() <= 2 * 64 * math.ceil(math.log2(keys / 64) + 1)
         means.append(float(scored.float().mean()))
-    steps = [b - a for a, b in zip(means, means[1:])]
+    steps = [b - a for a, b in itertools.pairwise(means)]
     assert all(step <= 2 * 64 for step in steps)  # a constant for each doubling, not a doubling
     assert means[-1] < 16384 / 10
 

@@ -4,7 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions
 from vlm.attention.exact import ExactAttention, ExactAttentionOptions
+from vlm.attention.hierarchical import HierarchicalAttention, HierarchicalOptions
 from vlm.attention.linear_decay import LinearDecay, LinearDecayOptions
 from vlm.attention.ssm_scan import SelectiveScan, SsmOptions
 
@@ -15,8 +17,12 @@ MixerOptions = Annotated[LinearDecayOptions | SsmOptions, Field(discriminator="k
 
 __all__ = [
     "AttentionOptions",
+    "BlockMemory",
+    "BlockMemoryOptions",
     "ExactAttention",
     "ExactAttentionOptions",
+    "HierarchicalAttention",
+    "HierarchicalOptions",
     "LinearDecay",
     "LinearDecayOptions",
     "MixerOptions",

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from vlm.ops.attention import attention
 from vlm.ops.backend import core, use_native
-from vlm.ops.selection_reference import BlockList, Representative, capacity_of, dense_mask, select_hierarchical_reference
+from vlm.ops.selection_reference import (
+    BlockList,
+    capacity_of,
+    dense_mask,
+    select_hierarchical_reference,
+)
 
 __all__ = ["BlockList", "block_sparse_attention", "dense_mask", "select_hierarchical", "select_hierarchical_reference"]
 

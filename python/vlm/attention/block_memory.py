@@ -116,7 +116,8 @@ class BlockMemory(nn.Module):
             logits_near.masked_fill((lag_near < 0) | (lag_near >= own.n_local), -torch.inf),
             logits_far.masked_fill(lag_far < own.n_local, -torch.inf),  # what is in the window is not counted twice
         ], -1) * q.shape[2] ** -0.5
-        weights = torch.softmax(logits.float(), -1).to(q.dtype)  # one softmax over both branches
+        wide = torch.promote_types(q.dtype, torch.float32)
+        weights = torch.softmax(logits.to(wide), -1).to(q.dtype)  # one softmax over both branches
         state.score[:, first_local:] += weights[..., : len(near)].sum(1)
         near_values = state.values[:, first_local:].repeat_interleave(repeat, 0)
         return weights @ torch.cat([near_values, far_values], 1)

@@ -1,5 +1,7 @@
 """Block memory against full attention, against a window with sinks, and against itself with another cache."""
 
+import itertools
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -20,7 +22,7 @@ def read(options, q, k, v, pieces=()):
     memory = options.build()
     state = memory.start(HEADS, KV_HEADS, WIDTH, like=q)
     edges = [0, *pieces, q.shape[1]]
-    outs = [memory(q[:, a:b], k[:, a:b], v[:, a:b], state) for a, b in zip(edges, edges[1:])]
+    outs = [memory(q[:, a:b], k[:, a:b], v[:, a:b], state) for a, b in itertools.pairwise(edges)]
     return torch.cat(outs, 1), state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,6 @@ def test_wrong_lists_are_refused() -> None:
     block_sparse_attention(q, q, q, good)
     for wrong in ([1, 0], [0, 0], [0, 2], [-1, 0]):
         with pytest.raises(ValueError, match="ascending block numbers"):
-            block_sparse_attention(q, q, q, good._replace(index=torch.tensor([[[wrong]]], dtype=torch.int32)))
+            block_sparse_attention(q, q, q, replace(good, index=torch.tensor([[[wrong]]], dtype=torch.int32)))
     with pytest.raises(ValueError, match="the lists are"):
         block_sparse_attention(torch.zeros(1, 1, 5, 2), q, q, good)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 Representative = Literal["first", "center"]
 
 
-class BlockList(NamedTuple):
+@dataclass(frozen=True)
+class BlockList:
     """Key blocks of every block of queries: index int32 [B, H, P, K] ascending, -1 behind the count; count int32 [B, H, P]."""
 
     index: Tensor

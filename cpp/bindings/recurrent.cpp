@@ -19,8 +19,8 @@ using Pair = std::array<int64_t, 3>;  // address, then batch and row stride
 
 Rows rows(const Pair& v) { return {address<const float>(static_cast<uintptr_t>(v[0])), v[1], v[2]}; }
 
-SsmProblem ssm_problem(const std::array<int64_t, 4>& n, const std::array<Pair, 4>& rowed, uintptr_t rate, uintptr_t skip,
-                       uintptr_t state, uintptr_t keep, uintptr_t run) {
+SsmProblem ssm_problem(const std::array<int64_t, 4>& n, const std::array<Pair, 4>& rowed, uintptr_t rate,
+                       uintptr_t skip, uintptr_t state, uintptr_t keep, uintptr_t run) {
   return {n[0],
           n[1],
           n[2],
@@ -96,7 +96,8 @@ void register_recurrent(py::module_& m) {
         ssm_backward(call, threads);
       },
       py::arg("sizes"), py::arg("x_delta_b_c"), py::arg("rate"), py::arg("skip"), py::arg("state"), py::arg("keep"),
-      py::arg("run"), py::arg("boundaries"), py::arg("dout"), py::arg("dfinal"), py::arg("gradients"), py::arg("threads"),
+      py::arg("run"), py::arg("boundaries"), py::arg("dout"), py::arg("dfinal"), py::arg("gradients"),
+      py::arg("threads"),
       "Gradients of the selective scan, in the order x, delta, rate, b, c, skip, state.");
 }
 

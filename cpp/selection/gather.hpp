@@ -24,7 +24,8 @@ VLM_INLINE int64_t columns_of(const SelectionProblem& p, const int32_t* list, in
 }
 
 // Rows `keys` of a matrix, contiguous: to [count, width].
-VLM_INLINE void gather_rows(const float* from, int64_t stride, const int32_t* keys, int64_t count, int64_t width, float* to) {
+VLM_INLINE void gather_rows(const float* from, int64_t stride, const int32_t* keys, int64_t count, int64_t width,
+                            float* to) {
   for (int64_t r = 0; r < count; ++r)
     __builtin_memcpy(to + r * width, from + keys[r] * stride, width * sizeof(float));
 }

@@ -168,7 +168,8 @@ void run_task(const HierarchicalSelection& c, Worker& w, int64_t b, int64_t h, i
     for (int64_t i = 0; i < n; ++i) out[count++] = static_cast<int32_t>(low + i);
   } else if (c.budget > 0) {
     const int64_t rows = (i1 - i0 + c.row_step - 1) / c.row_step;
-    pack_rows(selected_head(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride * c.row_step, rows, p.width, 1.0f, w.query);
+    pack_rows(selected_head(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride * c.row_step, rows, p.width, 1.0f,
+              w.query);
     const float* k = selected_head(p.k, b, h / (p.query_heads / p.key_heads));
     evaluations = search(c, w, k, first, rows, low, n, out + count);
     sort_blocks(out + count, c.budget);

@@ -24,7 +24,7 @@ void select_hierarchical(const HierarchicalSelection& call, int threads) {
   check(call.problem);
   const SelectionProblem& p = call.problem;
   if (call.budget < 0 || call.window < 0 || call.sinks < 0 || call.row_step < 1)
-    throw std::invalid_argument("select_hierarchical: budget, window and sinks must not be negative, row_step at least 1");
+    throw std::invalid_argument("select_hierarchical: budget, window, sinks must be at least 0, row_step at least 1");
   const int64_t blocks = (p.keys + p.block_k - 1) / p.block_k;
   const int64_t always = (call.sinks + p.block_k - 1) / p.block_k + (call.window + p.block_q - 1) / p.block_k + 2;
   if (call.capacity < std::min(blocks, always + call.budget))

@@ -81,7 +81,8 @@ void compare(int64_t B, int64_t H, int64_t N, int64_t D, int64_t E) {
     for (bool reverse : {false, true})
       for (int64_t chunk : {1, 16, 48, 64}) {
         const std::string name = "scan N" + std::to_string(N) + " D" + std::to_string(D) + " E" + std::to_string(E) +
-                                 " chunk" + std::to_string(chunk) + (masks ? " masks" : "") + (reverse ? " reverse" : "");
+                                 " chunk" + std::to_string(chunk) + (masks ? " masks" : "") +
+                                 (reverse ? " reverse" : "");
         Scan one(B, H, N, D, E, masks, reverse), three = one;
         one.call(chunk, 1);
         three.call(chunk, 3);

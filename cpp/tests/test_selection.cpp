@@ -15,7 +15,8 @@ struct Case {
   std::vector<int32_t> indices, counts;
   std::vector<int64_t> scored;
 
-  Case(int64_t n, int64_t m, int64_t bq, int64_t bk) : N(n), M(m), block_q(bq), block_k(bk), capacity((m + bk - 1) / bk + 1) {
+  Case(int64_t n, int64_t m, int64_t bq, int64_t bk)
+      : N(n), M(m), block_q(bq), block_k(bk), capacity((m + bk - 1) / bk + 1) {
     Numbers numbers(7);
     q = numbers.normal(H * N * D);
     k = numbers.normal(G * M * D);

@@ -49,7 +49,8 @@ void linear_scan(const LinearScan& call, int threads);
 
 // Selective state-space scan: with step = softplus(delta) (one number for each position and channel c) and the state
 // h [C, S] of each batch
-//   h_t[c, s] = exp(step rate[c, s]) h_{t-1}[c, s] + step x_t[c] b_t[s],   out_t[c] = sum_s h_t[c, s] c_t[s] + skip[c] x_t[c].
+//   h_t[c, s] = exp(step rate[c, s]) h_{t-1}[c, s] + step x_t[c] b_t[s],
+//   out_t[c] = sum_s h_t[c, s] c_t[s] + skip[c] x_t[c].
 // Channels are vector lanes; time is walked in chunks of SSM_CHUNK, whose first states are kept for the backward pass,
 // which computes the others again.
 constexpr int64_t SSM_CHUNK = 64;

@@ -232,9 +232,14 @@ class TorchGenerator:
 
     def kept(self, prompt: Asked) -> list[int]:
         """[L] positions that each layer of the decoder reads of a prompt, after its pictures are expanded."""
+        from vlm.models.recurrent import RecurrentCache
+
         stepper = self.stepper()
         stepper.start([prompt])
-        return [int(layer.mask.sum()) for layer in stepper._started().layers]
+        cache = stepper._started()
+        if isinstance(cache, RecurrentCache):  # which keeps none of them, but has read all
+            return [int(n) for n in cache.next_position[0]]
+        return [int(layer.mask.sum()) for layer in cache.layers]
 
     def _nats(self, prompts: Sequence[Asked], answers: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
         import torch

@@ -32,7 +32,8 @@ struct Case {
     return {1, H, G, N, M, D, {q.data(), 0, N * D, D}, {k.data(), 0, M * D, D}, M - N, block_q, block_k};
   }
   void select(int64_t budget, int64_t window, int threads) {
-    select_hierarchical({problem(), budget, window, 0, 1, capacity, Representative::center, indices.data(), counts.data(),
+    select_hierarchical({problem(), budget, window, 0, 1, capacity, Representative::center, indices.data(),
+                         counts.data(),
                          scored.data()},
                         threads);
   }

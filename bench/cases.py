@@ -13,6 +13,8 @@ from vlm.bench.attention import ATTENTION_CASES
 from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
 from vlm.bench.contrastive import CONTRASTIVE_CASES, DENSE, contrastive
 from vlm.bench.decoder import DECODER_CASES
+from vlm.bench.recurrent import RECURRENT_CASES
+from vlm.bench.selection import SELECTION_CASES
 from vlm.bench.tokens import TOKEN_CASES
 from vlm.bench.vocabulary import VOCABULARY_CASES
 
@@ -70,6 +72,8 @@ CASES: tuple[Case, ...] = (
     *TOKEN_CASES,
     *VOCABULARY_CASES,
     *ALIGNMENT_CASES,
+    *RECURRENT_CASES,
+    *SELECTION_CASES,
 )
 
 __all__ = ["CASES", "DENSE", "PEER_MEMORY_LIMIT", "SDPA", "Arm", "Case", "Work", "contrastive"]

@@ -23,5 +23,7 @@ void register_tokens(pybind11::module_& m);
 void register_vocabulary(pybind11::module_& m);
 void register_alignment(pybind11::module_& m);
 void register_late_interaction(pybind11::module_& m);
+void register_recurrent(pybind11::module_& m);
+void register_selection(pybind11::module_& m);
 
 }  // namespace vlm::bindings

@@ -10,4 +10,6 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_vocabulary(m);
   vlm::bindings::register_alignment(m);
   vlm::bindings::register_late_interaction(m);
+  vlm::bindings::register_recurrent(m);
+  vlm::bindings::register_selection(m);
 }

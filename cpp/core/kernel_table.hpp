@@ -8,6 +8,8 @@
 #include "vlm/tokens.hpp"
 #include "vlm/vocabulary.hpp"
 #include "vlm/late_interaction.hpp"
+#include "vlm/recurrent.hpp"
+#include "vlm/selection.hpp"
 
 namespace vlm {
 
@@ -56,6 +58,11 @@ struct KernelTable {
   void (*alignment_backward)(const AlignmentBackward&, int threads);
   void (*late_forward)(const LateForward&, const TokenList& rows, const TokenList& columns, int threads);
   void (*late_backward)(const LateBackward&, const TokenList& rows, const TokenList& columns, int threads);
+  void (*linear_scan)(const LinearScan&, int threads);
+  void (*ssm_forward)(const SsmForward&, int threads);
+  void (*ssm_backward)(const SsmBackward&, int threads);
+  void (*select_hierarchical)(const HierarchicalSelection&, int threads);
+  void (*block_sparse_forward)(const BlockSparseForward&, int threads);
 };
 
 const KernelTable& active_kernels();

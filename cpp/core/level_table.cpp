@@ -7,6 +7,8 @@
 #include "core/kernel_table.hpp"
 #include "tokens/token_kernels.hpp"
 #include "vocabulary/vocabulary_kernels.hpp"
+#include "recurrent/recurrent_kernels.hpp"
+#include "selection/selection_kernels.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -24,6 +26,11 @@ const KernelTable kernel_table = {
     alignment_backward,
     late_forward,
     late_backward,
+    linear_scan,
+    ssm_forward,
+    ssm_backward,
+    select_hierarchical,
+    block_sparse_forward,
 };
 
 }  // namespace VLM_LEVEL

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm.data.tokenizer import Tokenizer
     from vlm.evaluation.flops import GeneratorShape
     from vlm.models import LanguageModel, Model, VisionLanguageModel
-    from vlm.models.decoder import DecoderCache
+    from vlm.models.decoder import Cache
     from vlm.runtime.chat import Message, Template
     from vlm.runtime.generation import Negatives, Prompt
     from vlm.runtime.pictures import PictureLimits
@@ -54,7 +54,7 @@ class TorchStepper:
     def __init__(self, model: LanguageModel | VisionLanguageModel) -> None:
         self.model = model
         self.vocab_size = language_part(model).tokens.num_embeddings
-        self._cache: DecoderCache | None = None
+        self._cache: Cache | None = None
 
     def start(self, prompts: Sequence[Asked]) -> Floats:
         """Logits float32 [n, V] after each prompt. Raises ValueError for an empty prompt, for none at all, and for
@@ -92,7 +92,7 @@ class TorchStepper:
         """Bytes of the keys and values that are held."""
         return 0 if self._cache is None else self._cache.bytes
 
-    def _started(self) -> DecoderCache:
+    def _started(self) -> Cache:
         if self._cache is None:
             raise RuntimeError("the stepper has no rows yet: call start first")
         return self._cache
@@ -232,9 +232,14 @@ class TorchGenerator:
 
     def kept(self, prompt: Asked) -> list[int]:
         """[L] positions that each layer of the decoder reads of a prompt, after its pictures are expanded."""
+        from vlm.models.recurrent import RecurrentCache
+
         stepper = self.stepper()
         stepper.start([prompt])
-        return [int(layer.mask.sum()) for layer in stepper._started().layers]
+        cache = stepper._started()
+        if isinstance(cache, RecurrentCache):  # which keeps none of them, but has read all
+            return [int(n) for n in cache.next_position[0]]
+        return [int(layer.mask.sum()) for layer in cache.layers]
 
     def _nats(self, prompts: Sequence[Asked], answers: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
         import torch

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm import ops
+from vlm.attention import MixerOptions
+from vlm.attention.mixer import SimpleRmsNorm
 from vlm.config.options import Options
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
-NormKind = Literal["layernorm", "rmsnorm"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "identity"]
+NormKind = Literal["layernorm", "rmsnorm", "srms"]
 
 
 class TrunkOptions(Options):
@@ -38,13 +40,14 @@ class TrunkOptions(Options):
     bias: bool = Field(True, description="biases in attention and feed-forward layers")
     qkv_bias: bool | None = Field(None, description="biases of queries, keys and values (Qwen2); default: bias")
     rope_theta: float | None = Field(None, description="base of rotary positions; none: no rotary positions")
+    mixer: MixerOptions | None = Field(None, description="recurrent layer in place of attention; see vlm.models.recurrent")
 
 
 def activation_of(kind: Activation) -> nn.Module:
     """The activation named in a preset; quick_gelu is x * sigmoid(1.702 x)."""
     if kind == "quick_gelu":
         return QuickGelu()
-    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU()}[kind]
+    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU(), "identity": nn.Identity()}[kind]
 
 
 class QuickGelu(nn.Module):
@@ -69,6 +72,9 @@ class RmsNorm(nn.Module):
 
 
 def norm_of(kind: NormKind, width: int, eps: float) -> nn.Module:
+    """The norm named in a preset; srms is the root mean square norm without weights."""
+    if kind == "srms":
+        return SimpleRmsNorm(eps)
     return RmsNorm(width, eps) if kind == "rmsnorm" else nn.LayerNorm(width, eps=eps)
 
 
@@ -151,6 +157,13 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(options.ffn_width, options.width, bias=options.bias)
         self.activation = activation_of(options.activation)
 
+    def initialise(self, width: int, depth: int) -> None:
+        """Depth-scaled normal initialisation of the CLIP paper's text tower."""
+        for wide in (self.up, self.gate):
+            if wide is not None:
+                nn.init.normal_(wide.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.down.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
@@ -228,10 +241,7 @@ class Trunk(nn.Module):
             for linear in (block.attention.q, block.attention.k, block.attention.v):
                 nn.init.normal_(linear.weight, std=width**-0.5)
             nn.init.normal_(block.attention.out.weight, std=out_std)
-            for wide in (block.ffn.up, block.ffn.gate):
-                if wide is not None:
-                    nn.init.normal_(wide.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.ffn.down.weight, std=out_std)
+            block.ffn.initialise(width, depth)
             for name, parameter in block.named_parameters():
                 if name.endswith("bias"):
                     nn.init.zeros_(parameter)

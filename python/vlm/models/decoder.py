@@ -17,7 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from vlm.models.blocks import Block, Trunk, segment_bias
 from vlm.models.cache import DecoderCache, LayerCache
 from vlm.models.cross import Cross
+from vlm.models.recurrent import RecurrentCache, RecurrentTrunk
 from vlm.types import Layout
+
+Cache = DecoderCache | RecurrentCache
+"""What is kept of the rows read so far, by the kind of trunk."""
 
 
 class Reducer(Protocol):
@@ -48,7 +52,7 @@ class DecoderResult:
     layout: Layout
     hidden: dict[int, Tensor] = field(default_factory=dict)
     layouts: dict[int, Layout] = field(default_factory=dict)
-    cache: DecoderCache | None = None
+    cache: Cache | None = None
 
 
 def run_decoder(
@@ -56,7 +60,7 @@ def run_decoder(
     x: Tensor,
     layout: Layout,
     *,
-    cache: DecoderCache | None = None,
+    cache: Cache | None = None,
     keep_cache: bool = False,
     reducer: Reducer | None = None,
     cross: Cross | None = None,
@@ -65,11 +69,32 @@ def run_decoder(
     """x [n, S, C] through the blocks, causally; valid positions never attend padding, wherever it stands.
 
     With `cache` the positions are appended to it: their places follow from it, not from `layout.position`, they see
-    every picture of their row, and nothing is dropped. Raises ValueError for packed rows with a cache.
+    every picture of their row, and nothing is dropped. Raises ValueError for packed rows with a cache,
+    and for a reducer or pictures beside a trunk that keeps states, which has no keys to drop and none to look at.
     """
+    if isinstance(trunk, RecurrentTrunk):
+        return _recur(trunk, x, layout, cache, keep_cache, reducer, cross, collect)
     if cache is not None:
+        assert isinstance(cache, DecoderCache)
         return _append(trunk, x, layout, cache, collect)
     return _read(trunk, x, layout, keep_cache, reducer, cross, collect)
+
+
+def _recur(
+    trunk: RecurrentTrunk,
+    x: Tensor,
+    layout: Layout,
+    cache: Cache | None,
+    keep_cache: bool,
+    reducer: Reducer | None,
+    cross: Cross | None,
+    collect: Collection[int],
+) -> DecoderResult:
+    if reducer is not None or cross is not None:
+        raise ValueError("a recurrent mixer works with pictures among the tokens, none of which is dropped between layers")
+    assert cache is None or isinstance(cache, RecurrentCache)
+    x, position, hidden, grown = trunk.run(x, layout, cache, keep_cache, collect)
+    return DecoderResult(x, layout if cache is None else replace(layout, position=position), hidden, {}, grown)
 
 
 class _Scene:
@@ -182,4 +207,4 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return taken.masked_fill((index < 0)[..., None], 0.0)
 
 
-__all__ = ["DecoderCache", "DecoderResult", "LayerCache", "Reducer", "run_decoder"]
+__all__ = ["Cache", "DecoderCache", "DecoderResult", "LayerCache", "Reducer", "run_decoder"]

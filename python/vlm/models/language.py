@@ -9,14 +9,17 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vlm.attention import MixerOptions
+from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.models.base import Model
 from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
-from vlm.models.decoder import DecoderCache, DecoderResult, run_decoder
+from vlm.models.decoder import Cache, DecoderResult, run_decoder
 from vlm.models.graphs import decoder_part, embed_part
+from vlm.models.recurrent import trunk_of
 from vlm.types import Batch, Layout, Outputs, Pictures, TokenIds, Vocabulary, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
@@ -42,6 +45,16 @@ class LanguageOptions(Options):
     length: int = Field(gt=0, description="greatest number of tokens the positions are made for")
     vocab_size: int | None = Field(None, description="number of token ids; default: the tokenizer's")
     tie_embeddings: bool = Field(True, description="input embedding and output head share their weight")
+    embed_scale: bool = Field(False, description="embeddings are multiplied by the root of the width")
+    mixer: MixerOptions | None = Field(
+        None, description="recurrent layer in place of attention, which has positions of its own: linear-decay or ssm"
+    )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> LanguageOptions:
+        if self.mixer is not None and self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
 
     @property
     def text_length(self) -> int:
@@ -71,8 +84,8 @@ class LanguageModel(Model):
             raise ValueError("the language model needs vocab_size, from the preset or the tokenizer")
         self.options: LanguageOptions = options
         self.vocabulary = vocabulary
-        self.tokens = nn.Embedding(options.vocab_size, options.width)
-        self.trunk = Trunk(options.trunk())
+        self.tokens: nn.Embedding = TokenEmbedding(options.vocab_size, options.width, options.embed_scale)
+        self.trunk: Trunk = trunk_of(options.trunk())
         self.post_norm = norm_of(options.norm, options.width, options.norm_eps)
         self.head = None if options.tie_embeddings else nn.Linear(options.width, options.vocab_size, bias=False)
         nn.init.normal_(self.tokens.weight, std=0.02)
@@ -113,14 +126,14 @@ class LanguageModel(Model):
             layouts=result.layouts,
         )
 
-    def prefill(self, text: TokenIds, pictures: Mapping[str, Pictures]) -> tuple[Tensor, DecoderCache]:
+    def prefill(self, text: TokenIds, pictures: Mapping[str, Pictures]) -> tuple[Tensor, Cache]:
         """Prompts to (logits [n, V] of the token after each, their cache). Raises ValueError for pictures."""
         if any(len(stream) for stream in pictures.values()):
             raise ValueError("a language model reads no pictures")
         result = run_decoder(self.trunk, self.tokens(text.values), layout_of(text), keep_cache=True)
         return self.last_logits(result), _cache_of(result)
 
-    def advance(self, ids: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
+    def advance(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """One more token a row, ids [n] -> (logits [n, V], the longer cache)."""
         rows = torch.arange(len(ids), device=ids.device)
         layout = Layout.of_tokens(ids[:, None], torch.ones_like(ids[:, None], dtype=torch.bool), rows)
@@ -136,13 +149,35 @@ class LanguageModel(Model):
         return self.post_norm(x) @ self.head_weight.T
 
     def export_parts(self) -> dict[str, ExportPart]:
+        """A recurrent mixer has the graph of whole rows alone: its bundle scores texts and writes none.
+
+        Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory.
+        """
+        mixer = self.options.mixer
+        if mixer is not None and not mixer.exports:
+            raise RequestError(f"a language model with the mixer {mixer.kind!r} cannot be exported",
+                               remedy="export one with attention or with mixer.kind = \"linear-decay\"")
         ids = torch.ones(2, min(self.options.length, 16), dtype=torch.int64)
         axes = {0: "batch", 1: "length"}
-        return {
-            "decoder": ExportPart(_DecoderGraph(self), {"input_ids": ids}, {"input_ids": axes}, ["logits"]),
+        whole = {"decoder": ExportPart(_DecoderGraph(self), {"input_ids": ids}, {"input_ids": axes}, ["logits"])}
+        if mixer is not None:
+            return whole
+        return whole | {
             "embed": embed_part(self),
             "decoder_with_past": decoder_part(self),
         }
+
+
+class TokenEmbedding(nn.Embedding):
+    """ids -> [..., C], multiplied by the root of C if asked."""
+
+    def __init__(self, size: int, width: int, scaled: bool) -> None:
+        super().__init__(size, width)
+        self.factor = width**0.5 if scaled else 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = super().forward(input)
+        return x if self.factor == 1.0 else x * self.factor
 
 
 class _DecoderGraph(nn.Module):
@@ -171,7 +206,7 @@ def layout_of(stream: TokenIds) -> Layout:
     )
 
 
-def _cache_of(result: DecoderResult) -> DecoderCache:
+def _cache_of(result: DecoderResult) -> Cache:
     assert result.cache is not None
     return result.cache
 

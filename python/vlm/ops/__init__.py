@@ -15,11 +15,16 @@ from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contras
 from vlm.ops.contrastive_ring import ring_contrastive
 from vlm.ops.late_interaction import late_interaction, select_tokens, take_tokens
 from vlm.ops.late_interaction_reference import late_interaction_reference
+from vlm.ops.linear_decay import linear_decay
+from vlm.ops.linear_decay_reference import linear_decay_reference
 from vlm.ops.masks import Alignment, MaskProgram
 from vlm.ops.merge import merge_attention
 from vlm.ops.merge_reference import merge_attention_reference
 from vlm.ops.mutual_guided import mutual_guided
+from vlm.ops.selection import BlockList, block_sparse_attention, select_hierarchical
 from vlm.ops.self_check import OperatorCheck, self_test
+from vlm.ops.ssm_scan import ssm_scan
+from vlm.ops.ssm_scan_reference import ssm_scan_reference
 from vlm.ops.statistics import (
     Focus,
     RowStatistics,
@@ -61,6 +66,7 @@ __all__ = [
     "Alibi",
     "Alignment",
     "Backend",
+    "BlockList",
     "BucketBias",
     "CrossEntropy",
     "Focus",
@@ -90,6 +96,7 @@ __all__ = [
     "attention_varlen",
     "backend",
     "bipartite_match",
+    "block_sparse_attention",
     "compose_assignments",
     "contrastive_matrices",
     "contrastive_sigmoid",
@@ -102,6 +109,8 @@ __all__ = [
     "late_interaction_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_decay",
+    "linear_decay_reference",
     "linear_distillation",
     "linear_distillation_reference",
     "log_alignment_kernel",
@@ -117,6 +126,7 @@ __all__ = [
     "progressive_pool",
     "ring_contrastive",
     "scatter_tokens",
+    "select_hierarchical",
     "select_rows",
     "select_threshold",
     "select_tokens",
@@ -124,6 +134,8 @@ __all__ = [
     "self_test",
     "sequence_alignment",
     "sequence_alignment_reference",
+    "ssm_scan",
+    "ssm_scan_reference",
     "take_tokens",
     "unmerge_tokens",
 ]

@@ -20,7 +20,7 @@ from vlm.connectors import ConnectorOptions
 from vlm.models.base import Model, PixelNorm
 from vlm.models.blocks import layers_of
 from vlm.models.cross import Cross, GatedCrossBlock
-from vlm.models.decoder import DecoderCache, DecoderResult, run_decoder
+from vlm.models.decoder import Cache, DecoderResult, run_decoder
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.language import LanguageModel, LanguageOptions, layout_of
 from vlm.models.towers import VisionTransformer
@@ -343,7 +343,7 @@ class VisionLanguageModel(Model):
         )
         return result, layout
 
-    def prefill(self, text: TokenIds, pictures: Mapping[str, Pictures]) -> tuple[Tensor, DecoderCache]:
+    def prefill(self, text: TokenIds, pictures: Mapping[str, Pictures]) -> tuple[Tensor, Cache]:
         """Prompts and their pictures (picture stream -> rows) to (logits [n, V] of the token after each, the cache)."""
         samples = len(text)
         if text.role is None:  # all of a bare prompt is instruction
@@ -355,7 +355,7 @@ class VisionLanguageModel(Model):
         assert result.cache is not None
         return self.language.last_logits(result), result.cache
 
-    def advance(self, ids: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
+    def advance(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """One more token a row, ids [n] -> (logits [n, V], the longer cache)."""
         return self.language.advance(ids, cache)
 

@@ -18,5 +18,6 @@ T* address(uintptr_t value) {
 void register_runtime(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_contrastive(pybind11::module_& m);
+void register_window_attention(pybind11::module_& m);
 
 }  // namespace vlm::bindings

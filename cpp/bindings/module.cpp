@@ -5,4 +5,5 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_runtime(m);
   vlm::bindings::register_attention(m);
   vlm::bindings::register_contrastive(m);
+  vlm::bindings::register_window_attention(m);
 }

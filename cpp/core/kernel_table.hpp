@@ -3,6 +3,7 @@
 
 #include "vlm/attention.hpp"
 #include "vlm/contrastive.hpp"
+#include "vlm/window_attention.hpp"
 
 namespace vlm {
 
@@ -21,6 +22,8 @@ struct KernelTable {
   void (*softmax_pair_backward)(const PairBackward&, const PairTargets&, int threads);
   void (*sigmoid_pair_forward)(const PairForward&, const PairTargets&, int threads);
   void (*sigmoid_pair_backward)(const PairBackward&, const PairTargets&, int threads);
+  void (*window_attention_forward)(const WindowAttentionForward&, int threads);
+  void (*window_attention_backward)(const WindowAttentionBackward&, int threads);
 };
 
 const KernelTable& active_kernels();

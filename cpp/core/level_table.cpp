@@ -1,5 +1,6 @@
 // The kernel table of the level being compiled.
 #include "attention/attention_kernels.hpp"
+#include "attention/window_attention_kernels.hpp"
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
 
@@ -10,6 +11,8 @@ extern const KernelTable kernel_table;
 const KernelTable kernel_table = {
     attention_forward,     attention_backward,   softmax_pair_forward,
     softmax_pair_backward, sigmoid_pair_forward, sigmoid_pair_backward,
+    window_attention_forward,
+    window_attention_backward,
 };
 
 }  // namespace VLM_LEVEL

@@ -5,6 +5,8 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.window_attention import window_attention
+from vlm.ops.window_attention_reference import window_attention_reference
 from vlm.ops.self_check import OperatorCheck, self_test
 
 __all__ = [
@@ -20,4 +22,6 @@ __all__ = [
     "contrastive_softmax_reference",
     "current_backend",
     "self_test",
+    "window_attention",
+    "window_attention_reference",
 ]

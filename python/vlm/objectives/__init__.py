@@ -8,11 +8,17 @@ from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.classification import ClassificationOptions
 from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
+from vlm.objectives.masked_pixels import MaskedPixelsOptions
 from vlm.objectives.preference import PreferenceOptions
 from vlm.objectives.token_ce import TokenCrossEntropyOptions
 
 AnyObjective = Annotated[
-    ClassificationOptions | ContrastiveOptions | DistillOptions | PreferenceOptions | TokenCrossEntropyOptions,
+    ClassificationOptions
+    | ContrastiveOptions
+    | DistillOptions
+    | MaskedPixelsOptions
+    | PreferenceOptions
+    | TokenCrossEntropyOptions,
     Field(discriminator="kind"),
 ]
 
@@ -22,6 +28,7 @@ __all__ = [
     "ClassificationOptions",
     "ContrastiveOptions",
     "DistillOptions",
+    "MaskedPixelsOptions",
     "Objective",
     "ObjectiveOptions",
     "PreferenceOptions",

@@ -106,8 +106,8 @@ def test_random_shapes(b, rows, columns, heads, width, wh, ww, data) -> None:
         return (ops.window_attention(*t, window=(wh, ww), shift=shift),)
 
     out, qkv, tau, table = errors(ours, inputs)
-    assert max(out, qkv, table) < 1e-4
-    assert tau < 1e-3  # a sum over all pairs that may cancel to nearly nothing
+    assert out < 1e-5
+    assert max(qkv, tau, table) < 1e-3  # sums that may cancel: of a region of one position all but that of v are 0
 
 
 def test_error_is_at_most_twice_that_of_torch_in_the_same_type() -> None:
@@ -249,7 +249,7 @@ def test_it_exports_to_torch_and_onnx(tmp_path) -> None:
     program = torch.export.export(Attend(), inputs, dynamic_shapes=({0: torch.export.Dim("batch")}, None, None))
     torch.testing.assert_close(program.module()(*inputs), expected)
     path = tmp_path / "window.onnx"
-    torch.onnx.export(Attend(), inputs, path, dynamo=True, verbose=False, input_names=["qkv", "tau", "table"],
+    torch.onnx.export(Attend().eval(), inputs, path, dynamo=True, verbose=False, input_names=["qkv", "tau", "table"],
                       dynamic_shapes=({0: torch.export.Dim("batch")}, None, None))  # fmt: skip
     session = onnxruntime.InferenceSession(path)
     for batch in (1, 3):

@@ -77,16 +77,8 @@ def window_attention_reference(qkv: Tensor, tau: Tensor, bias_table: Tensor, *, 
         # A position beyond the map attends everything: its row is thrown away, and must not be empty meanwhile.
         allow = (region[:, :, None] == region[:, None, :]) | (region < 0)[:, :, None]
         bias = bias.masked_fill(~allow[None, :, None], -torch.inf)
-    bias = bias.expand(b, n, heads, positions, positions)
-    merged = (b * n, heads, positions)
-    y = F.scaled_dot_product_attention(
-        q.reshape(*merged, -1),
-        F.normalize(k, dim=-1).reshape(*merged, -1),
-        v.reshape(*merged, -1),
-        attn_mask=bias.reshape(*merged, positions),
-        scale=1.0,
-    )
-    y = y.transpose(1, 2).reshape(b, n, positions, c3 // 3)
+    p = torch.softmax(q @ F.normalize(k, dim=-1).mT + bias, dim=-1)  # [B, n, h, N, N]
+    y = (p @ v).transpose(2, 3).flatten(3)
     y = window_reverse(y, window, size)
     y = torch.roll(y, shift, (1, 2)) if shifted else y
     return y[:, :height, :width] if padded else y

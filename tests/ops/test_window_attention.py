@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tests.ops.oracle import error, errors, run
 from vlm import ops
+from vlm.export.graphs import export_part
 from vlm.ops.window_attention_native import native_window_attention
 from vlm.ops.window_attention_reference import window_partition, window_regions, window_reverse
+from vlm.types.export import ExportPart
 
 Shape = tuple[int, int, int, int, int]  # maps, rows, columns, heads, head width
 
@@ -105,9 +107,11 @@ def test_random_shapes(b, rows, columns, heads, width, wh, ww, data) -> None:
     def ours(*t: Tensor) -> tuple[Tensor]:
         return (ops.window_attention(*t, window=(wh, ww), shift=shift),)
 
-    out, qkv, tau, table = errors(ours, inputs)
-    assert out < 1e-5
-    assert max(qkv, tau, table) < 1e-3  # sums that may cancel: of a region of one position all but that of v are 0
+    # Of a region of one position every gradient but that of v is 0, so what is left is compared with 1.
+    for got, exact in zip(run(ours, inputs, "native", torch.float32), run(ours, inputs, "torch", torch.float64)):
+        assert got.shape == exact.shape
+        if exact.numel():
+            assert (got - exact).abs().max() < 3e-4 * exact.abs().max().clamp(min=1)
 
 
 def test_error_is_at_most_twice_that_of_torch_in_the_same_type() -> None:
@@ -249,8 +253,8 @@ def test_it_exports_to_torch_and_onnx(tmp_path) -> None:
     program = torch.export.export(Attend(), inputs, dynamic_shapes=({0: torch.export.Dim("batch")}, None, None))
     torch.testing.assert_close(program.module()(*inputs), expected)
     path = tmp_path / "window.onnx"
-    torch.onnx.export(Attend().eval(), inputs, path, dynamo=True, verbose=False, input_names=["qkv", "tau", "table"],
-                      dynamic_shapes=({0: torch.export.Dim("batch")}, None, None))  # fmt: skip
+    named = dict(zip(("qkv", "tau", "table"), inputs))
+    export_part("window", ExportPart(Attend().eval(), named, {"qkv": {0: "batch"}}, ["out"]), path, opset=18)
     session = onnxruntime.InferenceSession(path)
     for batch in (1, 3):
         qkv = torch.randn(batch, *inputs[0].shape[1:])

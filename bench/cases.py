@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlm import ops
 from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
 from vlm.bench.decoder import DECODER_CASES
+from vlm.bench.swin import SWIN_CASES
 
 
 def _arms(ours: Work, peer: Work) -> dict[Arm, Work]:
@@ -107,6 +108,7 @@ CASES: tuple[Case, ...] = (
         for batch in (1024, 4096, 8192, 16384, 32768)
     ),
     *DECODER_CASES,
+    *SWIN_CASES,
 )
 
 __all__ = ["CASES", "DENSE", "PEER_MEMORY_LIMIT", "SDPA", "Arm", "Case", "Work", "contrastive"]

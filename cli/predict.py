@@ -66,11 +66,12 @@ def _scorer(
         embedder = open_embedder(model, threads=threads)
         texts = embedder.encode_text([template.replace("{}", name) for name in names])
         return names, lambda picture: scores(embedder, embedder.encode_image([picture]), texts), embedder.form, None
-    embedder: Any = open_embedder(model, threads=threads)
-    if getattr(embedder, "classes", ()):
+    embedder = open_embedder(model, threads=threads)
+    classifier: Any = embedder
+    if getattr(classifier, "classes", ()):
         if template != "{}":
             raise RequestError("--template has no use without --labels: a trained head reads no texts")
-        return list(embedder.classes), lambda picture: embedder.classify([picture]), "softmax", "model"
+        return list(classifier.classes), lambda picture: classifier.classify([picture]), "softmax", "model"
     if not has_head(model):
         raise RequestError(
             "no labels given, and this model has no trained head",

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from vlm.cli.main import main
 from vlm.config.errors import RequestError
@@ -45,16 +44,19 @@ def test_the_bundle_gives_what_the_model_gives(exported):
         ours.encode_text(["a cat"])
 
 
-def test_predict_and_embed_take_it(exported):
+def test_predict_and_embed_take_it(exported, capsys):
     classes, directory, bundle = exported
     picture = str(bundle / "golden" / "picture-0.png")
     for model in (directory, bundle):
-        embedded = CliRunner().invoke(main, ["embed", str(model), "--images", "-"], input=picture + "\n")
-        assert len(json.loads(embedded.output)["embedding"]) == 24
-        predicted = CliRunner().invoke(main, ["predict", str(model), picture, "--json"])
+        assert main(["embed", str(model), "--images", str(bundle / "golden")]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert {len(line["embedding"]) for line in lines} == {24}
+        code = main(["predict", str(model), picture, "--json"])
+        out = capsys.readouterr().out
         if classes:
-            answer = json.loads(predicted.output)
+            answer = json.loads(out)
+            assert (code, answer["head"]) == (0, "model")
             assert {entry["label"] for entry in answer["predictions"]} == set(classes)
             assert sum(entry["probability"] for entry in answer["predictions"]) == pytest.approx(1)
         else:
-            assert predicted.exception is not None
+            assert code == 2

@@ -57,7 +57,8 @@ class MaskedPixels(Objective):
 
     def forward(self, views: Views, context: Context) -> Terms:
         view, stream = views[f"model/{self.options.stream}"], self._stream(context.batch)
-        assert view.tokens is not None and stream.masked is not None
+        assert view.tokens is not None
+        assert stream.masked is not None
         wanted = self.pixel_norm(stream.values)
         difference = self.picture(view.tokens, wanted.shape[-1]) - wanted
         distance = (difference.abs() if self.options.distance == "l1" else difference.square()).sum(1)

@@ -5,9 +5,9 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.self_check import OperatorCheck, self_test
 from vlm.ops.window_attention import window_attention
 from vlm.ops.window_attention_reference import window_attention_reference
-from vlm.ops.self_check import OperatorCheck, self_test
 
 __all__ = [
     "Alignment",

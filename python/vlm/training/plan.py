@@ -114,7 +114,7 @@ def make_plan(parts: Parts, output: str, *, before: int = 0) -> Plan:
     torch.set_num_threads(scale.threads or max(1, (os.cpu_count() or 1) // processes))
     measured = _Measured(parts)
     parameters = list(parts.model.parameters())
-    total = sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in parameters) + sum(p.numel() for p in parts.objectives.parameters())
     trainable = sum(p.numel() for p in parts.engine.parameters())
     groups: dict[str, int] = {}
     for name, parameter in parts.model.named_parameters():

@@ -24,7 +24,7 @@ def _layers(side: int, shift: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     options = SwinOptions(image_size=4 * side, width=WIDTH, depths=(2,), heads=(HEADS,), window=WINDOW, norm_zero_init=False)
     ours = SwinBlock(options, options.stages[0], shift=shift, drop=0.0)
     config = Swinv2Config(embed_dim=WIDTH, window_size=WINDOW)
-    theirs = Swinv2Layer(config, WIDTH, (side, side), HEADS, shift_size=shift)  # type: ignore[arg-type]
+    theirs = Swinv2Layer(config, WIDTH, (side, side), HEADS, shift_size=shift)
     return ours.eval(), theirs.eval()
 
 
@@ -56,7 +56,7 @@ def attention(windows: int, shift: int) -> Callable[[], dict[Arm, Work]]:
     def build() -> dict[Arm, Work]:
         generator = torch.Generator().manual_seed(windows)
         _, theirs = _layers(32, shift)
-        inner = getattr(theirs.attention, "self")  # type: ignore[union-attr] # noqa: B009
+        inner = getattr(theirs.attention, "self")  # noqa: B009
         for name in ("query", "key", "value"):
             setattr(inner, name, torch.nn.Identity())
         qkv = torch.randn(windows // 16, 32, 32, 3 * WIDTH, generator=generator).requires_grad_()
@@ -81,7 +81,7 @@ def _as_transformers(layer: torch.nn.Module, qkv: Tensor, shift: int) -> Tensor:
     """[B, H, W, 3 C] -> [B, H, W, C] by the functions of its layer; projections are the identity on q, k and v."""
     from transformers.models.swinv2.modeling_swinv2 import window_partition, window_reverse
 
-    inner = getattr(layer.attention, "self")  # type: ignore[union-attr] # noqa: B009
+    inner = getattr(layer.attention, "self")  # noqa: B009
     _, height, width, channels = qkv.shape
     x = torch.roll(qkv, (-shift, -shift), (1, 2)) if shift else qkv
     x = window_partition(x, WINDOW).view(-1, WINDOW**2, channels)

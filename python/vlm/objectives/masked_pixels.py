@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,15 +21,14 @@ class MaskedPixelsOptions(ObjectiveOptions):
     distance: Literal["l1", "l2"] = Field("l1", description="l1: absolute difference; l2: its square")
 
     def build(self, context: BuildContext) -> MaskedPixels:
-        options = context.model.options
-        tower = getattr(options, "tower", None) or getattr(options, "vision", None)
+        options: Any = context.model.options
+        tower: Any = getattr(options, "tower", None)
         preprocess = context.model.preprocess()
         if preprocess is None or not hasattr(tower, "stride") or not getattr(tower, "mask_token", False):
             raise ValueError("it needs a tower that can hide squares: kind swin, mask_token = true")
         if preprocess.size % tower.stride:
             raise ValueError(f"pictures of {preprocess.size} pixels for a tower of stride {tower.stride}: no whole number of tokens")
-        width = options.embed_dim  # type: ignore[attr-defined]
-        return MaskedPixels(self, width, tower.stride, PixelNorm(preprocess.mean, preprocess.std))
+        return MaskedPixels(self, options.embed_dim, tower.stride, PixelNorm(preprocess.mean, preprocess.std))
 
 
 class MaskedPixels(Objective):

@@ -107,6 +107,27 @@ def test_a_published_classifier_keeps_its_head_and_names(tmp_path):
     torch.testing.assert_close(logits, wanted, atol=5e-5, rtol=1e-4)
 
 
+def test_an_older_directory_with_computed_tensors_and_its_preprocessing_loads(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import Swinv2Config, Swinv2Model
+
+    theirs = shaken(Swinv2Model(Swinv2Config(image_size=64, embed_dim=24, depths=[2], num_heads=[2], window_size=4)))
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    place = "encoder.layers.0.blocks.0.attention.self."
+    tensors |= {place + "relative_coords_table": torch.zeros(1, 7, 7, 2), place + "relative_position_index": torch.zeros(16, 16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"do_resize": true, "size": {"height": 64, "width": 64}, "resample": 3, "do_normalize": true, '
+        '"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "image_processor_type": "ViTImageProcessor"}'
+    )
+    ours = load_model(tmp_path).eval()
+    assert ours.options.pictures.resize == "squash"
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.tower(pixels)[1], theirs(pixels).pooler_output, atol=5e-5, rtol=1e-4)
+
+
 def test_hidden_squares_equal_those_of_transformers(tmp_path):
     from transformers import Swinv2Config, Swinv2ForMaskedImageModeling
 

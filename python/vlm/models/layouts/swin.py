@@ -39,6 +39,8 @@ _OURS = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)\.)?")
 _THEIRS = re.compile(r"encoder\.layers\.(\d+)\.(?:blocks\.(\d+)\.)?")
 _FIXED: dict[str, Any] = {"num_channels": 3, "use_absolute_embeddings": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """Fields of a config that we cannot set otherwise."""
+_COMPUTED = (".relative_coords_table", ".relative_position_index")
+"""Tensors of older checkpoints that follow from the window."""
 
 
 class SwinLayout(PublishedLayout):
@@ -156,7 +158,7 @@ class SwinLayout(PublishedLayout):
         out: dict[str, Tensor] = {}
         apart: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
-            if name.startswith("decoder.") or (name.startswith("classifier.") and not options.classes):
+            if name.endswith(_COMPUTED) or name.startswith("decoder.") or (name.startswith("classifier.") and not options.classes):
                 continue
             if name.startswith("classifier."):
                 out["head." + name.removeprefix("classifier.")] = tensor

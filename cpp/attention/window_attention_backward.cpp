@@ -17,7 +17,8 @@ struct Rooms {
 VLM_INLINE int64_t lay_out(const Shape& s, int64_t D, float* base, Rooms* to) {
   int64_t at = 0;
   const int64_t n = s.positions, square = n * s.stride, rows = n * D, tile = s.tiles * n * LDS;
-  float** rooms[] = {&to->whole, &to->part, &to->pairs, &to->q, &to->k, &to->v, &to->dout, &to->q_inverse, &to->k_inverse,
+  float** rooms[] = {&to->whole, &to->part, &to->pairs, &to->q, &to->k, &to->v, &to->dout, &to->q_inverse,
+      &to->k_inverse,
                      &to->lse, &to->lean, &to->rows_packed, &to->columns_packed, &to->plain, &to->p, &to->ds,
                      &to->product};
   const int64_t sizes[] = {square, square, square, rows, rows, rows, rows, n, n, n, n, packed_rows_room(n, D),
@@ -39,7 +40,8 @@ VLM_INLINE void all_pairs(const Rooms& room, const float* rows, const float* col
 }
 
 // product [n, D] = tile rows: sum_j tile_ij x_j.
-VLM_INLINE void over_columns(const Rooms& room, const Shape& s, const float* tile, const float* x, int64_t n, int64_t D) {
+VLM_INLINE void over_columns(const Rooms& room, const Shape& s, const float* tile, const float* x, int64_t n,
+    int64_t D) {
   pack_plain(x, D, n, D, nullptr, room.plain, n * NR);
   for (int64_t t0 = 0; t0 < n; t0 += BC)
     multiply<TileRows>(n, D, smaller(n - t0, BC), tile + t0 / BC * n * LDS, MR * LDS, room.plain + t0 * NR, n * NR,
@@ -56,7 +58,8 @@ VLM_INLINE void over_rows(const Rooms& room, const Shape& s, const float* tile, 
 
 // Through the unit length: dx = tau (g - u <u, g>) / |x|, or tau g / 1e-12 where x is shorter than that.
 // Returns sum_i <u_i, g_i>.
-VLM_INLINE double write_through_unit(const WindowAttentionProblem& p, const Shape& s, const float* product, const float* unit,
+VLM_INLINE double write_through_unit(const WindowAttentionProblem& p, const Shape& s, const float* product,
+    const float* unit,
                                      const float* inverse, float tau, const Region& r, float* to) {
   const int64_t D = p.width, stride = 3 * p.heads * D;
   double total = 0;

@@ -27,7 +27,8 @@ VLM_INLINE int64_t lay_out(const Shape& s, int64_t width, float* base, Rooms* to
 }
 
 // exp of the logits of one row, over all its tiles; returns their sum and the largest logit.
-VLM_INLINE float softmax_row(float* score, int64_t tile_stride, const float* bias, int64_t n, float tau, float* largest) {
+VLM_INLINE float softmax_row(float* score, int64_t tile_stride, const float* bias, int64_t n, float tau,
+    float* largest) {
   vf top = splat(-infinity);
   for (int64_t t0 = 0; t0 < n; t0 += BC, score += tile_stride) {
     const int64_t end = smaller(n - t0, BC);
@@ -84,7 +85,8 @@ void attend(const WindowAttentionForward& call, const Shape& s, const Rooms& roo
     lse[(r.row + i / r.columns) * p.columns + r.column + i % r.columns] = most + __builtin_logf(sum);
   }
   for (int64_t t0 = 0; t0 < n; t0 += BC)
-    multiply<TileRows>(n, D, smaller(n - t0, BC), room.score + t0 / BC * tile_stride, MR * LDS, room.v + t0 * NR, n * NR,
+    multiply<TileRows>(n, D, smaller(n - t0, BC), room.score + t0 / BC * tile_stride, MR * LDS, room.v + t0 * NR,
+        n * NR,
                        room.out, s.padded_width, t0 > 0);
   const float* from = room.out;
   int64_t i = 0;

@@ -98,7 +98,8 @@ static void expand_bias(const WindowAttentionProblem& p, const Shape& s, int64_t
 }
 
 // The rows and columns of the bias matrix that belong to a region, [n, round_up(n, W)], -infinity beyond column n.
-static void region_bias(const WindowAttentionProblem& p, const Shape& s, const Region& r, const float* whole, float* to) {
+static void region_bias(const WindowAttentionProblem& p, const Shape& s, const Region& r, const float* whole,
+    float* to) {
   const int64_t n = positions_of(r), stride = round_up(n, W);
   for (int64_t a = 0; a < r.rows; ++a)
     for (int64_t b = 0; b < r.columns; ++b, to += stride) {
@@ -113,7 +114,8 @@ static void region_bias(const WindowAttentionProblem& p, const Shape& s, const R
 }
 
 // Rows of a region, D channels each, side by side: to [n, D].
-static void gather(const float* map, int64_t row_stride, int64_t column_stride, const Region& r, int64_t width, float* to) {
+static void gather(const float* map, int64_t row_stride, int64_t column_stride, const Region& r, int64_t width,
+    float* to) {
   for (int64_t a = 0; a < r.rows; ++a)
     for (int64_t b = 0; b < r.columns; ++b, to += width) {
       const float* from = map + (r.row + a) * row_stride + (r.column + b) * column_stride;

@@ -15,6 +15,7 @@ from vlm.bench.contrastive import CONTRASTIVE_CASES, DENSE, contrastive
 from vlm.bench.decoder import DECODER_CASES
 from vlm.bench.recurrent import RECURRENT_CASES
 from vlm.bench.selection import SELECTION_CASES
+from vlm.bench.swin import SWIN_CASES
 from vlm.bench.tokens import TOKEN_CASES
 from vlm.bench.vocabulary import VOCABULARY_CASES
 
@@ -74,6 +75,7 @@ CASES: tuple[Case, ...] = (
     *ALIGNMENT_CASES,
     *RECURRENT_CASES,
     *SELECTION_CASES,
+    *SWIN_CASES,
 )
 
 __all__ = ["CASES", "DENSE", "PEER_MEMORY_LIMIT", "SDPA", "Arm", "Case", "Work", "contrastive"]

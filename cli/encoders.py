@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, cast
 
-from vlm.config.errors import RequestError
+from vlm.config.errors import CheckpointError, RequestError
 from vlm.runtime.embedder import Embedder, PreparingEmbedder
 
 
@@ -18,9 +18,14 @@ def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32
     from vlm.runtime.manifest import is_bundle
 
     if is_bundle(path):
-        from vlm.runtime.bundle import open_bundle
+        from vlm.runtime.bundle import Bundle, VisionBundle, open_any_bundle
 
-        return open_bundle(path, threads=threads, batch_size=batch_size)
+        bundle = open_any_bundle(path, threads=threads, batch_size=batch_size)
+        if not isinstance(bundle, Bundle | VisionBundle):
+            raise CheckpointError(
+                f"a {bundle.kind} bundle embeds no pictures", where=path, remedy="give the bundle of a dual encoder or a vision model"
+            )
+        return bundle
     # By name, when it is needed: this module is imported where torch may be missing.
     model = import_module("vlm.evaluation.encoder").open_model(path)
     if threads is not None:

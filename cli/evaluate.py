@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.reading import Reading
     from vlm.evaluation.task import Task
 
-TASKS = ("retrieval", "zero-shot", "linear-probe", "perplexity", "caption", "vqa", "hallucination", "preference", "cost")
+TASKS = ("retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "caption", "vqa", "hallucination", "preference", "cost")
 
 _EPILOG = """\b
 MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.

@@ -48,7 +48,7 @@ def read_head(run: str) -> Head:
 
     path = Path(run) / FILE
     _, resolved = load_preset(str(Path(run) / "preset.toml"))
-    options = {o.name: o for o in stages_of(resolved)[-1].objectives if o.kind == "classification"}
+    options = {o.name: o for o in stages_of(resolved)[-1].objectives if o.kind == "classification" and o.head == "own"}
     if len(options) != 1:
         found = ", ".join(options) or "none"
         raise RequestError(f"expected one classification head, found {found}", where=str(path), remedy='name the labels: --labels "cat,dog"')

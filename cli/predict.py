@@ -31,7 +31,7 @@ def command(
     """Score pictures with labels that are given as text, or with the head that a run has trained.
 
     MODEL is a run, a Hugging Face directory or a bundle; IMAGE a path, or - for a picture on stdin. Without --labels
-    a run of `vlm finetune linear-probe` answers with the classes and the head of its own.
+    a run of `vlm finetune linear-probe`, or a model with classes (`model.classes`), answers with its own head.
     """
     if "{}" not in template:
         raise RequestError("expected {} where the label goes", where="--template", remedy="for example 'a photo of a {}'")
@@ -67,6 +67,11 @@ def _scorer(
         texts = embedder.encode_text([template.replace("{}", name) for name in names])
         return names, lambda picture: scores(embedder, embedder.encode_image([picture]), texts), embedder.form, None
     embedder = open_embedder(model, threads=threads)
+    classifier: Any = embedder
+    if getattr(classifier, "classes", ()):
+        if template != "{}":
+            raise RequestError("--template has no use without --labels: a trained head reads no texts")
+        return list(classifier.classes), lambda picture: classifier.classify([picture]), "softmax", "model"
     if not has_head(model):
         raise RequestError(
             "no labels given, and this model has no trained head",

@@ -116,7 +116,7 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
             return signal.code
         if communicator.rank == 0:
             answer = result.to_json()
-            if any(option.kind == "classification" for option in training.stages[-1].objectives):
+            if any(option.kind == "classification" and option.head == "own" for option in training.stages[-1].objectives):
                 answer["head"] = str(output / "objectives.safetensors")
             if not job.no_report:
                 answer["report"] = _report(output)

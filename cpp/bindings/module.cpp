@@ -12,4 +12,5 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_late_interaction(m);
   vlm::bindings::register_recurrent(m);
   vlm::bindings::register_selection(m);
+  vlm::bindings::register_window_attention(m);
 }

@@ -10,6 +10,7 @@
 #include "vlm/late_interaction.hpp"
 #include "vlm/recurrent.hpp"
 #include "vlm/selection.hpp"
+#include "vlm/window_attention.hpp"
 
 namespace vlm {
 
@@ -63,6 +64,8 @@ struct KernelTable {
   void (*ssm_backward)(const SsmBackward&, int threads);
   void (*select_hierarchical)(const HierarchicalSelection&, int threads);
   void (*block_sparse_forward)(const BlockSparseForward&, int threads);
+  void (*window_attention_forward)(const WindowAttentionForward&, int threads);
+  void (*window_attention_backward)(const WindowAttentionBackward&, int threads);
 };
 
 const KernelTable& active_kernels();

@@ -3,6 +3,7 @@
 #include "attention/attention_kernels.hpp"
 #include "attention/statistics_kernels.hpp"
 #include "contrastive/late_kernels.hpp"
+#include "attention/window_attention_kernels.hpp"
 #include "contrastive/pair_kernels.hpp"
 #include "core/kernel_table.hpp"
 #include "tokens/token_kernels.hpp"
@@ -31,6 +32,8 @@ const KernelTable kernel_table = {
     ssm_backward,
     select_hierarchical,
     block_sparse_forward,
+    window_attention_forward,
+    window_attention_backward,
 };
 
 }  // namespace VLM_LEVEL

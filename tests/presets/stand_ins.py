@@ -18,6 +18,7 @@ TEXT = "{width=24, depth=1, heads=3, length=16}"
 SMALL = {
     "dual-encoder": ["model.embed_dim=24", f"model.vision={VISION}", f"model.text={TEXT}", "tokenizer.vocab_size=300"],
     "language": ["model.width=32", "model.depth=2", "model.heads=2", "model.kv_heads=1", "model.ffn_width=48", "tokenizer.vocab_size=300"],
+    "vision": ["model.tower.width=12", "model.tower.depths=[2, 1]", "model.tower.heads=[2, 2]"],
     "vision-language": [],  # small where its bases are
 }
 """Family -> overrides that make its presets small."""

@@ -23,6 +23,7 @@ SIGNATURES = {
     "pyramiddrop": "positions dropped between layers",
     "lora-tiny": "adapters on a dual encoder",
     "linear-probe": "a head on a frozen tower",
+    "swin-v2": "pictures alone: hidden squares, then classes of the model's own",
 }
 """Presets that between them have every part, and what each is here for."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
-from vlm.data.streams.options import ConversationStream, DiffusionNoise, StreamOptions, check_streams
+from vlm.data.streams.options import ConversationStream, DiffusionNoise, MaskedPixels, StreamOptions, check_streams
 from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.pictures import PictureLimits
 
@@ -235,6 +235,10 @@ class DataOptions(Options):
     @property
     def noises(self) -> dict[str, DiffusionNoise]:
         return {name: s for name, s in self.streams.items() if isinstance(s, DiffusionNoise)}
+
+    @property
+    def masks(self) -> dict[str, MaskedPixels]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, MaskedPixels)}
 
     @property
     def columns_read(self) -> set[str]:

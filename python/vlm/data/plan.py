@@ -12,6 +12,7 @@ from typing import Any
 from vlm.config.errors import DataError
 from vlm.data.collate import Row, Shape, collate
 from vlm.data.decode import Decoded, Job
+from vlm.data.masks import with_squares
 from vlm.data.mixture import part_of, parts_of
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
@@ -21,7 +22,7 @@ from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.chat import TEMPLATES, Template
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import Tiling
-from vlm.types.batch import Batch
+from vlm.types.batch import Batch, Pictures
 from vlm.types.random import draw_key
 
 Preprocesses = Preprocess | Mapping[str, Preprocess] | None
@@ -93,6 +94,15 @@ class Plan:
                         f"of = {noise.of!r}: the model reads {', '.join(reads.pictures)}", where=f"data.streams.{name}"
                     )
                 sides[name] = (reads.pictures[noise.of].size, True)
+        self._masks = {name: table for part in tables for name, table in part.masks.items()} if sides else {}
+        for name, table in self._masks.items():
+            if table.of not in reads.pictures or name in sides:
+                raise DataError(f"of = {table.of!r}: the model reads {', '.join(reads.pictures)}", where=f"data.streams.{name}")
+            if reads.pictures[table.of].size % table.patch:
+                raise DataError(
+                    f"patch = {table.patch}, expected a divisor of the {reads.pictures[table.of].size} pixels of a picture",
+                    where=f"data.streams.{name}",
+                )
         if reads.tiling is not None and train and options.image.augment != "none":
             raise DataError(
                 "a random crop has another shape, so other tiles", where="data.image.augment", remedy='set it to "none"'
@@ -144,7 +154,14 @@ class Plan:
         return Row(self.source.key(index), int(self.source.ids[index]), epoch, decoded, encoded)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        return collate(rows, self.reads.tokenizer, self.shape)
+        batch = collate(rows, self.reads.tokenizer, self.shape)
+        hidden = {}
+        for name, table in self._masks.items():
+            pictures = batch[table.of]
+            assert isinstance(pictures, Pictures)
+            keys = [draw_key(self.seed, "stream", name, row.draw, row.epoch) for row in rows]
+            hidden[name] = with_squares(pictures, keys, table.patch, table.ratio)
+        return batch.with_streams(hidden) if hidden else batch
 
 
 def decoder_spec(

@@ -10,6 +10,7 @@ from pydantic import Field
 from vlm.config.options import Options
 from vlm.evaluation.agreement import AgreementOptions
 from vlm.evaluation.caption import CaptionOptions
+from vlm.evaluation.classification import ClassificationTaskOptions
 from vlm.evaluation.cost import CostOptions
 from vlm.evaluation.hallucination import HallucinationOptions
 from vlm.evaluation.linear_probe import LinearProbeOptions
@@ -26,6 +27,7 @@ TaskOptions = Annotated[
     RetrievalOptions
     | ZeroShotOptions
     | LinearProbeOptions
+    | ClassificationTaskOptions
     | PerplexityOptions
     | CaptionOptions
     | VqaOptions
@@ -50,6 +52,7 @@ class EvaluationOptions(Options):
 __all__ = [
     "AgreementOptions",
     "CaptionOptions",
+    "ClassificationTaskOptions",
     "CostOptions",
     "EvaluationOptions",
     "HallucinationOptions",

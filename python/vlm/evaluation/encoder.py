@@ -170,13 +170,21 @@ AnyModel = Embedder | LanguageScorer | Any
 
 
 def of_memory(
-    model: Model, tokenizer: Tokenizer, preprocess: Preprocess | None, *, name: str = "model", batch: int = 64
+    model: Model, tokenizer: Tokenizer | None, preprocess: Preprocess | None, *, name: str = "model", batch: int = 64
 ) -> AnyModel:
     """The evaluation's view of a model in memory, chosen by what it offers, not by its family.
 
     Raises RequestError for a model that no task can use.
     """
     offers = type(model).offers
+    if "embedding" in offers.get("pictures", ()) and "tokens" not in offers:
+        from vlm.evaluation.seeing import TorchVision
+
+        if preprocess is None:
+            raise RequestError("a model of pictures needs their preprocessing")
+        return TorchVision(model, preprocess, name=name, batch=batch)
+    if tokenizer is None:
+        raise RequestError(f"a {model.kind} model needs its tokenizer")
     if "embedding" in offers.get("pictures", ()) and "embedding" in offers.get("tokens", ()):
         if preprocess is None:
             raise RequestError("a model of pictures needs their preprocessing")
@@ -228,8 +236,9 @@ def open_model(path: str | Path, *, threads: int | None = None, batch: int = 64)
         torch.set_num_threads(threads)
     directory = find_model_directory(path)
     model = load_model(directory)
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size > model.vocabulary.size:
+    reads_text = "tokens" in type(model).offers
+    tokenizer = Tokenizer.load(directory) if reads_text else None
+    if tokenizer is not None and tokenizer.vocab_size > model.vocabulary.size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocabulary.size}",
             where=str(directory),

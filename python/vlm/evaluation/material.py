@@ -170,8 +170,10 @@ def collect(
     bad: BadTally | None = None,
     reread: Callable[[int], Image.Image] = _cannot,
     progress: Callable[[int], None] | None = None,
+    unit_rows: bool = True,
 ) -> Material:
-    """Read and embed the pictures of `items`, the first `limit` good ones. reread: a picture by its place in the source.
+    """Read and embed the pictures of `items`, the first `limit` good ones. reread: a picture by its place in the source;
+    unit_rows: vectors are scaled to length 1 (logits are not).
 
     Raises DataError when nothing is left or more than the budget is bad.
     """
@@ -186,7 +188,9 @@ def collect(
 
     def flush() -> None:
         if waiting:
-            parts.append(unit(embedder.encode_image(waiting), "picture"))
+            rows = embedder.encode_image(waiting)
+            scaled = unit(rows, "picture")  # says what is not finite, too
+            parts.append(scaled if unit_rows else np.asarray(rows, np.float32))
             waiting.clear()
             if progress is not None:
                 progress(len(keys))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from vlm.config.errors import DataError, RequestError
+from vlm.evaluation.classification import ClassificationTaskOptions, LogitsOf
 from vlm.evaluation.encoder import AnyModel, of_memory
 from vlm.evaluation.linear_probe import LinearProbeOptions
 from vlm.evaluation.material import BadTally, Material, collect
@@ -27,6 +28,7 @@ BAD_BUDGET = 0.01
 
 _KINDS: dict[Needs, tuple[str, str]] = {
     "generator": ("a model that reads pictures and writes", "this one writes: try caption, vqa, hallucination or cost"),
+    "classifier": ("a model with classes of its own (model.classes)", "this one has classes: try classification"),
     "pictures": ("a model of pictures and texts", "this model embeds pictures and texts: try retrieval or zero-shot"),
     "tokens": ("a language model", "this one is a language model: try perplexity"),
 }
@@ -37,6 +39,7 @@ def kinds_of(model: AnyModel) -> list[Needs]:
     """What a model is to the tasks, by what it offers: one that writes may also embed."""
     offers: dict[Needs, bool] = {
         "generator": hasattr(model, "stepper"),
+        "classifier": bool(getattr(model, "classes", ())) and hasattr(model, "classify"),
         "pictures": hasattr(model, "encode_image"),
         "tokens": hasattr(model, "tokenize") and hasattr(model, "nats"),
     }
@@ -70,7 +73,7 @@ class Session:
         self.progress = progress
         self.written = written
         self._open: dict[str, EvaluationData] = {}
-        self._materials: dict[tuple[str, int | None, int], Material] = {}
+        self._materials: dict[tuple[str, int | None, int, bool], Material] = {}
         self._pictured: dict[tuple[str, int | None, int], Pictured] = {}
 
     def data_of(self, uri: str | None) -> EvaluationData:
@@ -84,17 +87,18 @@ class Session:
             self._open[chosen] = EvaluationData(chosen, self.reading)
         return self._open[chosen]
 
-    def material(self, data: EvaluationData, limit: int | None, seed: int) -> Material:
-        """The data's pictures, embedded; the same draw is embedded once."""
-        key = self._draw(data, limit, seed)
+    def material(self, data: EvaluationData, limit: int | None, seed: int, *, logits: bool = False) -> Material:
+        """The data's pictures, embedded, or their logits; the same draw is run once."""
+        key = (*self._draw(data, limit, seed), logits)
         if key not in self._materials:
             self._materials[key] = collect(
-                self.model,  # type: ignore[arg-type]
+                LogitsOf(self.model) if logits else self.model,  # type: ignore[arg-type]
                 data.items(limit, seed),
                 batch=self.batch,
                 bad=BadTally(self.bad_budget),
                 reread=data.picture,
                 progress=self.progress,
+                unit_rows=not logits,
             )
         return self._materials[key]
 
@@ -131,6 +135,9 @@ class Session:
             samples = self.pictured(data, task.limit, task.seed)
             result = task.run(samples, self.batch)
             result = replace(result, data={"sha256": samples.fingerprint}, bad=samples.bad.as_json())
+        elif isinstance(task, ClassificationTaskOptions):
+            material = self.material(data, task.limit, task.seed, logits=True)
+            result = replace(task.run(material), data={"sha256": material.fingerprint}, bad=material.bad.as_json())
         else:
             material = self.material(data, task.limit, task.seed)
             if isinstance(task, LinearProbeOptions):
@@ -173,7 +180,7 @@ def evaluate(
 
 def evaluate_in_memory(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     tasks: Sequence[TaskOptions],
     data: str | EvaluationData | None,
     *,

@@ -9,8 +9,8 @@ from pydantic import Field
 from vlm.config.options import Options
 from vlm.evaluation.bootstrap import RESAMPLES
 
-Needs = Literal["pictures", "tokens", "generator"]
-"""pictures: an embedder and samples with pictures; tokens: a language model and texts; generator: a model that reads
+Needs = Literal["pictures", "classifier", "tokens", "generator"]
+"""pictures: an embedder and samples with pictures; classifier: a model with classes of its own and such samples; tokens: a language model and texts; generator: a model that reads
 pictures and writes, and samples with pictures."""
 
 Fields = str | tuple[str, ...]

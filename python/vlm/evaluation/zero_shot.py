@@ -177,7 +177,7 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
     metrics, intervals = figures(("top1", "top5"), estimate, 100.0)
     share = [100 / len(classes), 100 * min(5, len(classes)) / len(classes)]
     chance = {"top1": round(share[0], 6), "top5": round(share[1], 6)}
-    per_class = _per_class(classes, truth, found.rank)
+    per_class = per_class_of(classes, truth, found.rank)
     metrics["mean_per_class"] = round(float(np.mean([row["top1"] for row in per_class])), 6)
     chance["mean_per_class"] = chance["top1"]
     most = max(row["samples"] for row in per_class)
@@ -188,8 +188,8 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
         "clusters": estimate.clusters,
         "most_frequent_class": round(100 * most / int(inside.sum()), 6),
         "per_class": per_class,
-        "confused": _confused(classes, truth, found.answer),
-        "confusion": _confusion(classes, truth, found.answer),
+        "confused": confused_of(classes, truth, found.answer),
+        "confusion": confusion_of(classes, truth, found.answer),
     }
     if options.none_below is not None:
         extra = _refusals(found, truth, concepts, options)
@@ -236,7 +236,7 @@ def _refusals(
     return values, intervals
 
 
-def _per_class(classes: Sequence[ClassEntry], truth: Integers, rank: Integers) -> list[dict[str, Any]]:
+def per_class_of(classes: Sequence[ClassEntry], truth: Integers, rank: Integers) -> list[dict[str, Any]]:
     inside = truth >= 0
     samples = np.bincount(truth[inside], minlength=len(classes))
     right = np.bincount(truth[inside], (rank[inside] == 1).astype(float), minlength=len(classes))
@@ -250,7 +250,7 @@ def _per_class(classes: Sequence[ClassEntry], truth: Integers, rank: Integers) -
     ]
 
 
-def _confused(
+def confused_of(
     classes: Sequence[ClassEntry], truth: Integers, answer: Integers, count: int = 20
 ) -> list[dict[str, Any]]:
     """The most frequent (true, answered) pairs that differ; equally frequent ones by class number."""
@@ -265,7 +265,7 @@ def _confused(
     return out
 
 
-def _confusion(classes: Sequence[ClassEntry], truth: Integers, answer: Integers) -> dict[str, Any]:
+def confusion_of(classes: Sequence[ClassEntry], truth: Integers, answer: Integers) -> dict[str, Any]:
     """counts[true][answered] over the most frequent classes; a last column gathers answers outside them."""
     samples = np.bincount(truth[truth >= 0], minlength=len(classes))
     shown = [c for c in np.argsort(-samples, kind="stable")[:_MATRIX].tolist() if samples[c]]

@@ -20,7 +20,7 @@ from PIL import Image
 from vlm.config.errors import GateFailed, RequestError
 from vlm.data.tokenizer import Tokenizer
 from vlm.export import card as cards
-from vlm.export import generative
+from vlm.export import generative, seeing
 from vlm.export.cache_parity import check_cached, has_cache
 from vlm.export.drawings import GOLDEN_SIZES, GOLDEN_TEXTS, ODD_SIZES, drawn_picture
 from vlm.export.graphs import OPSETS, export_part
@@ -38,6 +38,7 @@ from vlm.types.export import ExportPart
 
 FILES = {
     "dual-encoder": {"vision": "onnx/vision_model.onnx", "text": "onnx/text_model.onnx"},
+    "vision": {"vision": "onnx/vision_model.onnx"},
     "language": {"decoder": "onnx/decoder_model.onnx", "decoder_with_past": "onnx/decoder_with_past_model.onnx"},
 }
 """Where graphs lie that are not called onnx/PART.onnx: names that other programs look for."""
@@ -75,7 +76,7 @@ def export_bundle(
     try:
         chosen = model.export_parts() if parts is None else parts
         source = Source(
-            model, directory, Tokenizer.load(directory), chosen, tolerance or Tolerance(), opset,
+            model, directory, Tokenizer.load(directory) if "tokens" in type(model).offers else None, chosen, tolerance or Tolerance(), opset,
             name or _name_of(Path(model_dir), directory),
         )  # fmt: skip
         with publishing(output) as folder:
@@ -107,6 +108,7 @@ def _write(source: Source, folder: Path) -> dict[str, Any]:
     _copy(source, folder)
     kind = _kind(source)
     dual = kind == "dual-encoder"
+    sees = dual or kind == "vision"
     about: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": kind,
@@ -120,11 +122,11 @@ def _write(source: Source, folder: Path) -> dict[str, Any]:
     if source.directory.name == "model" and preset.is_file():
         shutil.copyfile(preset, folder / "preset.toml")
         about["preset"] = "preset.toml"
-    if dual:
+    if sees:
         preprocess = Preprocess.from_config(read_json(folder / "preprocessor_config.json"))
         (folder / PREPROCESS).write_bytes(preprocess_graph(preprocess, opset=max(18, min(source.opset, 21))).SerializeToString())
         graphs["preprocess"] = {"path": PREPROCESS}
-        about |= _describe_dual(source, preprocess)
+        about |= _describe_dual(source, preprocess) if dual else seeing.described(source, preprocess)
     else:
         graphs |= generative.preprocess_graphs(source, folder)
         about |= _describe_language(source) if kind == "language" else {"text": _describe_text(source)}
@@ -136,6 +138,10 @@ def _write(source: Source, folder: Path) -> dict[str, Any]:
     _write_json(folder / MANIFEST, about)
     if dual:
         checks += _check_dual(source, preprocess, folder)
+    elif sees:
+        written, found = seeing.check(source, preprocess, folder)
+        checks += found
+        _write_json(folder / GOLDEN, written)
     else:
         golden: dict[str, Any] = {}
         if kind == "language":
@@ -170,11 +176,13 @@ def _kind(source: Source) -> str:
     parts = set(source.parts)
     if {"vision", "text"} <= parts:
         return "dual-encoder"
+    if parts == {"vision"}:
+        return "vision"
     if {"vision", "embed"} <= parts:
         return "vision-language"
     if "decoder" in parts:
         return "language"
-    raise RequestError(f"a bundle of the parts {', '.join(source.parts)} is not known", remedy="dual encoders and decoders are")
+    raise RequestError(f"a bundle of the parts {', '.join(source.parts)} is not known", remedy="dual encoders, vision models and decoders are")
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -189,7 +197,8 @@ def _copy(source: Source, folder: Path) -> None:
             shutil.copyfile(source.directory / name, folder / name)
     pictures = getattr(source.model.options, "pictures", None)
     if not (folder / "preprocessor_config.json").is_file() and pictures is not None:
-        size = source.model.options.vision.image_size  # type: ignore[attr-defined]
+        options: Any = source.model.options
+        size = (options.tower if source.model.kind == "vision" else options.vision).image_size
         made = Preprocess(size, pictures.resize, pictures.interpolation, pictures.mean, pictures.std)
         _write_json(folder / "preprocessor_config.json", made.to_config())
 

@@ -37,6 +37,34 @@ for score, line in sorted(zip((unit[0] @ unit[1].T)[0].tolist(), texts), reverse
     print(f"{score:.4f}  {line}")
 '''
 
+EXAMPLE_VISION = '''"""What does the model see? Run: python example.py picture.png
+
+Needs numpy, onnxruntime and pillow.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+from PIL import Image
+
+here = Path(__file__).parent
+about = json.loads((here / "bundle.json").read_text())
+preprocess, vision = (InferenceSession(here / about["graphs"][name]["path"]) for name in ("preprocess", "vision"))
+
+path = (sys.argv[1:] or [here / "golden" / "picture-0.png"])[0]
+pixels = preprocess.run(None, {"picture": np.asarray(Image.open(path).convert("RGB"))})[0]
+embedding, *logits = vision.run(None, {"pixel_values": pixels[None]})
+if logits:
+    chances = np.exp(logits[0][0] - logits[0].max())
+    for chance, name in sorted(zip((chances / chances.sum()).tolist(), about["head"]["classes"]), reverse=True)[:5]:
+        print(f"{chance:.4f}  {name}")
+else:
+    print(embedding[0].tolist())
+'''
+
 EXAMPLE_LANGUAGE = '''"""Continue a text greedily. Run: python example.py "the colour of" 20
 
 Needs numpy, onnxruntime and tokenizers.
@@ -133,6 +161,8 @@ def example(about: dict[str, Any]) -> str:
     """example.py of a bundle."""
     if about["kind"] == "dual-encoder":
         return EXAMPLE_DUAL
+    if about["kind"] == "vision":
+        return EXAMPLE_VISION
     if about["kind"] == "language":
         return EXAMPLE_LANGUAGE
     decoder = about["decoder"]
@@ -140,10 +170,11 @@ def example(about: dict[str, Any]) -> str:
     return EXAMPLE_RUNTIME if runtime else EXAMPLE_ANSWER
 
 
-_TASKS = {"dual-encoder": "zero-shot-image-classification", "language": "text-generation", "vision-language": "image-text-to-text"}
+_TASKS = {"dual-encoder": "zero-shot-image-classification", "language": "text-generation", "vision": "image-classification", "vision-language": "image-text-to-text"}
 _USES = {
     "dual-encoder": ["vlm embed DIR --images - < paths.txt", "vlm serve DIR"],
     "language": ["vlm evaluate DIR --task perplexity --data texts.jsonl"],
+    "vision": ["vlm embed DIR --images - < paths.txt"],
     "vision-language": ['vlm generate DIR --image picture.png --prompt "what is this?"', "vlm serve DIR"],
 }
 
@@ -153,6 +184,8 @@ def card(about: dict[str, Any]) -> str:
     kind = about["kind"]
     dual = kind == "dual-encoder"
     uses = list(_USES[kind])
+    if kind == "vision" and about["head"]["classes"]:
+        uses.append("vlm predict DIR picture.png")
     if kind == "language" and "decoder" in about:
         uses += ['vlm generate DIR --prompt "the colour of"', "vlm serve DIR"]
     lines = [
@@ -165,9 +198,12 @@ def card(about: dict[str, Any]) -> str:
         "---",
         f"# {about['name']}",
         "",
-        f"An ONNX bundle of a {kind} model, complete by itself: graphs, tokenizer"
+        f"An ONNX bundle of a {kind} model, complete by itself: graphs"
+        + (", tokenizer" if kind != "vision" else "")
         + (", preprocessing inside a graph" if kind != "language" else "")
-        + (" and golden vectors on drawn pictures and texts." if dual else " and golden answers."),
+        + {"dual-encoder": " and golden vectors on drawn pictures and texts.", "vision": " and golden vectors on drawn pictures."}.get(
+            kind, " and golden answers."
+        ),
         "",
         "| graph | inputs | outputs |",
         "| --- | --- | --- |",

@@ -17,11 +17,17 @@ class Source:
 
     model: Model
     directory: Path
-    tokenizer: Tokenizer
+    text: Tokenizer | None
     parts: dict[str, ExportPart]
     tolerance: Tolerance
     opset: int
     name: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a model that reads text."""
+        assert self.text is not None
+        return self.text
 
     @property
     def vocab_size(self) -> int:

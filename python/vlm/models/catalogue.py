@@ -6,6 +6,13 @@ from pydantic import Field
 
 from vlm.models.dual_encoder import DualEncoderOptions
 from vlm.models.language import LanguageOptions
+from vlm.models.vision import VisionOptions
 from vlm.models.vision_language import VisionLanguageOptions
 
-ModelOptions = Annotated[DualEncoderOptions | LanguageOptions | VisionLanguageOptions, Field(discriminator="kind")]
+ModelOptions = Annotated[
+    DualEncoderOptions
+    | LanguageOptions
+    | VisionLanguageOptions
+    | VisionOptions,
+    Field(discriminator="kind"),
+]

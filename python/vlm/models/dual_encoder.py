@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlm.config.options import Options
 from vlm.models.base import Model, PixelNorm
 from vlm.models.blocks import layers_of
-from vlm.models.towers import TextTowerOptions, TextTransformer, VisionTowerOptions, VisionTransformer
+from vlm.models.towers import TextTowerOptions, TextTransformer
+from vlm.models.vision_towers import VisionTowerOptions, build_tower
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.export import ExportPart
@@ -89,7 +90,7 @@ class DualEncoder(Model):
         self.options: DualEncoderOptions = options
         self.vocabulary = vocabulary
         self.pixel_norm = PixelNorm(options.pictures.mean, options.pictures.std)
-        self.vision = VisionTransformer(options.vision, options.embed_dim, project=options.project_vision)
+        self.vision = build_tower(options.vision, options.embed_dim, project=options.project_vision)
         self.text = TextTransformer(options.text, options.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(options.log_scale))
         self.bias = None if options.bias is None else nn.Parameter(torch.tensor(options.bias))

@@ -71,7 +71,6 @@ class TextOptions(TowerOptions):
     eos_id: int | None = Field(None, description="id at which pool = eos reads; default: the tokenizer's")
 
 
-VisionTowerOptions = Annotated[VitOptions, Field()]
 TextTowerOptions = Annotated[TextOptions, Field()]
 
 

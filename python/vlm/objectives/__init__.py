@@ -8,6 +8,7 @@ from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.classification import ClassificationOptions
 from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
+from vlm.objectives.masked_pixels import MaskedPixelsOptions
 from vlm.objectives.preference import PreferenceOptions
 from vlm.objectives.sequence_align import SequenceAlignOptions
 from vlm.objectives.token_ce import TokenCrossEntropyOptions
@@ -16,6 +17,7 @@ AnyObjective = Annotated[
     ClassificationOptions
     | ContrastiveOptions
     | DistillOptions
+    | MaskedPixelsOptions
     | PreferenceOptions
     | SequenceAlignOptions
     | TokenCrossEntropyOptions,
@@ -28,6 +30,7 @@ __all__ = [
     "ClassificationOptions",
     "ContrastiveOptions",
     "DistillOptions",
+    "MaskedPixelsOptions",
     "Objective",
     "ObjectiveOptions",
     "PreferenceOptions",

@@ -1,9 +1,13 @@
-"""Classification by a linear head over an embedding. B samples, E width, K classes. Sources: linear probe of clip, gpt4image."""
+"""Classification by a linear head over an embedding, the objective's own or the model's.
+
+B samples, E width, K classes. Sources: linear probe of clip, gpt4image, swin-v2.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -13,29 +17,45 @@ from vlm.types import Batch, Context, Request, Terms, Views
 
 
 class ClassificationOptions(ObjectiveOptions):
-    """Cross-entropy of a learned linear head against the `label` stream (`data.label` names its field)."""
+    """Cross-entropy of a linear head against the `label` stream (`data.label` names its field)."""
 
     kind: Literal["classification"] = "classification"
     name: str = "classification"
     stream: str = Field("image", description="stream whose embedding is classified")
-    normalise: bool = Field(True, description="the head reads unit vectors")
+    head: Literal["own", "model"] = Field(
+        "own", description="own: a head of the objective, saved beside the model; model: the head of the model itself (model.classes)"
+    )
+    normalise: bool = Field(True, description="the own head reads unit vectors")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
 
     def build(self, context: BuildContext) -> Classification:
         if not context.classes:
             raise ValueError("it needs the classes of a field: set data.label")
+        if self.head == "model":
+            names: tuple[str, ...] = tuple(getattr(context.model, "classes", ()))
+            unknown = [name for name in context.classes if name not in names]
+            if unknown:
+                raise ValueError(f"the model has no class {unknown[0]!r} (model.classes: {', '.join(names) or 'none'})")
+            return Classification(self, list(context.classes), 0, [names.index(name) for name in context.classes])
         return Classification(self, list(context.classes), int(getattr(context.model.options, "embed_dim")))  # noqa: B009
 
 
 class Classification(Objective):
     """values [B]; a sample without a known class has weight 0."""
 
-    def __init__(self, options: ClassificationOptions, classes: list[str], width: int) -> None:
+    columns: Tensor
+
+    def __init__(self, options: ClassificationOptions, classes: list[str], width: int, columns: list[int] | None = None) -> None:
+        """columns: of the model's head, the logit of each of `classes`; None: a head of its own over `width` numbers."""
         super().__init__()
         self.options = options
+        self.reads = ("label",)
+        if columns is not None:
+            self.requires = (Request.parse(f"model/{options.stream}.logits"),)
+            self.register_buffer("columns", torch.tensor(columns), persistent=False)
+            return
         self.classes = classes
         self.requires = (Request.parse(f"model/{options.stream}.embedding"),)
-        self.reads = ("label",)
         self.head = nn.Linear(width, len(classes))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -45,13 +65,16 @@ class Classification(Objective):
 
     def forward(self, views: Views, context: Context) -> Terms:
         view, labels = views[f"model/{self.options.stream}"], context.batch["label"]
-        assert view.embedding is not None
-        x = view.embedding.to(self.head.weight.dtype)
-        logits = self.head(F.normalize(x, dim=-1) if self.options.normalise else x)
-        values = F.cross_entropy(
-            logits, labels.values.clamp(min=0), reduction="none", label_smoothing=self.options.smoothing
-        )
-        hits = (logits.detach().argmax(-1) == labels.values) & labels.mask
+        known = labels.values.clamp(min=0)
+        if self.options.head == "model":
+            assert view.logits is not None
+            logits, wanted = view.logits.float(), self.columns[known]
+        else:
+            assert view.embedding is not None
+            x = view.embedding.to(self.head.weight.dtype)
+            logits, wanted = self.head(F.normalize(x, dim=-1) if self.options.normalise else x), known
+        values = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=self.options.smoothing)
+        hits = (logits.detach().argmax(-1) == wanted) & labels.mask
         return Terms(
             values,
             labels.mask.to(values.dtype),

@@ -61,6 +61,8 @@ from vlm.ops.tokens_select import Selection, select_rows, select_threshold, sele
 from vlm.ops.vocabulary import CrossEntropy, linear_cross_entropy
 from vlm.ops.vocabulary_distillation import linear_distillation
 from vlm.ops.vocabulary_reference import linear_cross_entropy_reference, linear_distillation_reference
+from vlm.ops.window_attention import window_attention
+from vlm.ops.window_attention_reference import window_attention_reference
 
 __all__ = [
     "Alibi",
@@ -138,4 +140,6 @@ __all__ = [
     "ssm_scan_reference",
     "take_tokens",
     "unmerge_tokens",
+    "window_attention",
+    "window_attention_reference",
 ]

@@ -19,6 +19,7 @@ from vlm.runtime.manifest import GOLDEN, MANIFEST, Manifest, inside, read_json, 
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.tokens import BundleTokenizer
+from vlm.runtime.vision import VisionBundle
 from vlm.runtime.vision_language import VisionLanguageBundle
 
 
@@ -108,7 +109,7 @@ class Bundle:
         return lowest
 
 
-AnyBundle = Bundle | LanguageBundle | VisionLanguageBundle
+AnyBundle = Bundle | LanguageBundle | VisionBundle | VisionLanguageBundle
 
 
 def open_any_bundle(
@@ -125,7 +126,7 @@ def open_any_bundle(
     if verify:
         verify_files(directory, manifest)
     options: Any = {"threads": threads, "batch_size": batch_size, "providers": providers}
-    for kind in (Bundle, LanguageBundle, VisionLanguageBundle):
+    for kind in (Bundle, LanguageBundle, VisionBundle, VisionLanguageBundle):
         if manifest.kind == kind.kind:
             opened: AnyBundle = kind(directory, manifest, **options)
             return opened

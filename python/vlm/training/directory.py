@@ -79,14 +79,14 @@ class RunDirectory:
         except OSError as error:
             raise RunFailed(f"cannot be written: {error.strerror}", where=str(self.root), remedy="choose another --output") from error
 
-    def write_architecture(self, model: Model, tokenizer: Tokenizer, preprocess: Preprocess | None) -> None:
+    def write_architecture(self, model: Model, tokenizer: Tokenizer | None, preprocess: Preprocess | None) -> None:
         """Config, tokenizer and preprocessing without weights, so that a resume needs nothing from outside."""
         with _replacing(self.architecture) as folder:
             for name, content in model_files(model):
                 (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             write_companions_of(folder, tokenizer, preprocess)
 
-    def write_model(self, model: Model, tensors: dict[str, Any], tokenizer: Tokenizer, preprocess: Preprocess | None) -> Path:
+    def write_model(self, model: Model, tensors: dict[str, Any], tokenizer: Tokenizer | None, preprocess: Preprocess | None) -> Path:
         """The final model, published by rename. Returns a temporary-free path."""
         with _replacing(self.model) as folder:
             save_model(model, folder, tensors)
@@ -122,9 +122,10 @@ class RunDirectory:
             raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
 
 
-def write_companions_of(folder: Path, tokenizer: Tokenizer, preprocess: Preprocess | None) -> None:
+def write_companions_of(folder: Path, tokenizer: Tokenizer | None, preprocess: Preprocess | None) -> None:
     """The files that go with the weights."""
-    tokenizer.save(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
     if preprocess is not None:
         text = json.dumps(preprocess.to_config(), indent=2)
         (folder / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")

@@ -115,7 +115,8 @@ def make_plan(parts: Parts, output: str, *, before: int = 0) -> Plan:
     torch.set_num_threads(scale.threads or max(1, usable_cores() // processes))
     measured = _Measured(parts)
     parameters = list(parts.model.parameters())
-    total = sum(p.numel() for p in parameters)
+    model_size = sum(p.numel() for p in parameters)
+    total = model_size + sum(p.numel() for p in parts.objectives.parameters())  # of heads, too
     trainable = sum(p.numel() for p in parts.engine.parameters())
     groups: dict[str, int] = {}
     for name, parameter in parts.model.named_parameters():
@@ -137,7 +138,7 @@ def make_plan(parts: Parts, output: str, *, before: int = 0) -> Plan:
     memory["libraries"] = libraries
     per_step = measured.seconds(micro, train.accumulate)
     checkpoint = 4 * total + 4 * slots * trainable + sum(sizes[member.name] for member in others if member.stateful)
-    disk = {"checkpoints": checkpoint * max(1, train.keep or 1), "model": 4 * total}
+    disk = {"checkpoints": checkpoint * max(1, train.keep or 1), "model": 4 * model_size}
     return Plan(
         stage=parts.stage.name,
         parameters=total,

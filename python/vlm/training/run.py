@@ -288,10 +288,10 @@ class Run:
     def _loader(self, stage: Stage, model: Model, source: Source) -> Loader:
         """The training data as this model reads them; texts are cut at the model's own length."""
         data, length = stage.data, model.options.text_length  # type: ignore[attr-defined]
-        if data.packer is None and "length" not in data.text.model_fields_set:
+        if length is not None and data.packer is None and "length" not in data.text.model_fields_set:
             data = data.model_copy(update={"text": data.text.model_copy(update={"length": length})})
         asked = data.packer.length if data.packer is not None else data.text.length
-        if asked > length:
+        if length is not None and asked > length:
             raise RequestError(f"texts of {asked} tokens for a model of {length}", remedy="shorten data.text.length or data.packer.length")
         return build_loader(
             data,
@@ -328,7 +328,6 @@ class Run:
         """Evaluation during training, on rank 0; the others wait."""
         values: dict[str, float] = {}
         if self.communicator.rank == 0:
-            assert self.tokenizer is not None
             parts.model.eval()
             tasks = parts.stage.evaluation.tasks
             settings = self._evaluation_settings(parts.stage)
@@ -341,7 +340,6 @@ class Run:
         self, parts: Parts, state: dict[str, torch.Tensor], cursor: Cursor, metrics: MetricsLog, started: float
     ) -> RunResult:
         """Write model/, evaluate it, log the figures."""
-        assert self.tokenizer is not None
         clean = load_model(self.directory.architecture, weights=False)
         clean.load_state_dict(state)
         clean.eval()

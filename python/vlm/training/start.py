@@ -27,17 +27,17 @@ class Start:
     communicator: Communicator
     note: Note
 
-    def tokenizer(self, stage: Stage) -> Tokenizer:
-        """The run's tokenizer; the first call of a run also writes the architecture: rank 0 writes, the others wait and read."""
+    def tokenizer(self, stage: Stage) -> Tokenizer | None:
+        """The run's tokenizer, None for a model that reads no text; the first call of a run also writes the architecture: rank 0 writes, the others wait and read."""
         own = self.directory.architecture
         if not (own / "vlm.json").is_file():
             if self.communicator.rank == 0:
                 tokenizer, model = self._design(stage)
                 self.directory.write_architecture(model, tokenizer, model.preprocess())
             self.communicator.barrier()
-        return Tokenizer.load(own)
+        return Tokenizer.load(own) if (own / "tokenizer.json").is_file() else None
 
-    def model(self, stage: Stage, tokenizer: Tokenizer, *, initial: bool) -> Model:
+    def model(self, stage: Stage, tokenizer: Tokenizer | None, *, initial: bool) -> Model:
         """The model of the run; with `initial` its first weights, otherwise any.
 
         Raises CheckpointError and RequestError for a source that cannot be read or does not fit.
@@ -56,12 +56,15 @@ class Start:
                 model.take_part(name, source)
         return model
 
-    def _design(self, stage: Stage) -> tuple[Tokenizer, Model]:
+    def _design(self, stage: Stage) -> tuple[Tokenizer | None, Model]:
         """Tokenizer and architecture, from the model to start from or from the preset and the parts that it names."""
         if stage.start.model is not None:
             folder = find_model_directory(stage.start.model)
-            return Tokenizer.load(folder), load_model(folder, weights=False)
+            model = load_model(folder, weights=False)
+            return Tokenizer.load(folder) if reads_text(model.options) else None, model
         options = self._options(stage, self._parts(stage, weights=False))
+        if not reads_text(options):
+            return None, options.build(vocabulary_of(None))
         text_part = getattr(options, "text_part", None)
         if text_part in stage.start.parts:
             with _named(stage, text_part):
@@ -113,8 +116,15 @@ def special_tokens_of(options: Any) -> tuple[str, ...]:
     return tuple(getattr(options, "special_tokens", ()))
 
 
-def vocabulary_of(tokenizer: Tokenizer, special_tokens: tuple[str, ...] = ()) -> VocabularyLayout:
-    """One text span and the special ids that models ask for: bos, eos, pad, and `<image>` as `image`."""
+def reads_text(options: Any) -> bool:
+    """Whether a model of these options reads texts, so that its run has a tokenizer."""
+    return getattr(options, "text_length", None) is not None
+
+
+def vocabulary_of(tokenizer: Tokenizer | None, special_tokens: tuple[str, ...] = ()) -> VocabularyLayout:
+    """No span without a tokenizer; else one text span and the special ids that models ask for: bos, eos, pad, and `<image>` as `image`."""
+    if tokenizer is None:
+        return VocabularyLayout({}, {})
     special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     special |= {token.strip("<|>"): tokenizer.token_to_id(token) for token in special_tokens}
     return VocabularyLayout.of_text(tokenizer.vocab_size, {name: i for name, i in special.items() if i is not None})

@@ -65,9 +65,11 @@ class Pictures(Stream):
     """values [n, 3, H, W], uint8 in 0..255 or float in 0..1 (not yet normalised); mask [n].
 
     place: [n, 3] int64 (frame, tile row, tile column), or None where each sample has one whole picture.
+    masked: [n, g, g] bool, squares of a grid over the picture that a model must not see (values hold them still), or None.
     """
 
     place: Tensor | None = None
+    masked: Tensor | None = None
     value_dims: ClassVar[int | None] = 4
 
 

@@ -157,14 +157,28 @@ class DiffusionNoise(Options):
         return self
 
 
-StreamOptions = Annotated[ConversationStream | DiffusionNoise, Field(discriminator="kind")]
+class MaskedPixels(Options):
+    """A picture stream with squares that the model must not see, drawn once for each sample and epoch. Source: swin-v2 (SimMIM)."""
+
+    kind: Literal["masked-pixels"] = "masked-pixels"
+    of: str = Field("image", description="picture stream that squares are hidden of")
+    patch: int = Field(32, ge=1, description="side of a square in pixels of the model's input")
+    ratio: float = Field(0.6, gt=0, le=1, description="share of the squares that is hidden, rounded up")
 
 
-def check_streams(streams: dict[str, ConversationStream | DiffusionNoise]) -> None:
+StreamOptions = Annotated[
+    ConversationStream
+    | DiffusionNoise
+    | MaskedPixels,
+    Field(discriminator="kind"),
+]
+
+
+def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | MaskedPixels]) -> None:
     """Names fit their kinds and what they refer to exists. Raises ValueError."""
     for name, stream in streams.items():
         picture = name == "image" or name.startswith("image.")
-        if isinstance(stream, DiffusionNoise):
+        if isinstance(stream, DiffusionNoise | MaskedPixels):
             if not name.startswith("image."):
                 raise ValueError(f"streams.{name}: a picture stream is called image.NAME")
             if stream.of in streams:

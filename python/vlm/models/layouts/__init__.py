@@ -9,8 +9,9 @@ from vlm.models.layouts.clip import CLIP
 from vlm.models.layouts.llama import LLAMA, QWEN2
 from vlm.models.layouts.llava import LLAVA
 from vlm.models.layouts.siglip import SIGLIP
+from vlm.models.layouts.swin import SWIN
 
-LAYOUTS: dict[str, PublishedLayout] = {layout.model_type: layout for layout in (CLIP, SIGLIP, LLAMA, QWEN2, LLAVA)}
+LAYOUTS: dict[str, PublishedLayout] = {layout.model_type: layout for layout in (CLIP, SIGLIP, LLAMA, QWEN2, LLAVA, SWIN)}
 """By the `model_type` of config.json."""
 
-__all__ = ["CLIP", "LAYOUTS", "LLAMA", "LLAVA", "QWEN2", "SIGLIP", "PublishedLayout"]
+__all__ = ["CLIP", "LAYOUTS", "LLAMA", "LLAVA", "QWEN2", "SIGLIP", "SWIN", "PublishedLayout"]

@@ -87,6 +87,7 @@ class ClipLayout(PublishedLayout):
     def expresses(self, options: Options) -> bool:
         return (
             isinstance(options, DualEncoderOptions)
+            and isinstance(options.vision, VitOptions)
             and options.bias is None
             and options.project_vision
             and options.vision.class_token

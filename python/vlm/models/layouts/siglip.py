@@ -53,6 +53,7 @@ class SiglipLayout(PublishedLayout):
     def expresses(self, options: Options) -> bool:
         return (
             isinstance(options, DualEncoderOptions)
+            and isinstance(options.vision, VitOptions)
             and options.bias is not None
             and not options.project_vision
             and not options.vision.class_token

@@ -19,6 +19,8 @@ def tower_of(source: Model, name: str) -> tuple[VitOptions, PictureOptions, dict
     of a vision-language model, by name or its only one. Raises ValueError for a model without it."""
     if isinstance(source, DualEncoder):
         vit, pictures, vision = source.options.vision, source.options.pictures, source.vision
+        if not isinstance(vit, VitOptions):
+            raise ValueError(f"its vision tower is a {vit.kind}, expected vit")
     else:
         towers: Any = getattr(source, "towers", {})
         name = name if name in towers or len(towers) != 1 else next(iter(towers))

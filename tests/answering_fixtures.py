@@ -30,9 +30,9 @@ KINDS: dict[str, dict[str, Any]] = {
         fusion={"kind": "cross-attention", "every": 1},
         towers={"main": _TOWER, "fine": _TOWER | {"image_size": 24, "patch_size": 12, "layer": -2, "norm": False}},
     ),
-    "drop": dict(tokens={"keep": {"layers": [1, 2], "ratios": [0.5, 0.25]}}, language=_LANGUAGE | {"depth": 3}),
+    "drop": dict(tokens={"keep": {"kind": "stages", "layers": [1, 2], "ratios": [0.5, 0.25]}}, language=_LANGUAGE | {"depth": 3}),
     "drop-keep": dict(
-        tokens={"keep": {"layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}}, language=_LANGUAGE | {"depth": 3}
+        tokens={"keep": {"kind": "stages", "layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}}, language=_LANGUAGE | {"depth": 3}
     ),
 }
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm.config.options import Options
-from vlm.tokens.plain import bipartite_match, merge_tokens, merged_places
+from vlm.tokens.plain import best_first, bipartite_match, merge_tokens, merged_places
 
 
 class BipartiteOptions(Options):
@@ -112,7 +112,7 @@ def merge_down(x: Tensor, keep: int, *, weighting: Literal["size", "mean"], orde
     while x.shape[1] > keep:
         matching = bipartite_match(x.detach(), min(x.shape[1] // 2, x.shape[1] - keep), 0)
         if order == "similarity":
-            best = torch.sort(matching.score.gather(1, matching.kept), dim=1, descending=True, stable=True).indices
+            best = best_first(matching.score.gather(1, matching.kept))
             matching = matching._replace(kept=matching.kept.gather(1, best))
         before = place
         x, sizes = merge_tokens(x, sizes, matching, weighting)

@@ -137,7 +137,7 @@ def bipartite_match(metric: Tensor, r: int, protect: int = 1) -> Matching:
             every = torch.arange(a.shape[1], device=metric.device).expand(metric.shape[0], -1)
             return Matching(every, none, none, torch.full_like(a[..., 0], -torch.inf))
         score, partner = cosine.max(-1)
-        order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+        order = best_first(score)
         source = order[:, :r]
         kept = torch.sort(order[:, r:], dim=-1).values
         return Matching(kept, source, partner.gather(1, source), score)
@@ -194,10 +194,17 @@ def unmerge_tokens(x: Tensor, places: Tensor) -> Tensor:
 # Choosing
 
 
+def best_first(score: Tensor) -> Tensor:
+    """Indices of score [..., N] by falling score, of equal ones the lower first."""
+    if torch.compiler.is_exporting():  # a stable sort has no graph; the one that there is keeps equal ones in order
+        return torch.sort(score, dim=-1, descending=True).indices
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices
+
+
 def select_top(score: Tensor, k: int) -> Tensor:
     """The k best of score [B, N], of equal ones the lower index, NaN last: indices [B, k], ascending."""
     ranked = torch.where(score.isnan(), -torch.inf, score)
-    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :k]
+    order = best_first(ranked)[:, :k]
     return torch.sort(order, dim=-1).values
 
 

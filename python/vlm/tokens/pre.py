@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.config.options import Options
 from vlm.tokens.merging import merge_down
-from vlm.tokens.plain import attention_column_sums, attention_pagerank, gather_tokens, select_top
+from vlm.tokens.plain import attention_column_sums, attention_pagerank, best_first, gather_tokens, select_top
 from vlm.tokens.schedule import exact
 from vlm.tokens.score import ScoringBlock, rows_first
 from vlm.tokens.score_options import NormScoreOptions, RandomScoreOptions, UniformScoreOptions, norms, random_order, uniform_order
@@ -236,7 +236,7 @@ class PreStepOptions(Options):
 def best_rows(score: Tensor, count: int, columns: int) -> Tensor:
     """score [P, N] over a grid of so many columns -> [P, count] ascending: tokens of the best rows, of the last the first ones."""
     rows = score.unflatten(1, (-1, columns)).sum(-1)
-    order = torch.sort(rows, dim=1, descending=True, stable=True).indices
+    order = best_first(rows)
     rank = torch.sort(order, dim=1).indices  # of each row
     key = rank[:, :, None] * columns + torch.arange(columns, device=score.device)
     return torch.sort(torch.sort(key.flatten(1), dim=1).indices[:, :count], dim=1).values

@@ -153,8 +153,8 @@ class VisionTransformer(nn.Module):
 
     def run(self, x: Tensor, *, collect: Collection[int] = (), stop: int | None = None) -> Merged:
         """x [B, N, C] of `stem` through the first `stop` blocks, all if not given; pairs are merged where the options say so."""
-        plan = self.options.plan
-        if plan is None:
+        plan, merge = self.options.plan, self.options.merge
+        if plan is None or (merge is not None and merge.when == "inference" and self.training):
             x, hidden = self.trunk(x, collect=collect, stop=stop)
             return Merged(x, hidden)
         return run_merging(self.trunk, x, plan, collect=collect, stop=stop)

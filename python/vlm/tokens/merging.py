@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -18,7 +19,9 @@ class BipartiteOptions(Options):
     """Tokens in turn left and right; each of the left may go into the most similar one of the right."""
 
     kind: Literal["bipartite"] = "bipartite"
-    metric: Literal["keys"] = Field("keys", description="keys: cosine of the attention's keys, their mean over heads")
+    metric: Literal["keys", "random"] = Field(
+        "keys", description="keys: cosine of the attention's keys, their mean over heads; random: drawn pairs, what any metric must beat"
+    )
     protect: int | None = Field(None, ge=0, description="leading tokens that are never merged; default: the class token")
 
 
@@ -51,8 +54,11 @@ class DecreasingRemoval(Options):
 
 
 class TowerMergeOptions(Options):
-    """Pairs of similar tokens become one in every layer of the tower, in training and after."""
+    """Pairs of similar tokens become one in every layer of the tower."""
 
+    when: Literal["always", "inference"] = Field(
+        "always", description="inference: a training step reads everything, and only evaluation, generation and bundles merge"
+    )
     match: Annotated[BipartiteOptions, Field()] = BipartiteOptions()
     apply: Annotated[MergeOptions, Field()] = MergeOptions()
     remove: Annotated[ConstantRemoval | DecreasingRemoval, Field(discriminator="kind")]
@@ -65,7 +71,7 @@ class TowerMergeOptions(Options):
         for wanted in self.remove.pairs(depth):
             pairs.append(max(0, min(wanted, (left - protect) // 2)))
             left -= pairs[-1]
-        return MergePlan(tuple(pairs), protect, self.apply.weighting, self.apply.proportional, self.restore)
+        return MergePlan(tuple(pairs), protect, self.apply.weighting, self.apply.proportional, self.restore, self.match.metric)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class MergePlan:
     weighting: Literal["size", "mean"]
     proportional: bool
     restore: bool
+    metric: Literal["keys", "random"] = "keys"
 
     def left(self, tokens: int, layers: int) -> int:
         """Tokens after so many layers."""
@@ -95,10 +102,17 @@ class MergePlan:
         if not r:
             return x, sizes, places
         tokens = x.shape[1]
-        matching = bipartite_match(keys.detach().mean(1), r, self.protect)
+        metric = keys.detach().mean(1) if self.metric == "keys" else drawn_metric(tokens, layer).to(x.device).expand(len(x), -1, -1)
+        matching = bipartite_match(metric, r, self.protect)
         x, sizes = merge_tokens(x, sizes, matching, self.weighting)
         step = merged_places(matching, tokens)
         return x, sizes, step if places is None else step.gather(1, places)
+
+
+def drawn_metric(tokens: int, layer: int) -> Tensor:
+    """[1, N, 8] float32, drawn for each layer."""
+    drawn = np.random.default_rng([layer, tokens]).standard_normal((1, tokens, 8)).astype(np.float32)
+    return torch.from_numpy(drawn)
 
 
 def merge_down(x: Tensor, keep: int, *, weighting: Literal["size", "mean"], order: Literal["similarity", "position"]) -> Tensor:

@@ -35,9 +35,12 @@ class GatherOptions(Options):
 
 
 class TokensOptions(Options):
-    """Positions of pictures are dropped inside the decoder, in training and in prefill, and before it."""
+    """Positions of pictures are dropped inside the decoder, when a prompt is read and in training, and before it."""
 
     at: Literal["decoder"] = "decoder"
+    when: Literal["always", "inference"] = Field(
+        "always", description="inference: a training step reads everything, and only evaluation, generation and bundles read less"
+    )
     pre: list[PreStepOptions] = Field([], description="steps before the decoder, after the connector, in order")
     score: DecoderScore = AttentionFromRowsOptions()
     select: Annotated[TopKOptions | ThresholdOptions, Field(discriminator="kind")] = TopKOptions()

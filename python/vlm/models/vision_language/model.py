@@ -252,15 +252,32 @@ class VisionLanguageModel(Model):
         return None if self.options.fusion.kind == "cross-attention" else self.picture_tokens
 
     @property
+    def training_positions(self) -> int | None:
+        reduces = self.options.tokens is not None or any(tower.merge is not None for tower in self.options.towers.values())
+        if self.picture_positions is None or not reduces:
+            return self.picture_positions
+        tower = next(iter(self.options.towers.values()))
+        merges = tower.merge is not None and tower.merge.when == "always"
+        read = tower.tokens if merges else tower.model_copy(update={"merge": None}).tokens
+        count, tokens = int(self.connector.count(read)), self.options.tokens
+        return count if tokens is None or tokens.when == "inference" else tokens.left(count)
+
+    @property
     def tiles_apart(self) -> bool:
         return self.options.fusion.kind == "hybrid"
+
+    @property
+    def _reduction(self) -> TokensOptions | None:
+        """What holds in the mode that the model is in."""
+        tokens = self.options.tokens
+        return None if tokens is not None and tokens.when == "inference" and self.training else tokens
 
     # Pictures
 
     def visual_tokens(self, pixels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """tower -> pixels [P, 3, S, S], normalised, to (visual tokens [P, K, C], mask [P, K] or None)."""
         parts: list[Tensor] = []
-        pre = [] if self.options.tokens is None else self.options.tokens.pre
+        pre = [] if self._reduction is None else self._reduction.pre
         view: TowerView | None = None
         for name, tower in self.options.towers.items():
             vision = self.towers[name]
@@ -364,8 +381,8 @@ class VisionLanguageModel(Model):
             x, layout, media = divided(stream, x, places, visual, announced(stream, places))
         else:
             x, layout = expand(stream, x, places, visual)
-            if self.options.tokens is not None:
-                reducer = self.options.tokens.reducer(layout, len(self.language.trunk.blocks))
+            if self._reduction is not None:
+                reducer = self._reduction.reducer(layout, len(self.language.trunk.blocks))
         if media is not None:
             blocks = {int(layer): block for layer, block in self.cross.items() if isinstance(block, GatedCrossBlock)}
             cross = Cross(blocks, media)

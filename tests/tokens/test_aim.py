@@ -8,7 +8,19 @@ import torch
 
 from tests.models.model_makers import batch_of, logits_of, pictures_of, rows_of
 from tests.tokens.oracle import probabilities, walk
-from tests.tokens.rows import ANSWER, ANSWERS, INSTRUCTION, PROMPTS, asked, batch, check_cached_decoding, equal_bits, kept, pictures, reducing
+from tests.tokens.rows import (
+    ANSWER,
+    ANSWERS,
+    INSTRUCTION,
+    PROMPTS,
+    asked,
+    batch,
+    check_cached_decoding,
+    equal_bits,
+    kept,
+    pictures,
+    reducing,
+)
 from vlm.tokens.merging import merge_down
 from vlm.types.layout import Modality
 

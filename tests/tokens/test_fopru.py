@@ -6,8 +6,8 @@ import torch
 from tests.models.model_makers import answering, logits_of, pictures_of
 from tests.tokens.oracle import probabilities
 from tests.tokens.rows import TOWERS, batch, check_cached_decoding, equal_bits, reducing
-from vlm.tokens.pre import PreStepOptions, TowerAttentionOptions, TowerView, best_rows, row_varies_more
 from vlm.tokens.plain import select_top
+from vlm.tokens.pre import PreStepOptions, TowerAttentionOptions, TowerView, best_rows, row_varies_more
 
 COLUMN_ONLY = {"main": TOWERS["main"] | {"class_token": False}}
 
@@ -54,7 +54,7 @@ def test_fopru_column_sums_are_the_column_means_of_the_map_and_rows_what_the_cla
 def test_fopru_of_a_full_softmax_the_column_always_wins():
     with_class, without = model_of(), model_of(towers=COLUMN_ONLY)
     for model, options in ((without, TowerAttentionOptions()), (with_class, TowerAttentionOptions(exclude_class=False))):
-        view, p = view_of(model, 1, pixels())
+        view, _ = view_of(model, 1, pixels())
         column, row = options.both(view)
         assert row.var(1).max() == 0
         assert not row_varies_more(column, row).any()

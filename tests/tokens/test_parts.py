@@ -1,5 +1,7 @@
 """Scores, selection and schedules of token reduction put together: every one decodes as it reads anew."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_core_select_kept_sets_are_nested_and_ragged_batches_are_their_rows():
     model = reducing({"keep": {"kind": "linear", "start": 1, "step": 0.25}, "score": {"kind": "pagerank"}})
     output = model.encode(batch(), {"text": frozenset({f"hidden:{layer}" for layer in range(5)})})["text"]
     sets = [kept(output.layout_of(layer)) for layer in range(1, 5)]
-    for early, late in zip(sets, sets[1:]):
+    for early, late in pairwise(sets):
         for row in range(4):
             assert set(late[row]) <= set(early[row])
             assert late[row] == sorted(late[row])

@@ -1,6 +1,7 @@
 """How many positions each layer reads: schedules and the solved sigmoid."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -67,7 +68,7 @@ def test_vision_token_search_solved_alpha_meets_the_budget_within_one_token(dept
         return
     rates = solved_rates(depth, k, budget, low=low, full=full)
     assert abs(sum(rates) / depth - budget) < 1e-9
-    assert all(b <= a + 1e-15 for a, b in zip(rates, rates[1:]))  # never more than before: the sets are nested
+    assert all(b <= a + 1e-15 for a, b in pairwise(rates))  # never more than before: the sets are nested
     counts = [int(tokens * rate) for rate in rates]
     assert budget * tokens - 1 <= sum(counts) / depth + 1e-6 <= budget * tokens + 1e-5
     if full and not low:
@@ -79,7 +80,7 @@ def test_vision_token_search_solved_alpha_meets_the_budget_within_one_token(dept
 
 def test_vision_token_search_alpha_grows_with_the_budget():
     alphas = [solved_alpha(12, 0.4, b / 20) for b in range(3, 20)]
-    assert all(b > a for a, b in zip(alphas, alphas[1:]))
+    assert all(b > a for a, b in pairwise(alphas))
 
 
 def test_vision_token_search_small_k_is_flat_and_large_k_a_step():

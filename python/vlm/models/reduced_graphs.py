@@ -59,8 +59,8 @@ class PrefillGraph(nn.Module):
             if layer not in self.counts:
                 continue
             if isinstance(self.score, AttentionFromRowsOptions):
-                own = (blocks[layer], x) if self.score.norm == "next-layer" else (block, before)
-                score, seen = attention_of_last_text(*own, valid, picture, rotary)
+                looking, read = (blocks[layer], x) if self.score.norm == "next-layer" else (block, before)
+                score, seen = attention_of_last_text(looking, read, valid, picture, rotary)
             else:
                 scope = up_to_last_text(valid, picture)[1]
                 score = self.score.score(View(x, before, block, blocks[layer], rotary, scope, number))

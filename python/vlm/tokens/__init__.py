@@ -4,7 +4,15 @@ from vlm.tokens.merging import MergePlan, TowerMergeOptions
 from vlm.tokens.options import GatherOptions, TokensOptions
 from vlm.tokens.pre import PreStepOptions, TowerScore, TowerView
 from vlm.tokens.reducer import TokenReducer, picture_counts, select_top
-from vlm.tokens.schedule import KeepPlan, ScheduleOptions, StagesOptions, TableOptions, sigmoid_rates, solved_alpha, solved_rates
+from vlm.tokens.schedule import (
+    KeepPlan,
+    ScheduleOptions,
+    StagesOptions,
+    TableOptions,
+    sigmoid_rates,
+    solved_alpha,
+    solved_rates,
+)
 from vlm.tokens.score import attention_from_rows, query_rows
 
 __all__ = [

@@ -18,7 +18,14 @@ from vlm.tokens.merging import merge_down
 from vlm.tokens.plain import attention_column_sums, attention_pagerank, best_first, gather_tokens, select_top
 from vlm.tokens.schedule import exact
 from vlm.tokens.score import ScoringBlock, rows_first
-from vlm.tokens.score_options import NormScoreOptions, RandomScoreOptions, UniformScoreOptions, norms, random_order, uniform_order
+from vlm.tokens.score_options import (
+    NormScoreOptions,
+    RandomScoreOptions,
+    UniformScoreOptions,
+    norms,
+    random_order,
+    uniform_order,
+)
 
 STEADY = 1e-5
 """A score whose deviation is below so much of its mean is the same everywhere, up to rounding."""

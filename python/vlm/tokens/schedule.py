@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -207,7 +208,7 @@ def _falling_half(x: float) -> float:
 
 
 def _falling(name: str, ratios: Sequence[float]) -> None:
-    if not all(0 <= ratio <= 1 for ratio in ratios) or any(b > a for a, b in zip(ratios, ratios[1:])):
+    if not all(0 <= ratio <= 1 for ratio in ratios) or any(b > a for a, b in pairwise(ratios)):
         raise ValueError(f"{name} are {list(ratios)}, expected within 0..1, never rising")
 
 

@@ -44,8 +44,8 @@ class Process:
         best: tuple[float, float, Floats, Floats] | None = None
         for scale in SCALES:
             covariance = matern52(places, places, scale) + (noise**2 + 1e-10) * np.eye(len(places))
-            lower = np.linalg.cholesky(covariance)
-            weights = np.linalg.solve(lower.T, np.linalg.solve(lower, y))
+            lower: Floats = np.asarray(np.linalg.cholesky(covariance), np.float64)
+            weights: Floats = np.asarray(np.linalg.solve(lower.T, np.linalg.solve(lower, y)), np.float64)
             likelihood = -0.5 * float(y @ weights) - float(np.log(np.diag(lower)).sum())
             if best is None or likelihood > best[0]:
                 best = likelihood, scale, lower, weights

@@ -187,7 +187,8 @@ def run_search(
 def _report(found: Found, settings: Mapping[str, Any], score: Scorer) -> dict[str, Any]:
     from vlm.evaluation.flops import TrunkShape, prefill_flops
 
-    shape = TrunkShape.of(score.generator.model.language.options.trunk())  # type: ignore[union-attr]
+    model: Any = score.generator.model
+    shape = TrunkShape.of(model.language.options.trunk())
     full = prefill_flops(shape, [found.table[0]] * len(found.table))
     return {
         **settings,

@@ -9,11 +9,14 @@ import torch
 
 from tests.answering_fixtures import answering_bundle, answering_model, bundle_of, random_prompts, torch_of
 from tests.models.model_makers import answering, pictures_of
-from tests.tokens.rows import TOWERS, reducing
+from tests.tokens.rows import TOWERS, asked, batch, reducing
+from tests.tokens.test_parts import SCORES
 from tests.tokens.test_tome import encoder, merge
 from vlm.config.errors import RequestError
 from vlm.export.graphs import export_part
 from vlm.models import load_model
+from vlm.models.reduced_graphs import PrefillGraph
+from vlm.models.vision_language.graphs import drops_of
 from vlm.runtime.generation import Decoding, generate
 
 DROPS = {"aim": {"1": 5, "2": 2}, "fopru": {"1": 5, "2": 3}, "tome": {"1": 5}}
@@ -39,6 +42,28 @@ def test_core_select_a_bundle_writes_the_tokens_of_torch(kind):
         held = [value.numpy().shape[2] for value in stepper._cache[::2]]
         assert held == theirs.kept(other)
     assert ours.self_test() < 1e-3
+
+
+@pytest.mark.parametrize("score", [s for s in SCORES if s["kind"] != "random"], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_core_select_the_graph_of_every_score_keeps_what_the_model_keeps(score, side):
+    tokens = {"score": score, "keep": {"kind": "stages", "layers": [1, 3], "ratios": [0.5, 0.2]}}
+    model = reducing(tokens)
+    given = batch(asked(0, side=side))
+    output = model.encode(given, {"text": frozenset({"hidden:0", "hidden:2", "vocabulary"})})["text"]
+    before, middle, after = output.layout_of(0), output.layout_of(2), output.layout
+    graph = PrefillGraph(model.language, drops_of(model), model.options.tokens.score, renumber=True)
+    places = [torch.arange(layout.mask.shape[1]) for layout in (middle, after)]
+    out = graph(output.hidden[0], before.mask.long(), before.position, before.picture, *places)
+    logits, keys, masks = out[0], out[1:9:2], out[9:]
+    assert [key.shape[2] for key in keys] == [before.mask.shape[1], *[len(places[0])] * 2, len(places[1])]
+    assert torch.equal(masks[0].bool(), middle.mask)
+    assert torch.equal(masks[1].bool(), after.mask)
+    theirs, cache = model.prefill(asked(0, side=side), {"image": given["image"]})
+    assert torch.allclose(logits, theirs, atol=1e-5)
+    for key, layer, layout in zip(keys, cache.layers, (before, middle, middle, after)):
+        assert torch.allclose(key.transpose(1, 2)[layout.mask], layer.keys.transpose(1, 2)[layout.mask], atol=1e-5)
 
 
 def test_core_tome_the_graph_of_a_merging_tower_is_the_tower(tmp_path):

@@ -127,13 +127,20 @@ def curve(score: Score, depth: int, tokens: int, options: CurveOptions, like: Se
     Of equal scores the smaller k.
     """
     ask = remembering(score)
-    ks = np.exp(np.linspace(math.log(options.lowest), math.log(options.highest), PLACES))
-    tables = [table_of(depth, tokens, float(k), options.budget) for k in ks]
-    first = [PLACES // 2] if like is None else [int(np.argmin([_apart(table, like) for table in tables]))]
-    first += [0, PLACES - 1]
-    seen = maximise(lambda i: ask(tables[i]), np.linspace(0.0, 1.0, PLACES), first=first, evaluations=options.evaluations, noise=options.noise)
+    where: dict[Table, float] = {}  # of the values of k that give one table, the smallest
+    for place in np.linspace(0.0, 1.0, PLACES).tolist():
+        where.setdefault(table_of(depth, tokens, _k_at(place, options), options.budget), place)
+    tables, places = list(where), np.array(list(where.values()))
+    first = [len(tables) // 2] if like is None else [int(np.argmin([_apart(table, like) for table in tables]))]
+    first += [0, len(tables) - 1]
+    seen = maximise(lambda i: ask(tables[i]), places, first=first, evaluations=options.evaluations, noise=options.noise)
     best = max(seen, key=lambda i: (seen[i], -i))
-    return Found(tables[best], seen[best], ask((tokens,) * depth), float(ks[best]))
+    return Found(tables[best], seen[best], ask((tokens,) * depth), _k_at(float(places[best]), options))
+
+
+def _k_at(place: float, options: CurveOptions) -> float:
+    """k at a place within 0..1, evenly spaced in its logarithm."""
+    return math.exp((1 - place) * math.log(options.lowest) + place * math.log(options.highest))
 
 
 def _apart(table: Sequence[int], other: Sequence[int]) -> float:

@@ -14,7 +14,6 @@ from vlm.tokens.plain import (
     bipartite_match,
     gather_tokens,
     merge_tokens,
-    merged_places,
     select_top,
     unmerge_tokens,
 )
@@ -75,11 +74,15 @@ def test_aim_a_causal_walk_that_goes_on_ends_on_the_first_position():
 def test_core_tome_merging_is_that_of_loops(n, r, protect, weighting, seed):
     x, metric = drawn(2, n, 3, seed=seed).double(), drawn(2, n, 4, seed=seed + 1).double()
     sizes = 1.0 + torch.randint(0, 4, (2, n), generator=torch.Generator().manual_seed(seed)).double()
+    most = max(0, n - protect) // 2
+    if r > most:
+        with pytest.raises(ValueError, match=f"expected 0 to {most}"):
+            bipartite_match(metric, r, protect)
+        r = most
     matching = bipartite_match(metric, r, protect)
     merged, counted = merge_tokens(x, sizes, matching, weighting)
-    r = max(0, min(r, (n - protect) // 2))
     assert merged.shape == (2, n - r, 3)
-    places = merged_places(matching, n)
+    places = matching.assign
     for row in range(2):
         expected, count, sets = tome(x[row], metric[row], sizes[row], r, protect, weighting)
         if not r:
@@ -92,12 +95,12 @@ def test_core_tome_merging_is_that_of_loops(n, r, protect, weighting, seed):
 
 def test_core_tome_r_0_is_identity():
     x = drawn(2, 7, 3)
-    for n, r in ((7, 0), (1, 5), (2, 1)):
-        matching = bipartite_match(x[:, :n], r, 1)
+    for n in (1, 2, 7):
+        matching = bipartite_match(x[:, :n], 0, 1)
         merged, sizes = merge_tokens(x[:, :n], None, matching)
         assert torch.equal(merged, x[:, :n])
         assert torch.equal(sizes, torch.ones(2, n))
-        assert torch.equal(unmerge_tokens(merged, merged_places(matching, n)), x[:, :n])
+        assert torch.equal(unmerge_tokens(merged, matching), x[:, :n])
 
 
 def test_core_tome_sums_and_sizes_are_conserved_over_layers():
@@ -130,17 +133,17 @@ def test_core_tome_unmerge_of_equal_tokens_gives_them_back():
     x = drawn(2, 6, 4).repeat_interleave(2, 1)
     matching = bipartite_match(x, 6, 0)
     merged, _ = merge_tokens(x, None, matching)
-    assert torch.allclose(unmerge_tokens(merged, merged_places(matching, 12)), x, atol=1e-6)
+    assert torch.allclose(unmerge_tokens(merged, matching), x, atol=1e-6)
 
 
 def test_core_tome_ties_go_to_the_lowest_index_and_nan_is_least():
     x = torch.ones(1, 8, 2)
     matching = bipartite_match(x, 2, 1)
-    assert matching.source.tolist() == [[1, 2]]  # tokens 2 and 4; the class token 0 is protected
-    assert matching.target.tolist() == [[0, 0]]  # token 1
-    assert matching.kept.tolist() == [[0, 3]]
+    assert matching.source.tolist() == [[2, 4]]  # tokens 2 and 4; the class token 0 is protected
+    assert matching.target.tolist() == [[1, 1]]
+    assert matching.kept.tolist() == [[0, 6, 1, 3, 5, 7]]
     x[0, 2] = torch.nan
-    assert bipartite_match(x, 2, 1).source.tolist() == [[2, 3]]
+    assert bipartite_match(x, 2, 1).source.tolist() == [[4, 6]]
 
 
 def test_core_tome_gradients_are_the_weights_and_sizes_carry_none():
@@ -151,10 +154,28 @@ def test_core_tome_gradients_are_the_weights_and_sizes_carry_none():
     merged, _ = merge_tokens(x, sizes.detach(), matching)
     merged.sum().backward()
     sizes = sizes.detach()
-    for source, target in zip(matching.source[0].tolist(), matching.target[0].tolist()):
-        members = [2 * s for s, t in zip(matching.source[0].tolist(), matching.target[0].tolist()) if t == target] + [2 * target + 1]
-        total = float(sizes[0, members].sum())
-        assert torch.allclose(x.grad[0, 2 * source], torch.full((3,), float(sizes[0, 2 * source]) / total, dtype=torch.float64))
+    pairs = list(zip(matching.source[0].tolist(), matching.target[0].tolist()))
+    for source, target in pairs:
+        total = float(sizes[0, [*(s for s, t in pairs if t == target), target]].sum())
+        assert torch.allclose(x.grad[0, source], torch.full((3,), float(sizes[0, source]) / total, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("order", ["sources-first", "position", "similarity"])
+def test_core_tome_orders_are_of_the_same_tokens(order):
+    x = drawn(3, 11, 4)
+    first, other = bipartite_match(x, 4, 1), bipartite_match(x[:, None], 4, 1, order=order)
+    merged, sizes = merge_tokens(x, None, first)
+    again, same = merge_tokens(x, None, other)
+    assert torch.equal(unmerge_tokens(again, other), unmerge_tokens(merged, first))
+    assert torch.equal(same.sort().values, sizes.sort().values)
+    if order == "position":
+        assert (other.kept.diff(dim=1) > 0).all()
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    best = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).amax(-1)
+    for row in range(3):  # the class token leads, though it has no partner
+        even = [t for t in other.kept[row].tolist() if t % 2 == 0]
+        if order == "similarity":
+            assert even == [0, *sorted((t for t in even if t), key=lambda t: -float(best[row, t // 2]))]
 
 
 def test_core_tome_plain_mean_differs_from_the_mean_by_size():
@@ -167,9 +188,9 @@ def test_core_tome_plain_mean_differs_from_the_mean_by_size():
 def test_core_select_top_ascends_and_takes_the_lower_of_equals():
     score = torch.tensor([[1.0, 3, 3, torch.nan, 3, 2], [0, 0, 0, 0, 0, 0]])
     for k, expected in ((0, [[], []]), (1, [[1], [0]]), (2, [[1, 2], [0, 1]]), (4, [[1, 2, 4, 5], [0, 1, 2, 3]])):
-        assert select_top(score, k).tolist() == expected
-    assert select_top(score, 6).tolist() == [list(range(6))] * 2  # keeping all is the identity
-    assert select_top(score, 5).tolist()[0] == [0, 1, 2, 4, 5]
+        assert select_top(score, k).indices.tolist() == expected
+    assert select_top(score, 6).indices.tolist() == [list(range(6))] * 2  # keeping all is the identity
+    assert select_top(score, 5).indices.tolist()[0] == [0, 1, 2, 4, 5]
 
 
 def test_core_select_gather_then_scatter_back_restores_what_was_kept():
@@ -190,8 +211,8 @@ class _All(torch.nn.Module):
         rank = attention_pagerank(heads, heads, temperature=0.5, causal=True)[:, 0]
         matching = bipartite_match(x, 3)
         merged, sizes = merge_tokens(x, None, matching)
-        back = unmerge_tokens(merged, merged_places(matching, x.shape[1]))
-        return column, rank, merged, sizes, back, gather_tokens(x, select_top(rank, 4))
+        back = unmerge_tokens(merged, matching)
+        return column, rank, merged, sizes, back, gather_tokens(x, select_top(rank, 4).indices)
 
 
 def test_the_operators_export(tmp_path):

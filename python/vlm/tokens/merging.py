@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm.config.options import Options
-from vlm.tokens.plain import best_first, bipartite_match, merge_tokens, merged_places
+from vlm.tokens.plain import bipartite_match, compose_assignments, merge_tokens
 
 
 class BipartiteOptions(Options):
@@ -102,11 +102,10 @@ class MergePlan:
         if not r:
             return x, sizes, places
         tokens = x.shape[1]
-        metric = keys.detach().mean(1) if self.metric == "keys" else drawn_metric(tokens, layer).to(x.device).expand(len(x), -1, -1)
+        metric = keys.detach() if self.metric == "keys" else drawn_metric(tokens, layer).to(x.device).expand(len(x), -1, -1)
         matching = bipartite_match(metric, r, self.protect)
         x, sizes = merge_tokens(x, sizes, matching, self.weighting)
-        step = merged_places(matching, tokens)
-        return x, sizes, step if places is None else step.gather(1, places)
+        return x, sizes, matching.assign if places is None else compose_assignments(places, matching.assign)
 
 
 def drawn_metric(tokens: int, layer: int) -> Tensor:
@@ -121,18 +120,8 @@ def merge_down(x: Tensor, keep: int, *, weighting: Literal["size", "mean"], orde
     Sizes are not carried from round to round with weighting "mean". order: of the result; similarity: in each round what
     stays of the left side by falling cosine, then the right side; position: by index.
     """
-    place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     sizes: Tensor | None = None
     while x.shape[1] > keep:
-        matching = bipartite_match(x.detach(), min(x.shape[1] // 2, x.shape[1] - keep), 0)
-        if order == "similarity":
-            best = best_first(matching.score.gather(1, matching.kept))
-            matching = matching._replace(kept=matching.kept.gather(1, best))
-        before = place
+        matching = bipartite_match(x.detach(), min(x.shape[1] // 2, x.shape[1] - keep), 0, order=order)
         x, sizes = merge_tokens(x, sizes, matching, weighting)
-        place = torch.cat([before[:, ::2].gather(1, matching.kept), before[:, 1::2]], dim=1)
-        if order == "position":
-            at = torch.sort(place, dim=1).indices
-            x, place = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1])), place.gather(1, at)
-            sizes = sizes.gather(1, at)
     return x

@@ -13,21 +13,28 @@ import torch
 from torch import Tensor
 
 Alignment = Literal["bottom-right", "top-left"]
-Weighting = Literal["size", "mean"]
+MatchOrder = Literal["sources-first", "position", "similarity"]
+MergeWeighting = Literal["size", "mean"]
 
 
 class Matching(NamedTuple):
-    """Pairs of tokens that become one. Tokens stand alternately in A (even indices) and B (odd ones).
+    """What one round of merging does, all int64 and constant for gradients.
 
-    kept [B, ceil(N/2) - r] indices in A that stay, ascending; source [B, r] indices in A that are merged, best first; target
-    [B, r] the index in B that each goes into; score [B, ceil(N/2)] cosine of each token of A to its best partner, -inf for
-    protected ones.
+    source, target [B, r]: tokens that are merged, by falling cosine, and the tokens they are merged into. kept [B, N - r]: the
+    tokens that stay, in their new order. assign [B, N]: the new place of every token.
     """
 
-    kept: Tensor
     source: Tensor
     target: Tensor
-    score: Tensor
+    kept: Tensor
+    assign: Tensor
+
+
+class Selection(NamedTuple):
+    """indices int64 [B, K], strictly rising; counts int64 [B]: how many of them are real."""
+
+    indices: Tensor
+    counts: Tensor
 
 
 # Statistics of an attention map, which is never handed out
@@ -88,15 +95,25 @@ def attention_pagerank(
         return x
 
 
+def attention_lse(q: Tensor, k: Tensor) -> Tensor:
+    """log sum_j exp(s_ij) over all keys: q [B, H, N, D], k [B, G, M, D] -> [B, H, N]. Not differentiable."""
+    with torch.no_grad():
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return (q.to(wide) @ _repeated(k.to(wide), q).transpose(-1, -2) * q.shape[-1] ** -0.5).logsumexp(-1)
+
+
+def _repeated(k: Tensor, q: Tensor) -> Tensor:
+    """k [B, G, M, D] for every head of q."""
+    repeat = q.shape[1] // k.shape[1]
+    return k if repeat == 1 else k[:, :, None].expand(-1, -1, repeat, -1, -1).reshape(k.shape[0], -1, k.shape[2], k.shape[3])
+
+
 def _probabilities(
     q: Tensor, k: Tensor, causal: bool, alignment: Alignment, key_mask: Tensor | None, scale: float | None, temperature: float, lse: Tensor | None
 ) -> Tensor:
     """[B, H, N, M], 0 where a pair is not allowed."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k = q.to(wide), k.to(wide)
-    repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
-        k = k[:, :, None].expand(-1, -1, repeat, -1, -1).reshape(k.shape[0], -1, k.shape[2], k.shape[3])
+    q, k = q.to(wide), _repeated(k.to(wide), q)
     n, m = q.shape[2], k.shape[2]
     sees = torch.ones(1, 1, n, m, dtype=torch.bool, device=q.device)
     if causal:
@@ -115,80 +132,69 @@ def _probabilities(
 # Merging
 
 
-def bipartite_match(metric: Tensor, r: int, protect: int = 1) -> Matching:
-    """The r most similar pairs by the cosine of metric [B, N, D]: each token of A has one partner, the nearest of B.
+@torch.no_grad()
+def bipartite_match(metric: Tensor, r: int, protect: int = 1, *, order: MatchOrder = "sources-first") -> Matching:
+    """The r most similar pairs of an even token (source) and an odd one (destination), by the cosine of metric [B, N, D], or
+    [B, H, N, D] for the mean over heads.
 
-    protect: so many leading tokens stay what they are. r is cut to what can be merged, (N - protect) // 2. Equal cosines:
-    the lower index. NaN counts as least similar.
+    protect: so many leading tokens are neither merged nor merged into. order: of the kept tokens; sources-first: even ones, then
+    odd ones, by index; position: all by index; similarity: even ones by falling cosine, then odd ones. Equal cosines: the lower
+    index; NaN is least. With r = 0 nothing moves. Raises ValueError for r above (N - protect) // 2.
     """
-    n = metric.shape[1]
-    r = max(0, min(r, (n - protect) // 2))
-    with torch.no_grad():
-        unit = metric.to(torch.float64 if metric.dtype == torch.float64 else torch.float32)
-        unit = unit * torch.rsqrt((unit * unit).sum(-1, keepdim=True).clamp(min=1e-24))
-        a, b = unit[:, ::2], unit[:, 1::2]
-        cosine = a @ b.transpose(-1, -2)
-        cosine = torch.where(cosine.isnan(), -torch.inf, cosine)
-        left = 2 * torch.arange(a.shape[1], device=metric.device) < protect
-        right = 2 * torch.arange(b.shape[1], device=metric.device) + 1 < protect
-        cosine = torch.where(left[:, None] | right, -torch.inf, cosine)
-        if not b.shape[1]:
-            none = torch.zeros(metric.shape[0], 0, dtype=torch.int64, device=metric.device)
-            every = torch.arange(a.shape[1], device=metric.device).expand(metric.shape[0], -1)
-            return Matching(every, none, none, torch.full_like(a[..., 0], -torch.inf))
-        score, partner = cosine.max(-1)
-        order = best_first(score)
-        source = order[:, :r]
-        kept = torch.sort(order[:, r:], dim=-1).values
-        return Matching(kept, source, partner.gather(1, source), score)
-
-
-def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching, weighting: Weighting = "size") -> tuple[Tensor, Tensor]:
-    """x [B, N, C], sizes [B, N] (1 where None) -> (x' [B, N - r, C], sizes'): the kept tokens of A in order, then B.
-
-    size: mean weighted by how many tokens each stands for, so that sum(size * x) stays; mean: plain mean of the partner
-    and all that are merged into it. Gradients pass through the mean; choice and sizes carry none.
-    """
-    sizes = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device) if sizes is None else sizes
-    if not matching.source.shape[1]:
-        return x, sizes
-    source, target = matching.source, matching.target
-    a, b, size_a, size_b = x[:, ::2], x[:, 1::2], sizes[:, ::2], sizes[:, 1::2]
-    moved = size_a.gather(1, source)
-    total = size_b.scatter_add(1, target, moved)
-    taken = _at(a, source)
-    if weighting == "size":
-        summed = (b * size_b[..., None]).scatter_add(1, _wide(target, x), taken * moved[..., None])
-        merged = summed / total[..., None]
-        counted = torch.zeros_like(size_b).scatter_add(1, target, torch.ones_like(moved))
+    metric = metric.mean(1) if metric.ndim == 4 else metric
+    batch, n = metric.shape[:2]
+    if protect < 0 or not 0 <= r <= max(n - protect, 0) // 2:
+        raise ValueError(f"r is {r}, expected 0 to {max(n - protect, 0) // 2} for {n} tokens of which {protect} are protected")
+    place = torch.arange(n, device=metric.device).expand(batch, -1)
+    if not r:
+        return Matching(place[:, :0], place[:, :0], place, place)
+    unit = metric.to(torch.float64 if metric.dtype == torch.float64 else torch.float32)
+    unit = unit * torch.rsqrt((unit * unit).sum(-1, keepdim=True).clamp(min=1e-24))
+    cosine = unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)
+    guarded = place[0] < protect
+    cosine = torch.where(cosine.isnan() | guarded[::2, None] | guarded[1::2], -torch.inf, cosine)
+    score, partner = cosine.max(-1)
+    by_cosine = best_first(score)
+    source = 2 * by_cosine[:, :r]
+    target = 2 * partner.gather(1, by_cosine[:, :r]) + 1
+    if order == "position":
+        gone = torch.zeros_like(place).scatter(1, source, 1)
+        kept = torch.sort(gone * n + place, dim=1).indices[:, : n - r]
     else:
-        counted = torch.zeros_like(size_b).scatter_add(1, target, torch.ones_like(moved))
-        merged = b.scatter_add(1, _wide(target, x), taken) / (1 + counted)[..., None]
-    merged = torch.where((counted > 0)[..., None], merged, b)  # what nothing joined keeps its bits
-    kept = matching.kept
-    return torch.cat([_at(a, kept), merged], dim=1), torch.cat([size_a.gather(1, kept), total], dim=1)
+        rest = by_cosine[:, r:] if order == "similarity" else torch.sort(by_cosine[:, r:], dim=1).values
+        if order == "similarity" and protect:  # those that are protected lead, though they are like nothing
+            rest = rest.roll((protect + 1) // 2, dims=1)
+        kept = torch.cat([2 * rest, place[:, 1::2]], dim=1)
+    assign = torch.zeros_like(place).scatter(1, kept, place[:, : n - r])
+    return Matching(source, target, kept, assign.scatter(1, source, assign.gather(1, target)))
 
 
-def merged_places(matching: Matching, tokens: int) -> Tensor:
-    """[B, N]: the place after `merge_tokens` of what each of the N tokens became part of."""
-    batch = matching.source.shape[0]
-    device = matching.source.device
-    if not matching.source.shape[1]:
-        return torch.arange(tokens, device=device).expand(batch, -1)
-    first, second = (tokens + 1) // 2, tokens // 2
-    staying = matching.kept.shape[1]
-    left = torch.zeros(batch, first, dtype=torch.int64, device=device)
-    left = left.scatter(1, matching.kept, torch.arange(staying, device=device).expand(batch, -1))
-    left = left.scatter(1, matching.source, matching.target + staying)
-    right = (torch.arange(second, device=device) + staying).expand(batch, -1)
-    if first > second:
-        right = torch.cat([right, right[:, :1]], dim=1)
-    return torch.stack([left, right], dim=2).reshape(batch, -1)[:, :tokens]
+def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching, weighting: MergeWeighting = "size") -> tuple[Tensor, Tensor]:
+    """x [B, N, C], sizes [B, N] (1 where None) -> (x' [B, N - r, C], sizes' [B, N - r]), in the order of `matching.kept`.
+
+    size: mean weighted by how many tokens each stands for, so that sum(size * x) stays; mean: plain mean of a slot's tokens.
+    Sizes are summed either way. A token that nothing joins keeps its bits. Gradients pass through the mean; choice and sizes
+    carry none.
+    """
+    sizes = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device) if sizes is None else sizes.detach()
+    empty = sizes.new_zeros(x.shape[0], matching.kept.shape[1])
+    totals = empty.scatter_add(1, matching.assign, sizes)
+    counts = empty.scatter_add(1, matching.assign, torch.ones_like(sizes))
+    weights, whole = (sizes, totals) if weighting == "size" else (torch.ones_like(sizes), counts)
+    rows = matching.assign[..., None].expand(-1, -1, x.shape[-1])
+    summed = x.new_zeros(*totals.shape, x.shape[-1]).scatter_add(1, rows, x * weights[..., None].to(x.dtype))
+    merged = summed / whole[..., None].to(x.dtype)
+    return torch.where((counts > 1)[..., None], merged, gather_tokens(x, matching.kept)), totals
 
 
-def unmerge_tokens(x: Tensor, places: Tensor) -> Tensor:
-    """x [B, N', C] at places [B, N], as `merged_places` gives them: every token gets what it became part of."""
-    return _at(x, places)
+def unmerge_tokens(x: Tensor, matching: Matching | Tensor) -> Tensor:
+    """x [B, N - r, C] -> [B, N, C]: every token gets what it became part of. matching: one round, or an `assign` of several."""
+    return gather_tokens(x, matching.assign if isinstance(matching, Matching) else matching)
+
+
+def compose_assignments(first: Tensor, then: Tensor) -> Tensor:
+    """`assign` [B, N] of two rounds, the second over what the first left."""
+    return then.gather(1, first)
 
 
 # Choosing
@@ -201,22 +207,15 @@ def best_first(score: Tensor) -> Tensor:
     return torch.sort(score, dim=-1, descending=True, stable=True).indices
 
 
-def select_top(score: Tensor, k: int) -> Tensor:
-    """The k best of score [B, N], of equal ones the lower index, NaN last: indices [B, k], ascending."""
-    ranked = torch.where(score.isnan(), -torch.inf, score)
-    order = best_first(ranked)[:, :k]
-    return torch.sort(order, dim=-1).values
+@torch.no_grad()
+def select_top(scores: Tensor, k: int) -> Selection:
+    """The k best of scores [B, N], of equal ones the lower index, NaN last."""
+    ranked = torch.where(scores.isnan(), -torch.inf, scores)
+    indices = torch.sort(best_first(ranked)[:, :k], dim=1).values
+    return Selection(indices, torch.full_like(indices.sum(1), indices.shape[1]))
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x [B, N, C] at index [B, K], 0 where the index is -1; backward scatters to the chosen tokens alone."""
     taken = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
     return taken.masked_fill((index < 0)[..., None], 0.0)
-
-
-def _wide(index: Tensor, x: Tensor) -> Tensor:
-    return index[..., None].expand(-1, -1, x.shape[-1])
-
-
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, _wide(index, x))

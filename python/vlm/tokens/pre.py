@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.config.options import Options
 from vlm.tokens.merging import merge_down
-from vlm.tokens.plain import attention_column_sums, attention_pagerank, best_first, gather_tokens, select_top
+from vlm.tokens.plain import attention_column_sums, attention_lse, attention_pagerank, best_first, gather_tokens, select_top
 from vlm.tokens.schedule import exact
 from vlm.tokens.score import ScoringBlock, rows_first
 from vlm.tokens.score_options import (
@@ -97,9 +97,8 @@ class TowerAttentionOptions(TowerScore):
         column = attention_column_sums(q, k)[:, :, first:].mean(1) / n
         if not first or not self.exclude_class:
             return column, torch.full_like(column, 1 / k.shape[2])
-        wide = k.float() if k.dtype != torch.float64 else k
-        logits = q.to(wide.dtype) @ wide.transpose(-1, -2) * q.shape[-1] ** -0.5
-        to_class = (logits[..., :first] - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
+        lse = attention_lse(q, k)
+        to_class = ((q.to(lse.dtype) @ k[:, :, :first].to(lse.dtype).transpose(-1, -2))[..., 0] * q.shape[-1] ** -0.5 - lse).exp()
         return column, (1 - to_class.mean(1)) / n
 
 
@@ -237,7 +236,7 @@ class PreStepOptions(Options):
             return x, None
         if isinstance(select, RowsOptions):
             return gather_tokens(x, best_rows(score, count, columns or int(x.shape[1] ** 0.5 + 0.5))), None
-        return gather_tokens(x, select_top(score, count)), None
+        return gather_tokens(x, select_top(score, count).indices), None
 
 
 def best_rows(score: Tensor, count: int, columns: int) -> Tensor:

@@ -58,7 +58,9 @@ def _common(command: Any) -> Any:
 @click.option("--group", "grouped", type=click.IntRange(min=1), help="greedy: layers that share a count [default: 1]")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="sigmoid: mean share over all layers")
 @click.option("--evaluations", type=click.IntRange(min=2), help="sigmoid: measurements; greedy with bayes: of one count")
-@click.option("--like", type=click.Path(path_type=Path, exists=True), metavar="DIR", help="sigmoid: a greedy search whose table the first curve fits")
+@click.option(
+    "--like", type=click.Path(path_type=Path, exists=True), metavar="DIR", help="sigmoid: a greedy search whose table the first curve fits"
+)
 @_common
 def search(model: Path, output: Path, as_json: bool, **given: Any) -> None:
     """Find how many visual tokens each layer of MODEL needs; the model itself is not trained.
@@ -112,7 +114,9 @@ def search(model: Path, output: Path, as_json: bool, **given: Any) -> None:
 
 @group.command(epilog=_SWEEP)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--vary", required=True, metavar="PATH=V,V,...", help="a setting of the model and its values, the first is the one compared with")
+@click.option(
+    "--vary", required=True, metavar="PATH=V,V,...", help="a setting of the model and its values, the first is the one compared with"
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="turns in which every arm is timed once")
 @_common
 def sweep(model: Path, output: Path, as_json: bool, **given: Any) -> None:
@@ -145,7 +149,8 @@ def sweep(model: Path, output: Path, as_json: bool, **given: Any) -> None:
         echo_json(report)
         return
     lines = [f"{path:>24}  {given['metric']:>12}  pictures/s  speed"]
-    lines += [f"{row['value']!s:>24}  {row['score']:12.2f}  {row['pictures_per_second']:10.1f}  {row['speed_ratio']:.2f}" for row in report["rows"]]
+    for row in report["rows"]:
+        lines.append(f"{row['value']!s:>24}  {row['score']:12.2f}  {row['pictures_per_second']:10.1f}  {row['speed_ratio']:.2f}")
     echo_result("\n".join([*lines, *map(str, written)]))
 
 

@@ -33,8 +33,8 @@ def test_core_select_a_bundle_writes_the_tokens_of_torch(kind):
     ours, theirs = bundle_of(kind), torch_of(kind)
     mine, yours = random_prompts(ours, theirs, 9, 5, same_pixels=True)
     wanted = generate(theirs, yours, Decoding(max_new_tokens=8), batch_size=3)
-    for batch in (1, 3):
-        assert generate(ours, mine, Decoding(max_new_tokens=8), batch_size=batch) == wanted
+    for rows in (1, 3):
+        assert generate(ours, mine, Decoding(max_new_tokens=8), batch_size=rows) == wanted
     assert len({answer.ids for answer in wanted}) > 4
     for prompt, other in zip(mine, yours):  # and the layers hold as much
         stepper = ours.stepper()

@@ -78,7 +78,8 @@ def test_core_select_a_threshold_keeps_another_number_of_every_picture():
         assert torch.allclose(tokens[picture][mask[picture]], expected, atol=1e-6)
     assert len(set(mask.sum(1).tolist())) > 1
     check_cached_decoding(model, steps=3)
-    inside = reducing({"keep": {"kind": "constant", "ratio": 0.75}, "select": {"kind": "threshold", "times": 1.0}, "score": {"kind": "norm"}})
+    select = {"kind": "threshold", "times": 1.0}
+    inside = reducing({"keep": {"kind": "constant", "ratio": 0.75}, "select": select, "score": {"kind": "norm"}})
     check_cached_decoding(inside, steps=3)
     layout = logits_of(inside, batch())[1]
     counts = [int(((layout.picture[row] == p) & layout.mask[row]).sum()) for row, p in ((0, 0), (2, 1), (2, 2), (3, 3))]

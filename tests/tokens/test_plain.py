@@ -70,7 +70,9 @@ def test_aim_a_causal_walk_that_goes_on_ends_on_the_first_position():
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 20), r=st.integers(0, 12), protect=st.integers(0, 2), weighting=st.sampled_from(["size", "mean"]), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 20), r=st.integers(0, 12), protect=st.integers(0, 2), weighting=st.sampled_from(["size", "mean"]), seed=st.integers(0, 99)
+)
 def test_core_tome_merging_is_that_of_loops(n, r, protect, weighting, seed):
     x, metric = drawn(2, n, 3, seed=seed).double(), drawn(2, n, 4, seed=seed + 1).double()
     sizes = 1.0 + torch.randint(0, 4, (2, n), generator=torch.Generator().manual_seed(seed)).double()

@@ -154,9 +154,8 @@ def test_other_settings_of_the_same_weights():
 
 def search(output, *more):
     model = answering_model("prefix").parent
-    return main(
-        ["tokens", "search", str(model), "--data", "scenes:?n=12&split=val", "--limit", "3", "--threads", "1", "--output", str(output), *more]
-    )
+    given = ["--data", "scenes:?n=12&split=val", "--limit", "3", "--threads", "1", "--output", str(output)]
+    return main(["tokens", "search", str(model), *given, *more])
 
 
 def test_vision_token_search_command_goes_on_where_it_ended(tmp_path, capsys):
@@ -189,11 +188,9 @@ def test_vision_token_search_command_goes_on_where_it_ended(tmp_path, capsys):
 
 def test_sweep_writes_the_score_and_speed_of_every_arm(tmp_path, capsys):
     model = answering_model("aim").parent
-    code = main(
-        ["tokens", "sweep", str(model), "--vary", "tokens.pre.0.select.keep=1.0,0.5,0.25", "--data", "scenes:?n=12&split=val", "--limit", "3",
-         "--threads", "1", "--repeats", "2", "--batch", "4", "--output", str(tmp_path / "sweep"), "--json"]
-    )  # fmt: skip
-    assert code == 0
+    given = ["--vary", "tokens.pre.0.select.keep=1.0,0.5,0.25", "--data", "scenes:?n=12&split=val", "--limit", "3", "--threads", "1"]
+    more = ["--repeats", "2", "--batch", "4", "--output", str(tmp_path / "sweep"), "--json"]
+    assert main(["tokens", "sweep", str(model), *given, *more]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [row["value"] for row in report["rows"]] == [1.0, 0.5, 0.25]
     assert report["rows"][0]["speed_ratio"] == 1.0

@@ -79,6 +79,7 @@ class TokensOptions(Options):
         """Why a model with this table has no bundle; None where it has one."""
         if isinstance(self.select, ThresholdOptions) or any(step.select.kind == "threshold" for step in self.pre):
             return 'a threshold keeps another number of positions of every picture, and a graph has one: use select.kind = "top-k"'
-        if (self.score.kind == "random" and self.keep is not None) or any(s.score is not None and s.score.kind == "random" for s in self.pre):
+        scores = [step.score for step in self.pre] + ([self.score] if self.keep is not None else [])
+        if any(score is not None and score.kind == "random" for score in scores):
             return "a random order is a baseline and has no graph"
         return None

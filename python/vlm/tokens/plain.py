@@ -109,7 +109,14 @@ def _repeated(k: Tensor, q: Tensor) -> Tensor:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, causal: bool, alignment: Alignment, key_mask: Tensor | None, scale: float | None, temperature: float, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    alignment: Alignment,
+    key_mask: Tensor | None,
+    scale: float | None,
+    temperature: float,
+    lse: Tensor | None,
 ) -> Tensor:
     """[B, H, N, M], 0 where a pair is not allowed."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from vlm.config.options import Options
 from vlm.tokens.merging import merge_down
-from vlm.tokens.plain import attention_column_sums, attention_lse, attention_pagerank, best_first, gather_tokens, select_top
+from vlm.tokens.plain import (
+    attention_column_sums,
+    attention_lse,
+    attention_pagerank,
+    best_first,
+    gather_tokens,
+    select_top,
+)
 from vlm.tokens.schedule import exact
 from vlm.tokens.score import ScoringBlock, rows_first
 from vlm.tokens.score_options import (

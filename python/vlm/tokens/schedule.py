@@ -192,7 +192,8 @@ def solved_alpha(depth: int, k: float, budget: float, *, low: float = 0.0, high:
         if free and budget == most:
             return depth + 40.0 / k
         raise ValueError(
-            f"a budget of {budget:g} is out of reach for {depth} layers of which {full} read all: expected above {least:.4g}, up to {most:.4g}"
+            f"a budget of {budget:g} is out of reach for {depth} layers of which {full} read all: "
+            f"expected above {least:.4g}, up to {most:.4g}"
         )
     below, above = 1 - 40.0 / k, depth + 40.0 / k
     for _ in range(200):

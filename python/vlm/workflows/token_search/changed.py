@@ -33,7 +33,9 @@ def with_settings(model: Model, settings: Mapping[str, Any]) -> Model:
     state = model.state_dict()
     own = {name: tuple(t.shape) for name, t in other.state_dict().items()}
     if own != {name: tuple(t.shape) for name, t in state.items()}:
-        raise RequestError(f"{', '.join(settings)} changes weights, and the model has its own", remedy="change what reduces tokens: tokens.*, merge.*")
+        raise RequestError(
+            f"{', '.join(settings)} changes weights, and the model has its own", remedy="change what reduces tokens: tokens.*, merge.*"
+        )
     other.load_state_dict(state)
     return other.eval()
 

@@ -98,12 +98,11 @@ def write_sweep(report: dict[str, Any], output: Path) -> list[Path]:
     rows = report["rows"]
     numeric = all(isinstance(row["value"], int | float) for row in rows)
     place = (lambda i, row: float(row["value"])) if numeric else (lambda i, row: float(i))
-    charts = [
-        line_chart(title, [Line(title, sorted((place(i, row), float(row[key])) for i, row in enumerate(rows)))], unit=unit, axis=report["setting"])
-        for title, key, unit in (
-            (report["metric"], "score", ""), ("pictures a second", "pictures_per_second", ""), ("speed against the first", "speed_ratio", "x")
-        )
-    ]  # fmt: skip
+    charts = []
+    figures = {report["metric"]: "score", "pictures a second": "pictures_per_second", "speed against the first": "speed_ratio"}
+    for title, key in figures.items():
+        points = sorted((place(i, row), float(row[key])) for i, row in enumerate(rows))
+        charts.append(line_chart(title, [Line(title, points)], axis=report["setting"]))
     names = ("value", "score", "score_difference", "pictures_per_second", "speed_ratio")
     head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(row[name]))}</td>" for name in names) + "</tr>" for row in rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -46,6 +46,13 @@ class TokensOptions(Options):
     select: Annotated[TopKOptions | ThresholdOptions, Field(discriminator="kind")] = TopKOptions()
     apply: Annotated[GatherOptions, Field()] = GatherOptions()
     keep: ScheduleOptions | None = Field(None, description="how much each layer of the decoder reads; none: all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_unless_said(cls, values: Any) -> Any:
+        """Presets from when `stages` was the only schedule may leave its kind out."""
+        keep = values.get("keep") if isinstance(values, dict) else None
+        return {**values, "keep": {"kind": "stages", **keep}} if isinstance(keep, dict) and "kind" not in keep else values
 
     @model_validator(mode="after")
     def _does_something(self) -> TokensOptions:

@@ -117,7 +117,7 @@ def prefill(shape: Shape) -> Callable[[], dict[Arm, Work]]:
         def work(dropping: bool) -> Work:
             @torch.no_grad()
             def run() -> object:
-                reducer = tokens.reducer(layout) if dropping else None
+                reducer = tokens.reducer(layout, len(language.trunk.blocks)) if dropping else None
                 result = run_decoder(language.trunk, x, layout, keep_cache=True, reducer=reducer)
                 assert result.cache is not None
                 return tensors_of(language.last_logits(result), result.cache)

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("vlm.cli.search:command", "Find pictures by text or picture in an index made by embed."),
     "predict": ("vlm.cli.predict:command", "Classify pictures among labels that you name."),
     "generate": ("vlm.cli.generate:command", "Answer prompts about pictures, or continue texts."),
+    "tokens": ("vlm.cli.tokens:group", "Search how many visual tokens a model needs; sweep score against speed."),
     "export": ("vlm.cli.export:command", "Write an ONNX bundle and prove that it equals the model."),
     "serve": ("vlm.cli.serve:command", "Serve a model or bundle over HTTP."),
     "data": ("vlm.cli.data:group", "Check and inspect data."),

@@ -23,6 +23,7 @@ from vlm.runtime.chat import Message
 from vlm.types import VocabularyLayout
 
 _TOWER = dict(width=16, depth=2, heads=2, image_size=16, patch_size=8)
+_FINE = _TOWER | {"image_size": 32}  # 16 patches
 _LANGUAGE = dict(width=24, depth=2, heads=4, kv_heads=2, ffn_width=32, length=160)
 KINDS: dict[str, dict[str, Any]] = {
     "prefix": dict(template="chatml"),
@@ -30,13 +31,36 @@ KINDS: dict[str, dict[str, Any]] = {
         fusion={"kind": "cross-attention", "every": 1},
         towers={"main": _TOWER, "fine": _TOWER | {"image_size": 24, "patch_size": 12, "layer": -2, "norm": False}},
     ),
-    "drop": dict(tokens={"keep": {"layers": [1, 2], "ratios": [0.5, 0.25]}}, language=_LANGUAGE | {"depth": 3}),
+    "drop": dict(tokens={"keep": {"kind": "stages", "layers": [1, 2], "ratios": [0.5, 0.25]}}, language=_LANGUAGE | {"depth": 3}),
     "tiles": dict(tiler={"max_tiles": 3, "before": "<I>", "after": "</I>"}, language=_LANGUAGE | {"length": 400}, length=400),
     "tiles-beside": dict(
         tiler={"max_tiles": 3}, fusion={"kind": "cross-attention", "every": 1}, language=_LANGUAGE | {"length": 400}, length=400
     ),
     "drop-keep": dict(
-        tokens={"keep": {"layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}}, language=_LANGUAGE | {"depth": 3}
+        tokens={"keep": {"kind": "stages", "layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}}, language=_LANGUAGE | {"depth": 3}
+    ),
+    "aim": dict(
+        towers={"main": _FINE},
+        tokens={
+            "pre": [{"select": {"kind": "bipartite", "keep": 0.5}, "apply": {"kind": "merge"}}],
+            "score": {"kind": "pagerank"},
+            "apply": {"positions": "keep"},
+            "keep": {"kind": "linear", "start": 1, "step": 0.375},
+        },
+        language=_LANGUAGE | {"depth": 3},
+    ),
+    "fopru": dict(
+        towers={"main": _FINE},
+        tokens={
+            "pre": [{"score": {"kind": "attention-received"}, "select": {"kind": "rows", "ratio": 0.7}}],
+            "score": {"kind": "attention-from-rows", "norm": "previous-layer"},
+            "keep": {"kind": "sigmoid", "k": 1.0, "budget": 0.6},
+        },
+        language=_LANGUAGE | {"depth": 3},
+    ),
+    "tome": dict(
+        towers={"main": _FINE | {"merge": {"remove": {"kind": "constant", "r": 3}, "when": "inference"}}},
+        tokens={"score": {"kind": "uniform"}, "keep": {"kind": "constant", "ratio": 0.5}, "when": "inference"},
     ),
 }
 

@@ -76,3 +76,12 @@ def test_a_whole_model_by_hand():
     found = generator_flops(model, {"image": 2, "image.other": 1}, [1])
     assert found == {"vision": 2 * 136, "decoder": 64 + 40, "total": 272 + 104}
     assert step_flops(shape, [0], 10) == 64 + 40
+
+
+def test_core_tome_merged_tokens_are_not_counted_in_what_comes_after():
+    trunk = TrunkShape(width=8, depth=2, heads=2, kv_heads=2, head_width=4, ffn_width=32)
+    whole, short = TowerShape(trunk, 17, 12), TowerShape(trunk, 17, 12, pairs=(8, 4))
+    patches, feed_forward = 2 * 17 * 12 * 8, 4 * 8 * 32
+    attention = [2 * n * 8 * 4 * 8 + 4 * n * n * 8 for n in (17, 9)]
+    assert tower_flops(short, 0) == patches + sum(attention) + feed_forward * (9 + 5)
+    assert tower_flops(whole, 0) == tower_flops(TowerShape(trunk, 17, 12, pairs=(0, 0)), 0) > tower_flops(short, 0)

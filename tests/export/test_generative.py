@@ -19,10 +19,11 @@ from vlm.export.cache_parity import SHAPES, check_cached, has_cache
 from vlm.export.parity import Tolerance, require
 from vlm.models import load_model
 from vlm.models.graphs import DecoderGraph
-from vlm.models.reduced_graphs import PrefillGraph, counts_of, rank, stages_of
+from vlm.models.reduced_graphs import PrefillGraph, rank, stages_of
 from vlm.runtime import open_any_bundle
 from vlm.runtime.chat import Message
 from vlm.runtime.generation import Decoding, generate
+from vlm.tokens import KeepPlan
 
 KINDS = ["prefix", "cross", "drop", "tiles"]
 
@@ -180,5 +181,5 @@ def test_pyramiddrop_keeping_all_gives_the_logits_without_dropping():
 def test_pyramiddrop_counts_floor_the_original_number():
     from fractions import Fraction
 
-    assert counts_of({8: Fraction("0.29"), 16: Fraction("0.125")}, 100) == {8: 29, 16: 12}
+    assert KeepPlan({8: Fraction("0.29"), 16: Fraction("0.125")}).counts(100) == {8: 29, 16: 12}
     assert stages_of(5, [1, 3]) == [0, 1, 1, 2, 2]

@@ -161,7 +161,7 @@ def test_what_the_layout_cannot_say_is_refused_or_saved_in_our_own(tmp_path):
         {"connector": {"kind": "linear"}},
         {"connector": {**table["connector"], "depth": 3}},
         {"fusion": {"kind": "cross-attention", "every": 1}},
-        {"tokens": {"keep": {"layers": [1], "ratios": [0.5]}}},
+        {"tokens": {"keep": {"kind": "stages", "layers": [1], "ratios": [0.5]}}},
         {"towers": {"main": table["towers"]["main"] | {"norm": True}}},
         {"language": table["language"] | {"norm": "layernorm"}},
     ):

@@ -49,6 +49,10 @@ class Expanding(Model):
     def picture_positions(self):
         return self.positions if self.kept is None else len(self.kept)
 
+    @property
+    def training_positions(self):
+        return self.picture_positions
+
     def encode(self, batch, wanted):
         return {name: self.read(batch, *name.partition("@")[::2]) for name in wanted}
 

@@ -36,8 +36,11 @@ def small(key, models, *overrides):
         given.append('data.val="scenes:?n=12&split=val"')
     if preset.model is not None:
         given += SMALL[preset.model.kind]
-        if getattr(preset.model, "tokens", None) is not None:  # a language model of two layers has one place to drop
-            given += ["model.tokens.keep.layers=[1]", "model.tokens.keep.ratios=[0.5]"]
+        tokens = getattr(preset.model, "tokens", None)
+        if tokens is not None and tokens.keep is not None:  # a language model of two layers has one place to drop
+            given.append('model.tokens.keep={kind="stages", layers=[1], ratios=[0.5]}')
+        if tokens is not None and any(step.needs_grid for step in tokens.pre):  # and a tower of one block no block before it
+            given.append('model.tokens.pre=[{score={kind="attention-received", layer=-1}, select={kind="top-k", ratio=0.5}}]')
     elif preset.start.model is None:  # one that is to be given a model
         given.append(f'start.model="{models["clip-tiny"]}"')
     preset, resolved = load_preset(key, [*given, *overrides])

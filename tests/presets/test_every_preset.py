@@ -21,6 +21,8 @@ SIGNATURES = {
     "debias-lvlm": "a whole model with weights of its own",
     "vlm-tiny": "two parts, two stages",
     "pyramiddrop": "positions dropped between layers",
+    "aim": "merged before the decoder and dropped inside it, at inference alone",
+    "clip-tiny-tome": "tokens merged inside the tower",
     "lora-tiny": "adapters on a dual encoder",
     "linear-probe": "a head on a frozen tower",
     "swin-v2": "pictures alone: hidden squares, then classes of the model's own",

@@ -100,7 +100,7 @@ def test_pyramiddrop_kept_positions_ascend_and_text_is_untouched():
 def test_pyramiddrop_shares_are_floored_in_integers():
     options = TokensOptions.model_validate(table(layers=[1, 2], ratios=[0.29, 0.07]))
     assert int(100 * 0.29) == 28  # what floating point makes of it
-    shares = options.keep.shares()
+    shares = options.keep.shares(3)
     assert [100 * share.numerator // share.denominator for share in shares.values()] == [29, 7]
     for layers, ratios in (([2, 1], [0.5, 0.5]), ([1, 2], [0.2, 0.5]), ([0], [0.5]), ([1], [1.5]), ([1, 2], [0.5])):
         with pytest.raises(ValueError, match="expected"):

@@ -42,13 +42,15 @@ class TrunkShape:
 class TowerShape:
     """What turns one picture into visual tokens: patches of `patch_values` numbers, a trunk over `positions` of them.
 
-    connector: parameters in the matrices of the connector that every visual token passes.
+    connector: parameters in the matrices of the connector that every visual token passes. pairs: of tokens that become one
+    between attention and feed-forward layer, by block; () for none.
     """
 
     trunk: TrunkShape
     positions: int
     patch_values: int
     connector: int = 0
+    pairs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ def layer_flops(shape: TrunkShape, queries: int, keys: int) -> int:
     """
     projections = 2 * queries * shape.width * shape.head_width * 2 * (shape.heads + shape.kv_heads)
     attention = 4 * queries * keys * shape.heads * shape.head_width
-    feed_forward = (6 if shape.gated else 4) * queries * shape.width * shape.ffn_width
-    return projections + attention + feed_forward
+    return projections + attention + _feed_forward(shape, queries)
+
+
+def _feed_forward(shape: TrunkShape, positions: int) -> int:
+    return (6 if shape.gated else 4) * positions * shape.width * shape.ffn_width
 
 
 def prefill_flops(shape: TrunkShape, positions: Sequence[int]) -> int:
@@ -92,7 +97,9 @@ def step_flops(shape: TrunkShape, cached: Sequence[int], vocab_size: int) -> int
 def tower_flops(shape: TowerShape, visual_tokens: int) -> int:
     """Operations of one picture: patches, trunk, connector."""
     patches = 2 * shape.positions * shape.patch_values * shape.trunk.width
-    trunk = prefill_flops(shape.trunk, [shape.positions] * shape.trunk.depth)
+    pairs = shape.pairs or (0,) * shape.trunk.depth
+    left = [shape.positions - sum(pairs[:layer]) for layer in range(shape.trunk.depth)]
+    trunk = prefill_flops(shape.trunk, left) - sum(_feed_forward(shape.trunk, r) for r in pairs[: shape.trunk.depth])
     return patches + trunk + 2 * visual_tokens * shape.connector
 
 

@@ -223,7 +223,8 @@ class TorchGenerator:
                 trunk = TrunkShape.of(vit.trunk().model_copy(update={"depth": tower.stop}))
                 positions = vit.patches + vit.class_token
                 # One connector reads the towers' tokens together: it is counted with the first.
-                towers[stream] = TowerShape(trunk, positions, 3 * vit.patch_size**2, 0 if number else weights)
+                pairs = () if vit.plan is None else vit.plan.pairs[: tower.stop]
+                towers[stream] = TowerShape(trunk, positions, 3 * vit.patch_size**2, 0 if number else weights, pairs)
                 seen[stream] = 0 if number else model.picture_tokens
         else:
             count = {"language": sum(p.numel() for p in model.parameters())}

@@ -21,8 +21,7 @@ from vlm.export.parity import Check, compare
 from vlm.export.preprocess_graph import preprocess_graph
 from vlm.export.source import Source
 from vlm.models import VisionLanguageModel
-from vlm.models.reduced_graphs import counts_of
-from vlm.models.vision_language.graphs import pixels_of
+from vlm.models.vision_language.graphs import drops_of, pixels_of
 from vlm.runtime.bundle import open_any_bundle
 from vlm.runtime.chat import Message
 from vlm.runtime.generation import Prompt
@@ -75,9 +74,10 @@ def described(source: Source, about: dict[str, Any]) -> dict[str, Any]:
         if model.tiling is not None:
             extra["pictures"]["tiling"] = asdict(model.tiling)
         decoder["cross"] = [int(layer) for layer in model.cross]
-        if model.options.tokens is not None:
-            counts = counts_of(model.options.tokens.keep.shares(), model.picture_tokens)
-            decoder["drops"] = {str(layer): count for layer, count in counts.items()}
+        drops = drops_of(model)
+        if drops:
+            assert model.options.tokens is not None
+            decoder["drops"] = {str(layer): count for layer, count in drops.items()}
             decoder["renumber"] = model.options.tokens.apply.positions == "renumber"
     return about | {"text": about["text"] | ids, "template": torch_model.template.to_dict(), "decoder": decoder} | extra
 

@@ -102,6 +102,11 @@ class Model(nn.Module):
         return None
 
     @property
+    def training_positions(self) -> int | None:
+        """The same of a training step, where positions may be dropped only later."""
+        return self.picture_positions
+
+    @property
     def tiles_apart(self) -> bool:
         """Whether tiles and their tags have no position in a row of text, so that thumbnails alone have."""
         return False

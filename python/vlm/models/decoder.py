@@ -37,9 +37,16 @@ class Reducer(Protocol):
         ...
 
     def __call__(
-        self, layer: int, x: Tensor, layout: Layout, block: Block, rotary: tuple[Tensor, Tensor] | None
+        self,
+        layer: int,
+        x: Tensor,
+        layout: Layout,
+        block: Block,
+        rotary: tuple[Tensor, Tensor] | None,
+        before: tuple[Tensor, Block],
     ) -> Tensor:
-        """Positions to keep, [n, K], ascending, -1 padded right. block: the next one; rotary: of layout's positions."""
+        """Positions to keep, [n, K], ascending, -1 padded right. block: the next one; rotary: of layout's positions; before:
+        what the block just run has read, [n, S, C], and that block."""
         ...
 
 
@@ -140,6 +147,7 @@ def _read(
         result.hidden[0], result.layouts[0] = x, layout
     for layer, block in enumerate(trunk.blocks, start=1):
         assert isinstance(block, Block)
+        before = x
         if keep_cache:
             x, keys, values = block.extend(x, None, scene.key_mask, scene.bias, scene.rotary)
             caches.append(LayerCache(keys, values, scene.layout.mask))
@@ -155,7 +163,7 @@ def _read(
         if layer in drops and layer < len(trunk.blocks):
             assert reducer is not None
             following_block: Any = trunk.blocks[layer]
-            index = reducer(layer, x, scene.layout, following_block, scene.rotary)
+            index = reducer(layer, x, scene.layout, following_block, scene.rotary, (before, block))
             if not torch.equal((index >= 0).sum(1), scene.layout.mask.sum(1)):  # else nothing is dropped
                 x = _gather(x, index)
                 scene = _Scene(trunk, x, scene.layout.gather(index, renumber=reducer.renumber), cross)

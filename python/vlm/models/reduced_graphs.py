@@ -1,4 +1,4 @@
-"""The decoder as graphs where visual positions are dropped between layers. Source: pyramiddrop.
+"""The decoder as graphs where visual positions are dropped between layers. Sources: pyramiddrop, aim, vision-token-search.
 
 b rows, s positions, K kept ones, C width, G key and value heads, D head width. A stage is the layers between two drops;
 all its layers hold as many positions.
@@ -6,8 +6,7 @@ all its layers hold as many positions.
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,15 @@ from vlm.models.graphs import (
     last_logits,
     new_inputs,
 )
+from vlm.tokens.score_options import AttentionFromRowsOptions, View
 from vlm.types.export import ExportPart
+
+if TYPE_CHECKING:
+    from vlm.tokens.score_options import DecoderScore
 
 
 class PrefillGraph(nn.Module):
-    """Prompts of which visual positions are dropped, by the attention that the last text of each pays.
+    """Prompts of which visual positions are dropped by a score, that of the attention of the last text unless said.
 
     (inputs_embeds [b, s, C], attention_mask [b, s] int64, position_ids [b, s], picture_ids [b, s] int64: number of the
     picture of a visual position in its row, -1 elsewhere, and for each drop `kept.N` [K] int64, 0 to K - 1: as many
@@ -36,10 +39,11 @@ class PrefillGraph(nn.Module):
     after a drop, of equal scores the lower ones; all where no text follows it.
     """
 
-    def __init__(self, language: Decoder, counts: dict[int, int], *, renumber: bool) -> None:
+    def __init__(self, language: Decoder, counts: dict[int, int], score: DecoderScore | None = None, *, renumber: bool) -> None:
         """counts: layer after which is dropped -> visual positions that a picture keeps."""
         super().__init__()
         self.language, self.counts, self.renumber = language, dict(counts), renumber
+        self.score = AttentionFromRowsOptions() if score is None else score
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, picture_ids: Tensor, *kept: Tensor
@@ -47,17 +51,25 @@ class PrefillGraph(nn.Module):
         blocks: Any = self.language.trunk.blocks
         x, valid, position, picture = inputs_embeds, attention_mask > 0, position_ids, picture_ids
         bias, rotary = causal_bias(attention_mask, 0, x.shape[1])[0], self.language.trunk.rotary(position)
-        present, masks = [], [attention_mask]
+        present, masks, number = [], [attention_mask], numbers(picture)
         for layer, block in enumerate(blocks, start=1):
+            before = x
             x, keys, values = extend(block, x, None, None, bias, rotary)
             present += [keys, values]
             if layer not in self.counts:
                 continue
-            score, seen = attention_of_last_text(blocks[layer], x, valid, picture, rotary)
+            if isinstance(self.score, AttentionFromRowsOptions):
+                looking, read = (blocks[layer], x) if self.score.norm == "next-layer" else (block, before)
+                score, seen = attention_of_last_text(looking, read, valid, picture, rotary)
+            else:
+                scope = up_to_last_text(valid, picture)[1]
+                score = self.score.score(View(x, before, block, blocks[layer], rotary, scope, number))
+                seen = scope & (picture >= 0)
             keep = valid & ~(seen & (rank(score, seen, picture) >= self.counts[layer]))
             index, stays = first_places(keep, kept[len(masks) - 1])
             x = torch.where(stays[..., None], x.gather(1, index[..., None].expand(-1, -1, x.shape[2])), 0.0)
             valid, picture = stays, torch.where(stays, picture.gather(1, index), -1)
+            number = number.gather(1, index)
             counted = stays.to(torch.int64).cumsum(1) - 1
             position = torch.where(stays, counted if self.renumber else position.gather(1, index), 0)
             masks.append(stays.to(torch.int64))
@@ -101,10 +113,7 @@ def attention_of_last_text(block: Any, x: Tensor, valid: Tensor, picture: Tensor
     softmax(q k^T / sqrt(D)) over the prefix of the last position of text, mean over heads. What stands behind it is not
     judged, nor is anything in a row without text.
     """
-    place = torch.arange(x.shape[1], device=x.device)
-    text = valid & (picture < 0)
-    at = (text.to(torch.int64) * (place + 1)).amax(1, keepdim=True) - 1
-    sees = valid & (place <= at)
+    at, sees = up_to_last_text(valid, picture)
     attention = block.attention
     y = block.norm1(x)
     keys = attention.keys(y, rotary)
@@ -117,6 +126,21 @@ def attention_of_last_text(block: Any, x: Tensor, valid: Tensor, picture: Tensor
     logits = q @ keys.transpose(-1, -2) * attention.head_width**-0.5
     weights = torch.where(sees[:, None, None], logits, LOWEST).softmax(-1).mean(1)[:, 0]
     return weights, sees & (picture >= 0)
+
+
+def up_to_last_text(valid: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """(place of the last position of text [b, 1], -1 without one; valid positions up to it [b, s] bool)."""
+    place = torch.arange(valid.shape[1], device=valid.device)
+    text = valid & (picture < 0)
+    at = (text.to(torch.int64) * (place + 1)).amax(1, keepdim=True) - 1
+    return at, valid & (place <= at)
+
+
+def numbers(picture: Tensor) -> Tensor:
+    """[b, s]: the number of a visual position in its picture, which stands in one piece; anything elsewhere."""
+    place = torch.arange(picture.shape[1], device=picture.device)
+    same = (picture[:, :, None] == picture[:, None, :]) & (place[None, None, :] < place[None, :, None])
+    return same.to(torch.int64).sum(-1)
 
 
 def rank(score: Tensor, judged: Tensor, picture: Tensor) -> Tensor:
@@ -140,17 +164,12 @@ def first_places(keep: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 # The parts of a bundle
 
 
-def counts_of(shares: dict[int, Fraction], tokens: int) -> dict[int, int]:
-    """Layer -> visual positions that a picture of `tokens` keeps after it."""
-    return {layer: tokens * share.numerator // share.denominator for layer, share in sorted(shares.items())}
-
-
 def stages_of(depth: int, drops: list[int]) -> list[int]:
     """The stage of each layer."""
     return [sum(layer > drop for drop in drops) for layer in range(1, depth + 1)]
 
 
-def prefill_part(language: Decoder, counts: dict[int, int], *, renumber: bool) -> ExportPart:
+def prefill_part(language: Decoder, counts: dict[int, int], score: DecoderScore | None = None, *, renumber: bool) -> ExportPart:
     """`prefill`: prompts with the selection inside."""
     inputs, dynamic = new_inputs(language, new=8, total=8)
     dynamic["attention_mask"] = {0: "batch", 1: "length"}
@@ -160,7 +179,7 @@ def prefill_part(language: Decoder, counts: dict[int, int], *, renumber: bool) -
         inputs[f"kept.{number}"], dynamic[f"kept.{number}"] = torch.arange(8 - number), {0: f"kept_{number}"}
     masks = [f"present_mask.{number}" for number in range(1, len(counts) + 1)]
     outputs = ["logits", *cache_names(language.options.depth, "present"), *masks]
-    return ExportPart(PrefillGraph(language, counts, renumber=renumber), inputs, dynamic, outputs)
+    return ExportPart(PrefillGraph(language, counts, score, renumber=renumber), inputs, dynamic, outputs)
 
 
 def decode_part(language: Decoder, counts: dict[int, int]) -> ExportPart:

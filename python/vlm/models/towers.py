@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vlm.config.options import Options
 from vlm.models.blocks import Activation, Attention, FeedForward, Trunk, TrunkOptions
+from vlm.models.merging import Merged, run_merging
+from vlm.tokens import MergePlan, TowerMergeOptions
 
 
 class TowerOptions(Options):
@@ -52,10 +54,29 @@ class VitOptions(TowerOptions):
     patch_bias: bool = Field(False, description="bias in the patch embedding")
     pre_norm: bool = Field(True, description="layer norm before the first block")
     pool: Literal["cls", "mean", "attention"] = Field("cls", description="how tokens become one vector")
+    merge: TowerMergeOptions | None = Field(None, description="merge similar tokens between layers; none: keep all")
 
     @property
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def plan(self) -> MergePlan | None:
+        """What each layer merges."""
+        if self.merge is None:
+            return None
+        return self.merge.plan(self.depth, self.patches + self.class_token, class_token=self.class_token)
+
+    def left(self, layers: int) -> int:
+        """Tokens after so many layers, the class token included."""
+        tokens = self.patches + self.class_token
+        return tokens if self.plan is None else self.plan.left(tokens, layers)
+
+    @model_validator(mode="after")
+    def _class_token_stays(self) -> VitOptions:
+        if self.merge is not None and self.class_token and self.merge.match.protect == 0:
+            raise ValueError("merge.match.protect is 0: the class token would be merged")
+        return self
 
 
 class TextOptions(TowerOptions):
@@ -84,9 +105,9 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(options.width, eps=options.norm_eps)
         self.ffn = FeedForward(options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, C]"""
-        y = self.attention(self.probe.expand(x.shape[0], -1, -1), context=x)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, C]; bias [B, 1, 1, N] is added to the logits."""
+        y = self.attention(self.probe.expand(x.shape[0], -1, -1), context=x, bias=bias)
         return (y + self.ffn(self.norm(y)))[:, 0]
 
 
@@ -120,11 +141,22 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Tensor, collect: Collection[int] = ()) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """pixels [B, 3, S, S] -> (tokens before pooling [B, N, C], pooled [B, C], hidden states)."""
-        x, hidden = self.trunk(self.stem(pixels), collect=collect)
+        run = self.run(self.stem(pixels), collect=collect)
+        x = run.x
         if self.options.pool == "cls":
-            return x, self.post_norm(x[:, 0]), hidden
+            return x, self.post_norm(x[:, 0]), run.hidden
         x = self.post_norm(x)
-        return x, self.pool(x) if self.pool is not None else x.mean(1), hidden
+        if self.pool is not None:
+            return x, self.pool(x, run.bias), run.hidden
+        return x, x.mean(1) if run.sizes is None else (x * run.sizes[..., None]).sum(1) / run.sizes.sum(1, keepdim=True), run.hidden
+
+    def run(self, x: Tensor, *, collect: Collection[int] = (), stop: int | None = None) -> Merged:
+        """x [B, N, C] of `stem` through the first `stop` blocks, all if not given; pairs are merged where the options say so."""
+        plan, merge = self.options.plan, self.options.merge
+        if plan is None or (merge is not None and merge.when == "inference" and self.training):
+            x, hidden = self.trunk(x, collect=collect, stop=stop)
+            return Merged(x, hidden)
+        return run_merging(self.trunk, x, plan, collect=collect, stop=stop)
 
     def stem(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, S, S] -> what the first block reads, [B, N, C]."""

@@ -224,7 +224,7 @@ class LogitDistill(_PositionDistill):
 
     def __init__(self, options: DistillOptions, context: BuildContext) -> None:
         super().__init__(options, context, ("vocabulary", "vocabulary"))
-        self.expands = context.model.picture_positions
+        self.expands = context.model.training_positions
         if options.per == "token" and options.at == "visual" and self.expands is None:
             raise ValueError(
                 f'objective {options.name!r}: per = "token" at visual positions needs a model that says how many a picture takes; '

@@ -56,9 +56,9 @@ def thin(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], *, unit: str = "", zero: bool = False, note: str = ""
+    title: str, lines: Sequence[Line], *, unit: str = "", zero: bool = False, note: str = "", axis: str = "update"
 ) -> str:
-    """A figure with one or several lines over the updates. zero: the axis begins at 0. '' when nothing is to draw."""
+    """A figure with one or several lines over the updates, or over what `axis` names. zero: the axis begins at 0. '' when nothing is to draw."""
     drawn = [(line, thin(line.points)) for line in lines]
     drawn = [(line, points) for line, points in drawn if points]
     if not drawn:
@@ -81,7 +81,7 @@ def line_chart(
         return f"{px:.1f},{py:.1f}"
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_say(title, drawn[-1][1], unit))}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_say(title, drawn[-1][1], unit, axis))}">'
     ]
     for value in ticks:
         y = place(first, value).split(",")[1]
@@ -119,10 +119,10 @@ def _entry(place: int, name: str, end: float) -> str:
     return f'<li class="c{place % 5}">{escape(name)} <b>{number(end)}</b></li>'
 
 
-def _say(title: str, points: Points, unit: str) -> str:
+def _say(title: str, points: Points, unit: str, axis: str) -> str:
     (x0, y0), (x1, y1) = points[0], points[-1]
     return (
-        f"{title}: from {number(y0)} at update {x0:,.0f} to {number(y1)} {unit} at update {x1:,.0f}".replace(
+        f"{title}: from {number(y0)} at {axis} {x0:,g} to {number(y1)} {unit} at {axis} {x1:,g}".replace(
             "  ", " "
         )
     )

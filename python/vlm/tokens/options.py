@@ -1,31 +1,30 @@
-"""The `[tokens]` table: which positions a model drops between its layers."""
+"""The `[model.tokens]` table: which positions of pictures a model drops or merges, before its decoder and inside it."""
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from vlm.config.options import Options
+from vlm.tokens.pre import PreStepOptions
 from vlm.tokens.reducer import TokenReducer
+from vlm.tokens.schedule import KeepPlan, ScheduleOptions
+from vlm.tokens.score_options import AttentionFromRowsOptions, DecoderScore
 from vlm.types import Layout
 
 
-class AttentionFromRowsOptions(Options):
-    """The attention that chosen query rows pay to each position, with the weights of the layer to come."""
-
-    kind: Literal["attention-from-rows"] = "attention-from-rows"
-    rows: Literal["last-instruction"] = Field(
-        "last-instruction", description="the last position of text before each answer; several turns: their mean"
-    )
-    norm: Literal["next-layer"] = Field("next-layer", description="whose norm, queries, keys and rotary positions are used")
-
-
 class TopKOptions(Options):
-    """The best of each picture; equal scores go to the lower position."""
+    """The best of each picture, as many as `keep` says; equal scores go to the lower position."""
 
     kind: Literal["top-k"] = "top-k"
+
+
+class ThresholdOptions(Options):
+    """Of the best, as many as `keep` says, those whose score reaches so many times the mean of their picture's."""
+
+    kind: Literal["threshold"] = "threshold"
+    times: float = Field(1.0, gt=0, description="times the mean score of the picture's positions that are left")
 
 
 class GatherOptions(Options):
@@ -35,37 +34,59 @@ class GatherOptions(Options):
     positions: Literal["renumber", "keep"] = Field("renumber", description="renumber: counted from 0 again; keep: as before the drop")
 
 
-class StagesOptions(Options):
-    """After each of the layers a share of a picture's original positions is kept, floored."""
-
-    kind: Literal["stages"] = "stages"
-    layers: list[int] = Field(min_length=1, description="after these layers, counted from 1, strictly rising")
-    ratios: list[float] = Field(min_length=1, description="shares of the original count, never rising")
-
-    @model_validator(mode="after")
-    def _in_order(self) -> StagesOptions:
-        if len(self.layers) != len(self.ratios):
-            raise ValueError(f"{len(self.layers)} layers and {len(self.ratios)} ratios: expected one ratio a layer")
-        if self.layers[0] < 1 or any(b <= a for a, b in zip(self.layers, self.layers[1:])):
-            raise ValueError(f"layers are {self.layers}, expected 1 or more, strictly rising")
-        if not all(0 <= ratio <= 1 for ratio in self.ratios) or any(b > a for a, b in zip(self.ratios, self.ratios[1:])):
-            raise ValueError(f"ratios are {self.ratios}, expected within 0..1, never rising")
-        return self
-
-    def shares(self) -> dict[int, Fraction]:
-        """Layer -> share as the preset wrote it: 0.29 of 100 is 29."""
-        return {layer: Fraction(str(ratio)).limit_denominator(10**6) for layer, ratio in zip(self.layers, self.ratios)}
-
-
 class TokensOptions(Options):
-    """Positions of pictures are dropped inside the decoder, in training and in prefill (pyramiddrop)."""
+    """Positions of pictures are dropped inside the decoder, when a prompt is read and in training, and before it."""
 
     at: Literal["decoder"] = "decoder"
-    score: Annotated[AttentionFromRowsOptions, Field()] = AttentionFromRowsOptions()
-    select: Annotated[TopKOptions, Field()] = TopKOptions()
+    when: Literal["always", "inference"] = Field(
+        "always", description="inference: a training step reads everything, and only evaluation, generation and bundles read less"
+    )
+    pre: list[PreStepOptions] = Field([], description="steps before the decoder, after the connector, in order")
+    score: DecoderScore = AttentionFromRowsOptions()
+    select: Annotated[TopKOptions | ThresholdOptions, Field(discriminator="kind")] = TopKOptions()
     apply: Annotated[GatherOptions, Field()] = GatherOptions()
-    keep: Annotated[StagesOptions, Field()]
+    keep: ScheduleOptions | None = Field(None, description="how much each layer of the decoder reads; none: all")
 
-    def reducer(self, layout: Layout) -> TokenReducer:
-        """The reducer of one pass over rows of this layout, before any drop."""
-        return TokenReducer(layout, self.keep.shares(), renumber=self.apply.positions == "renumber")
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_unless_said(cls, values: Any) -> Any:
+        """Presets from when `stages` was the only schedule may leave its kind out."""
+        keep = values.get("keep") if isinstance(values, dict) else None
+        return {**values, "keep": {"kind": "stages", **keep}} if isinstance(keep, dict) and "kind" not in keep else values
+
+    @model_validator(mode="after")
+    def _does_something(self) -> TokensOptions:
+        if self.keep is None and not self.pre:
+            raise ValueError("expected keep, pre or both: without them nothing is dropped")
+        for number, step in enumerate(self.pre):
+            if number and step.needs_grid:
+                raise ValueError(f"pre.{number}: only the first step may read the tower's attention or rows of the grid")
+        return self
+
+    def plan(self, depth: int) -> KeepPlan:
+        """What the layers of a decoder keep. Raises ValueError where the schedule does not fit its depth."""
+        return KeepPlan({}) if self.keep is None else self.keep.plan(depth)
+
+    def left(self, tokens: int) -> int:
+        """Visual tokens of a picture that come out of the steps before the decoder, at most."""
+        for step in self.pre:
+            tokens = step.count(tokens)
+        return tokens
+
+    def reducer(self, layout: Layout, depth: int) -> TokenReducer | None:
+        """The reducer of one pass over rows of this layout, before any drop; None where no layer drops."""
+        plan = self.plan(depth)
+        if not plan.shares:
+            return None
+        at_least = self.select.times if isinstance(self.select, ThresholdOptions) else None
+        return TokenReducer(layout, plan, self.score, renumber=self.apply.positions == "renumber", at_least=at_least)
+
+    @property
+    def unexportable(self) -> str | None:
+        """Why a model with this table has no bundle; None where it has one."""
+        if isinstance(self.select, ThresholdOptions) or any(step.select.kind == "threshold" for step in self.pre):
+            return 'a threshold keeps another number of positions of every picture, and a graph has one: use select.kind = "top-k"'
+        scores = [step.score for step in self.pre] + ([self.score] if self.keep is not None else [])
+        if any(score is not None and score.kind == "random" for score in scores):
+            return "a random order is a baseline and has no graph"
+        return None

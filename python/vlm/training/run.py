@@ -301,7 +301,7 @@ class Run:
             seed=stage.train.seed,
             communicator=self.communicator,
             source=source,
-            picture_positions=model.picture_positions,
+            picture_positions=model.training_positions,
             tiling=model.tiling,
             tiles_apart=model.tiles_apart,
             template=_template_of(model, data),

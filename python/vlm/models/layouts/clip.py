@@ -94,6 +94,7 @@ class ClipLayout(PublishedLayout):
             and options.vision.pre_norm
             and not options.vision.patch_bias
             and options.vision.pool == "cls"
+            and options.vision.merge is None
             and options.text.attention == "causal"
             and options.text.pool == "eos"
             and not options.text.projection_bias

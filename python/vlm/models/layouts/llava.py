@@ -43,6 +43,7 @@ class LlavaLayout(PublishedLayout):
             and options.tokens is None
             and options.tiler is None
             and not tower.norm
+            and tower.merge is None
             and _tower_kind(tower) is not None
             and isinstance(connector, MlpOptions)
             and connector.depth == 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
 from vlm.models.graphs import cross_part, decoder_part, embed_part
-from vlm.models.reduced_graphs import counts_of, decode_part, prefill_part
+from vlm.models.reduced_graphs import decode_part, prefill_part
 from vlm.types.export import ExportPart
 
 
@@ -44,9 +44,14 @@ class VisionGraph(nn.Module):
 def export_parts(model: Reader) -> dict[str, ExportPart]:
     """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`.
 
-    Raises RequestError for a model whose tiles stand beside the row behind their tags (nvlm form H).
+    Raises RequestError for one that keeps no fixed number of positions, and for one whose tiles
+    stand beside the row behind their tags (nvlm form H).
     """
     options = model.options
+    if options.tokens is not None and options.tokens.unexportable is not None:
+        raise RequestError(
+            f"this model has no bundle: {options.tokens.unexportable}", remedy="keep the model directory: every command reads it"
+        )
     if options.fusion.kind == "hybrid":
         raise RequestError(
             'a model of fusion "hybrid" has no bundle',
@@ -58,15 +63,27 @@ def export_parts(model: Reader) -> dict[str, ExportPart]:
         inputs[pixels_of(stream)] = torch.rand(2, 3, size, size)
     dynamic = {name: {0: "batch"} for name in inputs}
     parts = {"vision": ExportPart(VisionGraph(model), inputs, dynamic, ["visual_tokens"]), "embed": embed_part(model.language)}
-    if options.tokens is not None:
-        counts = counts_of(options.tokens.keep.shares(), model.picture_tokens)
-        parts["prefill"] = prefill_part(model.language, counts, renumber=options.tokens.apply.positions == "renumber")
+    counts = drops_of(model)
+    if counts:
+        assert options.tokens is not None
+        renumber = options.tokens.apply.positions == "renumber"
+        parts["prefill"] = prefill_part(model.language, counts, options.tokens.score, renumber=renumber)
         parts["decode"] = decode_part(model.language, counts)
         return parts
     blocks: dict[int, Any] = {int(layer): block for layer, block in model.cross.items()}
     if blocks:
         parts["cross"] = cross_part(model.language, blocks, model.picture_tokens)
     return parts | {"decoder": decoder_part(model.language, blocks or None)}
+
+
+def drops_of(model: Reader) -> dict[int, int]:
+    """Layer of the decoder after which fewer visual positions of a picture stay -> how many; empty where all do."""
+    tokens = model.options.tokens
+    if tokens is None:
+        return {}
+    counts = tokens.plan(model.language.options.depth).counts(model.picture_tokens)
+    before = [model.picture_tokens, *counts.values()]
+    return {layer: count for (layer, count), more in zip(counts.items(), before) if count < more}
 
 
 def pixels_of(stream: str) -> str:

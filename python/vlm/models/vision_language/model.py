@@ -37,7 +37,7 @@ from vlm.models.vision_language.parts import connector_of, copy_into, language_o
 from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import Tiling
-from vlm.tokens import TokensOptions
+from vlm.tokens import TokensOptions, TowerScore, TowerView
 from vlm.tokens.tiler import TilerOptions
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
@@ -62,7 +62,7 @@ class VisionLanguageOptions(Options):
     language: LanguageOptions | None = Field(None, description="the language model; default: the part's")
     fusion: FusionOptions = PrefixOptions()
     tiler: TilerOptions | None = Field(None, description="cut large pictures into tiles; none: a picture is one square")
-    tokens: TokensOptions | None = Field(None, description="drop visual positions between layers; none: keep all")
+    tokens: TokensOptions | None = Field(None, description="drop or merge visual positions; none: keep all")
     template: str = Field("plain", description="how messages become text: plain, vicuna, llama3 or chatml")
     length: int = Field(gt=0, description="greatest number of positions of a row, pictures expanded")
 
@@ -75,9 +75,10 @@ class VisionLanguageOptions(Options):
             raise ValueError(f"unknown template {self.template!r}, expected one of {', '.join(TEMPLATES)}")
         if not any(tower.is_open for tower in self.towers.values()):
             self.grid  # noqa: B018  refuses towers that do not fit
+            self._check_pre()
         if self.language is not None:
             self._check_depth(self.language)
-        if self.tokens is not None and self.fusion.kind != "prefix":
+        if self.tokens is not None and self.tokens.keep is not None and self.fusion.kind != "prefix":
             left = "tiles beside the row" if self.fusion.kind == "hybrid" else "no visual positions to drop"
             raise ValueError(f'tokens: with fusion "{self.fusion.kind}" there are {left}')
         if self.fusion.kind == "hybrid" and (self.tiler is None or self.tiler.thumbnail == "none"):
@@ -87,10 +88,23 @@ class VisionLanguageOptions(Options):
     def _check_depth(self, language: LanguageOptions) -> None:
         if not isinstance(self.fusion, PrefixOptions) and self.fusion.every > language.depth:
             raise ValueError(f"fusion.every is {self.fusion.every} for {language.depth} blocks: no gated block would stand")
-        if self.tokens is not None and max(self.tokens.keep.layers) >= language.depth:
-            raise ValueError(
-                f"tokens.keep.layers are {self.tokens.keep.layers}, expected below the language model's depth {language.depth}"
-            )
+        if self.tokens is not None:
+            self.tokens.plan(language.depth)
+
+    def _check_pre(self) -> None:
+        """Raises ValueError where the steps before the decoder cannot read the first tower."""
+        if self.tokens is None or not self.tokens.pre:
+            return
+        (name, tower), step = next(iter(self.towers.items())), self.tokens.pre[0]
+        if isinstance(step.score, TowerScore):
+            if step.score.block(tower.vit().depth) >= tower.stop:
+                raise ValueError(f"tokens.pre.0.score.layer is {step.score.layer}: towers.{name} is read before that block")
+            if tower.merge is not None:
+                raise ValueError(f"tokens.pre.0.score reads towers.{name}, whose tokens are merged: its attention is not of patches")
+            if getattr(step.score, "query", "patches") == "class" and not tower.class_token:
+                raise ValueError(f'tokens.pre.0.score.query is "class": towers.{name} has no class token')
+        if step.needs_grid and self.grid is None:
+            raise ValueError("tokens.pre.0 needs the towers' patches alone: set drop_class = true, without merge")
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -194,6 +208,10 @@ class VisionLanguageModel(Model):
         self.towers = nn.ModuleDict({name: VisionTransformer(t.vit(), 1, project=False) for name, t in options.towers.items()})
         width = sum(tower.vit().width for tower in options.towers.values())
         self.connector = options.connector.build(width, options.language.width, options.grid)
+        if options.tokens is not None and options.tokens.pre and options.tokens.pre[0].needs_grid:
+            read = next(iter(options.towers.values())).tokens
+            if self.connector.count(read) != read:
+                raise ValueError(f"tokens.pre.0 reads patches, and the connector makes {self.connector.count(read)} tokens of {read}")
         self.language = LanguageModel(options.language, vocabulary)
         self.cross = nn.ModuleDict()
         if isinstance(options.fusion, CrossAttentionOptions | HybridOptions):
@@ -223,9 +241,10 @@ class VisionLanguageModel(Model):
 
     @property
     def picture_tokens(self) -> int:
-        """K: visual tokens of one row of pictures, after the connector."""
+        """K: visual tokens of one row of pictures, after the connector and the steps of `tokens.pre`; with a threshold the most."""
         tower = next(iter(self.options.towers.values()))
-        return int(self.connector.count(tower.tokens))
+        count = int(self.connector.count(tower.tokens))
+        return count if self.options.tokens is None else self.options.tokens.left(count)
 
     @property
     def picture_positions(self) -> int | None:
@@ -233,22 +252,51 @@ class VisionLanguageModel(Model):
         return None if self.options.fusion.kind == "cross-attention" else self.picture_tokens
 
     @property
+    def training_positions(self) -> int | None:
+        reduces = self.options.tokens is not None or any(tower.merge is not None for tower in self.options.towers.values())
+        if self.picture_positions is None or not reduces:
+            return self.picture_positions
+        tower = next(iter(self.options.towers.values()))
+        merges = tower.merge is not None and tower.merge.when == "always"
+        read = tower.tokens if merges else tower.model_copy(update={"merge": None}).tokens
+        count, tokens = int(self.connector.count(read)), self.options.tokens
+        return count if tokens is None or tokens.when == "inference" else tokens.left(count)
+
+    @property
     def tiles_apart(self) -> bool:
         return self.options.fusion.kind == "hybrid"
+
+    @property
+    def _reduction(self) -> TokensOptions | None:
+        """What holds in the mode that the model is in."""
+        tokens = self.options.tokens
+        return None if tokens is not None and tokens.when == "inference" and self.training else tokens
 
     # Pictures
 
     def visual_tokens(self, pixels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """tower -> pixels [P, 3, S, S], normalised, to (visual tokens [P, K, C], mask [P, K] or None)."""
-        parts = []
+        parts: list[Tensor] = []
+        pre = [] if self._reduction is None else self._reduction.pre
+        view: TowerView | None = None
         for name, tower in self.options.towers.items():
             vision = self.towers[name]
             assert isinstance(vision, VisionTransformer)
-            x, _ = vision.trunk(vision.stem(pixels[name]), stop=tower.stop)
-            if tower.norm:
-                x = vision.post_norm(x)
+            score = pre[0].score if pre and not parts else None  # the first tower's attention
+            block = score.block(len(vision.trunk.blocks)) if isinstance(score, TowerScore) else None
+            run = vision.run(vision.stem(pixels[name]), collect=() if block is None else (block,), stop=tower.stop)
+            if block is not None:
+                looking: Any = vision.trunk.blocks[block]
+                view = TowerView(run.hidden[block], looking, int(tower.class_token))
+            x = vision.post_norm(run.x) if tower.norm else run.x
             parts.append(x[:, 1:] if tower.class_token and tower.drop_class else x)
         out: tuple[Tensor, Tensor | None] = self.connector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], None)
+        grid = self.options.grid
+        for step in pre:
+            if out[1] is not None:
+                raise ValueError("tokens.pre reads tokens that are all valid, and those of this connector or step are masked")
+            out = step.reduce(out[0], view, None if grid is None else grid[1])
+            view = None
         return out
 
     def _visual(self, streams: Mapping[str, Pictures], samples: int) -> Visual:
@@ -333,8 +381,8 @@ class VisionLanguageModel(Model):
             x, layout, media = divided(stream, x, places, visual, announced(stream, places))
         else:
             x, layout = expand(stream, x, places, visual)
-            if self.options.tokens is not None:
-                reducer = self.options.tokens.reducer(layout)
+            if self._reduction is not None:
+                reducer = self._reduction.reducer(layout, len(self.language.trunk.blocks))
         if media is not None:
             blocks = {int(layer): block for layer, block in self.cross.items() if isinstance(block, GatedCrossBlock)}
             cross = Cross(blocks, media)

@@ -11,6 +11,7 @@ from vlm.models.blocks import Activation
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.towers import VitOptions
 from vlm.runtime.preprocess import Preprocess
+from vlm.tokens import TowerMergeOptions
 
 
 class VitTowerOptions(Options):
@@ -31,6 +32,7 @@ class VitTowerOptions(Options):
     layer: int = Field(-1, description="hidden layer that is read: -1 the last, -2 the one before (LLaVA), 0 the input")
     norm: bool = Field(True, description="the tower's final norm on what is read (LLaVA has none)")
     drop_class: bool = Field(True, description="leave out the class token")
+    merge: TowerMergeOptions | None = Field(None, description="merge similar tokens between layers; none: keep all, or as the part does")
     pictures: PictureOptions = PictureOptions()
 
     @model_validator(mode="after")
@@ -54,6 +56,10 @@ class VitTowerOptions(Options):
         """The shape of `vit`; what is read of it stays, and pictures stay where they were given."""
         shape = {name: getattr(vit, name) for name in VitOptions.model_fields if name in type(self).model_fields and name != "kind"}
         own = pictures if "pictures" not in self.model_fields_set else self.pictures
+        if "merge" in self.model_fields_set:
+            shape["merge"] = self.merge
+        merge = shape.pop("merge")
+        shape["merge"] = None if merge is None else merge.model_dump()
         return type(self).model_validate(self.model_dump() | shape | {"pictures": own.model_dump()})
 
     @property
@@ -72,7 +78,7 @@ class VitTowerOptions(Options):
     @property
     def tokens(self) -> int:
         """Tokens that are read of a picture."""
-        return self.vit().patches + (self.class_token and not self.drop_class)
+        return self.vit().left(self.stop) - (self.class_token and self.drop_class)
 
     def preprocess(self) -> Preprocess:
         own = self.pictures

@@ -81,8 +81,9 @@ def test_the_tiler_is_kept_with_the_model(tmp_path):
     save_model(model, tmp_path)
     assert load_model(tmp_path).tiling == model.tiling
     assert (answering().tiling, answering().preprocess().resize) == (None, "shortest")
-    with pytest.raises(RequestError, match="tiles"):
-        model.export_parts()
+    assert "vision" in model.export_parts()
+    with pytest.raises(RequestError, match="hybrid"):
+        answering(H, tiler={"max_tiles": 4}).export_parts()
 
 
 def test_a_tag_is_of_the_next_placeholder():

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "identity"]
 """As in `vlm.models.blocks`."""
 
-NormKind = Literal["layernorm", "rmsnorm"]
+NormKind = Literal["layernorm", "rmsnorm", "srms"]
 """As in `vlm.models.blocks`."""
 
 Grid = tuple[int, int]

@@ -184,8 +184,8 @@ def _kind(source: Source) -> str:
         return "vision-language"
     if "decoder" in parts:
         return "language"
-    parts = ", ".join(source.parts)
-    raise RequestError(f"a bundle of the parts {parts} is not known", remedy="dual encoders, vision models and decoders are")
+    named = ", ".join(source.parts)
+    raise RequestError(f"a bundle of the parts {named} is not known", remedy="dual encoders, vision models and decoders are")
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -71,7 +71,9 @@ def swin(backward: bool, shifted: bool = False) -> Callable[[], dict[Arm, Work]]
         region[15::16, :, 4:] += 1  # an image of 16 windows a row: its last column and row hold two regions
         region[960:, 4:] += 2
         mask = masks.MaskProgram(masks.Segments(region.flatten(1))) if shifted else None
-        removed = None if mask is None else torch.zeros(1024, 1, 64, 64).masked_fill_(~mask.allow(shape), -torch.inf)  # type: ignore[operator]
+        removed = None
+        if mask is not None:
+            removed = torch.zeros(1024, 1, 64, 64).masked_fill_(~mask.allow(shape), -torch.inf)  # type: ignore[operator]
 
         def ours() -> object:
             out = ops.attention(q, k, v, bias=bias, mask=mask)

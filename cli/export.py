@@ -12,7 +12,10 @@ from vlm.config.errors import RequestError
 
 @click.command(name="export")
 @click.argument("model", metavar="MODEL")
-@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="directory of the bundle; an older bundle is replaced")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="directory of the bundle; an older bundle is replaced",
+)
 @click.option("--opset", type=click.IntRange(18, 24), default=18, show_default=True, help="ONNX operator set; 23 has the fused Attention")
 @click.option("--name", help="name of the model in the bundle [default: the run's]")
 @click.option("--json", "as_json", is_flag=True, help="print the report as one JSON object")

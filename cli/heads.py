@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlm.runtime.embedder import Embedder
 
 FILE = "objectives.safetensors"
+_REMEDY = 'name the labels: --labels "cat,dog"'
 _MAX_FILE = 2**30
 
 
@@ -51,10 +52,10 @@ def read_head(run: str) -> Head:
     options = {o.name: o for o in stages_of(resolved)[-1].objectives if o.kind == "classification" and o.head == "own"}
     if len(options) != 1:
         found = ", ".join(options) or "none"
-        raise RequestError(f"expected one classification head, found {found}", where=str(path), remedy='name the labels: --labels "cat,dog"')
+        raise RequestError(f"expected one classification head, found {found}", where=str(path), remedy=_REMEDY)
     name, chosen = next(iter(options.items()))
     if chosen.stream != "image":
-        raise RequestError(f"head {name!r} classifies {chosen.stream!r}, not pictures", where=str(path), remedy='name the labels: --labels "cat,dog"')
+        raise RequestError(f"head {name!r} classifies {chosen.stream!r}, not pictures", where=str(path), remedy=_REMEDY)
     try:
         if path.stat().st_size > _MAX_FILE:
             raise CheckpointError(f"larger than {_MAX_FILE} bytes", where=str(path))

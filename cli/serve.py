@@ -52,7 +52,8 @@ def command(
         served_model = open_served(model, threads=threads, batch_size=max_batch)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         if not keys and not _loopback(host):
-            click.echo(f"warning: {host} is not a loopback address and there is no --api-key-file: anyone who reaches it may use it", err=True)
+            said = f"warning: {host} is not a loopback address and there is no --api-key-file: anyone who reaches it may use it"
+            click.echo(said, err=True)
         served = name or _name(model, served_model.name)
         app = create_app(served_model, settings.model_copy(update={"name": served}), api_keys=keys)
         serve(app, listener, settings, started=lambda: click.echo(f"serving {served} on {address}", err=True))

@@ -230,7 +230,8 @@ def _summary(answer: dict[str, Any]) -> str:
     lines.append(f"{answer['parameters']:,} parameters, {answer['steps']} updates, {answer['seconds']:.0f} s")
     lines.append(f"model:  {answer['model']}")
     if "head" in answer:
-        lines.append(f"head:   {answer['head']}  (vlm predict {answer['output']} IMAGE uses it; vlm evaluate --task linear-probe fits its own)")
+        use = f"vlm predict {answer['output']} IMAGE uses it; vlm evaluate --task linear-probe fits its own"
+        lines.append(f"head:   {answer['head']}  ({use})")
     if answer.get("report"):
         lines.append(f"report: {answer['report']}")
     return "\n".join(lines)

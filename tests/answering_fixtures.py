@@ -37,7 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
         tiler={"max_tiles": 3}, fusion={"kind": "cross-attention", "every": 1}, language=_LANGUAGE | {"length": 400}, length=400
     ),
     "drop-keep": dict(
-        tokens={"keep": {"kind": "stages", "layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}}, language=_LANGUAGE | {"depth": 3}
+        tokens={"keep": {"kind": "stages", "layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}},
+        language=_LANGUAGE | {"depth": 3},
     ),
     "aim": dict(
         towers={"main": _FINE},

@@ -23,7 +23,8 @@ def test_every_command_of_the_tour_runs_as_it_stands(tmp_path):
     assert TOUR is not None
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", TOUR[1]], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=900
+        ["bash", "-euxo", "pipefail", "-c", TOUR[1]],
+        cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs/tour/report.html").is_file()

@@ -96,7 +96,8 @@ def train(batches: Path, output: Path, steps: int, warmup: int, seed: int, threa
     with torch.no_grad():
         val = torch.from_numpy(np.load(batches / "val_pixels.npy"))
         image = torch.cat([model.encode_image((part.float() / 255 - mean) / std, normalize=True) for part in val.split(256)])
-        text = torch.cat([model.encode_text(part, normalize=True) for part in torch.from_numpy(np.load(batches / "val_ids.npy")).split(256)])
+        ids = torch.from_numpy(np.load(batches / "val_ids.npy"))
+        text = torch.cat([model.encode_text(part, normalize=True) for part in ids.split(256)])
     output.mkdir(parents=True, exist_ok=True)
     np.save(output / "image.npy", image.numpy())
     np.save(output / "text.npy", text.numpy())

@@ -77,7 +77,8 @@ template <bool Hard>
 VLM_INLINE vf soft_minimum(vf diagonal, vf up, vf left, const Softness& soft) {
   const vf low = least(diagonal, up, left);
   if constexpr (Hard) return low;
-  const vf sum = exp((low - diagonal) * soft.inverse) + exp((low - up) * soft.inverse) + exp((low - left) * soft.inverse);
+  const vf sum =
+      exp((low - diagonal) * soft.inverse) + exp((low - up) * soft.inverse) + exp((low - left) * soft.inverse);
   return select(low == splat(infinity), low, low - soft.gamma * log_of_sum(sum));
 }
 

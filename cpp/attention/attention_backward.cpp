@@ -175,8 +175,8 @@ void collect_relative(const AttentionProgram& program, const float* gradients, i
 
 // P (dropped, for dV) and the gradient of the product q k (for dQ and dK) of one block and tile, in the columns that
 // any of its queries sees. The gradients of the biases are taken on the way, before the slope of the cap.
-void score_tile(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h, int64_t i0,
-                int64_t rows, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth, Columns block) {
+void score_tile(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h,
+                int64_t i0, int64_t rows, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth, Columns block) {
   const AttentionProblem& p = s.p;
   const int64_t j0 = tile * BC;
   float* relative = s.relative_part(b, h, chunk);
@@ -333,7 +333,8 @@ void finish_cosine(const Plan& s, int threads) {
       float* dq = head_of(s.call.dq, b, h);
       sums[at] = 0.0;
       for (int64_t i = 0; i < p.queries; ++i)
-        sums[at] += static_cast<double>(through_length(q + i * p.q.row_stride, inverse[i], p.width, dq + i * s.call.dq.row_stride));
+        sums[at] += static_cast<double>(
+            through_length(q + i * p.q.row_stride, inverse[i], p.width, dq + i * s.call.dq.row_stride));
     }
   });
   parallel_for(p.batch * p.key_heads, 1, threads, [&](int64_t begin, int64_t end, int) {

@@ -104,7 +104,8 @@ VLM_INLINE void stream_row(float* scores, int64_t n, float* top, float* sum, flo
 void drop_row(float* weights, int64_t n, const AttentionProgram& program, int64_t i, int64_t j0) {
   const uint32_t row = row_key(program.drop_key, i);
   for (int64_t c = 0; c < n; c += W)
-    store(weights + c, select(kept_lanes(row, j0 + c, program.drop_below), load(weights + c) * program.drop_scale, vf{}));
+    store(weights + c,
+          select(kept_lanes(row, j0 + c, program.drop_below), load(weights + c) * program.drop_scale, vf{}));
 }
 
 void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {

@@ -56,7 +56,8 @@ VLM_INLINE void store_first(float* p, vf v, int64_t count) {
 
 // Ask for the cache line of base[offset]; the address may lie outside of any array, it is not read.
 VLM_INLINE void fetch_soon(const float* base, int64_t offset) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset) * sizeof(float)));
+  const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset) * sizeof(float);
+  __builtin_prefetch(reinterpret_cast<const void*>(at));
 }
 
 VLM_INLINE vf splat(float x) { return x - vf{}; }

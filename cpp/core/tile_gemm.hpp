@@ -13,7 +13,8 @@
 namespace vlm {
 namespace VLM_LEVEL {
 
-constexpr int MR = W == 16 ? 14 : 6;  // rows of the register tile: 28 (AVX-512) or 12 accumulators of 32 or 16 registers
+// Rows of the register tile: 28 (AVX-512) or 12 accumulators of 32 or 16 registers.
+constexpr int MR = W == 16 ? 14 : 6;
 constexpr int NV = 2;                 // vectors across the register tile
 constexpr int NR = NV * W;
 constexpr int BC = 256;       // columns of a score tile

@@ -34,7 +34,8 @@ static void remove_range(float* scores, int64_t begin, int64_t end, const int32_
 }
 
 // Keep only keys of sorted, disjoint ranges.
-static void keep_ranges(float* scores, const int32_t* ranges, int64_t count, int64_t j0, int64_t n, const int32_t* open) {
+static void keep_ranges(float* scores, const int32_t* ranges, int64_t count, int64_t j0, int64_t n,
+                        const int32_t* open) {
   int64_t done = 0;
   for (int64_t k = 0; k < count && done < n; ++k) {
     const int64_t lo = ranges[2 * k] - j0, hi = ranges[2 * k + 1] - j0;
@@ -365,7 +366,8 @@ class MaskTables {
     }
     to.global = {nullptr, nullptr, nullptr};
     if (mask_.global.queries != nullptr)
-      to.global = {mask_.global.queries + b * mask_.global.query_stride, mask_.global.keys + b * mask_.global.key_stride,
+      to.global = {mask_.global.queries + b * mask_.global.query_stride,
+                   mask_.global.keys + b * mask_.global.key_stride,
                    global_tiles_ + (mask_.global.key_stride == 0 ? 0 : b) * tiles()};
   }
 

@@ -19,7 +19,8 @@ double recursion(const std::vector<double>& cost, int64_t n, int64_t m, double g
       const double a = at(i - 1, j - 1), b = at(i - 1, j), c = at(i, j - 1), low = std::min({a, b, c});
       double least = low;
       if (gamma > 0 && !std::isinf(low))
-        least = low - gamma * std::log(std::exp((low - a) / gamma) + std::exp((low - b) / gamma) + std::exp((low - c) / gamma));
+        least = low - gamma * std::log(std::exp((low - a) / gamma) + std::exp((low - b) / gamma) +
+                                std::exp((low - c) / gamma));
       at(i, j) = cost[(i - 1) * m + j - 1] + least;
     }
   return at(n, m);
@@ -79,7 +80,8 @@ void compare(int64_t B, int64_t N, int64_t M, bool ragged, float gamma) {
   for (int threads : {2, 5}) {
     Pairs other(B, N, M, ragged, gamma);
     other.run(threads);
-    check(same_bits(pairs.values, other.values) && same_bits(pairs.gradient, other.gradient), name + ": bits differ with threads");
+    check(same_bits(pairs.values, other.values) && same_bits(pairs.gradient, other.gradient),
+          name + ": bits differ with threads");
   }
 }
 
@@ -93,7 +95,8 @@ void a_forbidden_way_has_no_gradient() {
   cost[3] = 1.0f;  // only the diagonal is open
   alignment_forward({p, value.data()}, 1);
   alignment_backward({p, upstream.data(), gradient.data()}, 1);
-  check(std::fabs(value[0] - 2.0f) < 1e-6f && gradient[0] == 2.0f && gradient[1] == 0.0f && gradient[3] == 2.0f, "one way");
+  check(std::fabs(value[0] - 2.0f) < 1e-6f && gradient[0] == 2.0f && gradient[1] == 0.0f && gradient[3] == 2.0f,
+        "one way");
 }
 
 }  // namespace

@@ -59,9 +59,14 @@ std::vector<Made> atoms(Numbers& r, Arrays& arrays, int64_t n, int64_t m) {
   made.push_back({"causal", plain(AtomKind::band, offset, INT32_MAX, 0),
                   [=](int64_t, int64_t, int64_t i, int64_t j) { return i + offset >= j; }});
   made.push_back({"window", plain(AtomKind::local_band, offset, size, sinks),
-                  [=](int64_t, int64_t, int64_t i, int64_t j) { return i + offset - j <= size && j - i - offset <= sinks; }, true});
+                  [=](int64_t, int64_t, int64_t i, int64_t j) {
+                    return i + offset - j <= size && j - i - offset <= sinks;
+                  },
+                  true});
   made.push_back({"block causal", plain(AtomKind::block_causal, m - n + 3, size, 0),
-                  [=](int64_t, int64_t, int64_t i, int64_t j) { return i + m - n + 3 >= 0 && (i + m - n + 3) / size >= j / size; }});
+                  [=](int64_t, int64_t, int64_t i, int64_t j) {
+                    return i + m - n + 3 >= 0 && (i + m - n + 3) / size >= j / size;
+                  }});
   made.push_back({"lambda", plain(AtomKind::lambda, offset, size, sinks),
                   [=](int64_t, int64_t, int64_t i, int64_t j) {
                     const int64_t d = i + offset - j;
@@ -70,20 +75,24 @@ std::vector<Made> atoms(Numbers& r, Arrays& arrays, int64_t n, int64_t m) {
   const int32_t* prefixes = arrays.keep(ids(r, batch, m + 1, true));
   MaskAtom atom = plain(AtomKind::prefix, offset, 0, 0);
   atom.a = prefixes, atom.a_batch = 1;
-  made.push_back({"prefix", atom, [=](int64_t b, int64_t, int64_t i, int64_t j) { return j < prefixes[b] || i + offset >= j; }});
+  made.push_back({"prefix", atom,
+                  [=](int64_t b, int64_t, int64_t i, int64_t j) { return j < prefixes[b] || i + offset >= j; }});
   for (bool scattered : {false, true}) {
-    const int32_t *q = arrays.keep(ids_of_batch(r, n, 4, scattered)), *k = arrays.keep(ids_of_batch(r, m, 4, scattered));
+    const int32_t* q = arrays.keep(ids_of_batch(r, n, 4, scattered));
+    const int32_t* k = arrays.keep(ids_of_batch(r, m, 4, scattered));
     const std::string kind = scattered ? " scattered" : " runs";
     const auto pair = [=](MaskAtom t) {
       t.a = q, t.a_batch = n, t.b = k, t.b_batch = m;
       return t;
     };
-    made.push_back({"spans" + kind, pair(plain(AtomKind::spans, offset, 0, 0)), [=](int64_t b, int64_t, int64_t i, int64_t j) {
+    made.push_back({"spans" + kind, pair(plain(AtomKind::spans, offset, 0, 0)),
+                    [=](int64_t b, int64_t, int64_t i, int64_t j) {
                       return i + offset >= j || q[b * n + i] == k[b * m + j];
                     }});
     made.push_back({"segments" + kind, pair(plain(AtomKind::ids, 0, 0, 0)),
                     [=](int64_t b, int64_t, int64_t i, int64_t j) { return q[b * n + i] == k[b * m + j]; }});
-    made.push_back({"facets" + kind, pair(plain(AtomKind::ids, 1, 2, 0)), [=](int64_t b, int64_t, int64_t i, int64_t j) {
+    made.push_back({"facets" + kind, pair(plain(AtomKind::ids, 1, 2, 0)),
+                    [=](int64_t b, int64_t, int64_t i, int64_t j) {
                       return q[b * n + i] == k[b * m + j] || k[b * m + j] == 2;
                     }});
     made.push_back({"tags" + kind, pair(plain(AtomKind::ids, 0, 0, 1)), [=](int64_t b, int64_t, int64_t i, int64_t j) {
@@ -109,7 +118,9 @@ std::vector<Made> atoms(Numbers& r, Arrays& arrays, int64_t n, int64_t m) {
   const uint8_t* dense = arrays.bytes.back().data();
   made.push_back({"dense",
                   {AtomKind::dense, {0, 0, 0, 0}, dense, heads * n * m, n * m, m, nullptr, 0, 0},
-                  [=](int64_t b, int64_t h, int64_t i, int64_t j) { return dense[((b * heads + h) * n + i) * m + j] != 0; }});
+                  [=](int64_t b, int64_t h, int64_t i, int64_t j) {
+                    return dense[((b * heads + h) * n + i) * m + j] != 0;
+                  }});
   return made;
 }
 
@@ -125,7 +136,8 @@ void judge(const std::string& name, const std::vector<MaskAtom>& list, const Pre
       for (int round = 0; round < 15; ++round) {
         const int64_t i0 = round % 2 == 0 ? r.below(n) / MR * MR : r.below(n);
         const int64_t i1 = smaller(n, i0 + 1 + r.below(3 * MR)), tile = r.below((m + BC - 1) / BC);
-        const int64_t j0 = tile * BC, width = smaller(BC, m - j0), j1 = round % 3 == 0 ? j0 + 1 + r.below(width) : j0 + width;
+        const int64_t j0 = tile * BC, width = smaller(BC, m - j0);
+        const int64_t j1 = round % 3 == 0 ? j0 + 1 + r.below(width) : j0 + width;
         int64_t allowed = 0;
         const Columns seen = program.columns(i0, i1, j0, j1 - j0, tile);
         for (int64_t i = i0; i < i1; ++i) {
@@ -154,7 +166,9 @@ void every_atom_alone_and_in_pairs() {
     for (const Made& one : made) {
       judge(one.name, {one.atom}, one.allow, n, m, r);
       const Made& other = made[r.below(made.size())];
-      const Predicate two = [&](int64_t b, int64_t h, int64_t i, int64_t j) { return one.allow(b, h, i, j) && other.allow(b, h, i, j); };
+      const Predicate two = [&](int64_t b, int64_t h, int64_t i, int64_t j) {
+        return one.allow(b, h, i, j) && other.allow(b, h, i, j);
+      };
       judge(one.name + " and " + other.name, {one.atom, other.atom}, two, n, m, r);
       if (!one.local) continue;
       const int32_t *q = arrays.keep(ids(r, n, 9, true)), *k = arrays.keep(ids(r, batch * m, 2, true));

@@ -135,7 +135,8 @@ void rows(int64_t batch, int64_t from_length, int64_t length, int64_t width) {
     for (int threads : {1, 2, 5}) {
       std::vector<float> s(batch * length * width), g(batch * from_length * width);
       token_scatter(
-          {batch, from_length, length, width, x.data(), from_length * stride, stride, index.data(), w, s.data()}, threads);
+          {batch, from_length, length, width, x.data(), from_length * stride, stride, index.data(), w, s.data()},
+          threads);
       token_gather({batch, length, from_length, width, y.data(), length * stride, stride, 4, index.data(), w, g.data()},
                    threads);
       if (threads == 1) {

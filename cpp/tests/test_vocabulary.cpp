@@ -58,7 +58,8 @@ void compare(const CrossEntropyCase& given) {
     loss[i] = L - (y < 0 ? 0.0 : (1 - e) * z[y]) - e / V * all + given.z_loss * L * L;
     for (int64_t v = 0; v < V; ++v)
       gradient[i * given.stride + v] = given.factors[i] * slope[v] *
-                                       (std::exp(z[v] - L) * (1 + 2 * given.z_loss * L) - (v == y ? 1 - e : 0.0) - e / V);
+                                       (std::exp(z[v] - L) * (1 + 2 * given.z_loss * L) - (v == y ? 1 - e : 0.0) -
+                                        e / V);
   }
   CrossEntropyCase plain = given, full = given;
   plain.run(false, 1);
@@ -125,7 +126,8 @@ double divergence(Divergence kind, const std::vector<double>& s, const std::vect
 }
 
 void compare(Divergence kind, int64_t R, int64_t V) {
-  const std::string name = "divergence " + std::to_string(int(kind)) + " R" + std::to_string(R) + " V" + std::to_string(V);
+  const std::string name = "divergence " + std::to_string(int(kind)) + " R" + std::to_string(R) +
+                           " V" + std::to_string(V);
   const DivergenceCase given(R, V);
   DivergenceCase full = given, plain = given, other = given;
   full.run(kind, true, 1);
@@ -150,7 +152,8 @@ void compare(Divergence kind, int64_t R, int64_t V) {
   check_close(full.value, value, 2e-6, name + " value");
   check_close(plain.value, value, 2e-6, name + " value without gradient");
   check_close(got, gradient, 3e-6, name + " gradient");
-  check(same_bits(full.student, other.student) && same_bits(full.value, other.value), name + ": bits differ with threads");
+  check(same_bits(full.student, other.student) && same_bits(full.value, other.value),
+        name + ": bits differ with threads");
 }
 
 void nothing_to_choose() {
@@ -180,7 +183,8 @@ void bad_calls_are_refused() {
   labels[0] = 0;
   call.smoothing = 1.0f;
   check(refused([&] { cross_entropy_rows(call, 1); }), "smoothing of one");
-  const DivergenceRows pair{1, 4, {chunk.data(), 4}, {chunk.data(), 4}, nullptr, Divergence::js, 1.0f, 1.0f, false, out.data()};
+  const DivergenceRows pair{1, 4, {chunk.data(), 4}, {chunk.data(), 4}, nullptr, Divergence::js, 1.0f, 1.0f,
+                            false, out.data()};
   check(refused([&] { divergence_rows(pair, 1); }), "a mixture of one");
 }
 

@@ -82,7 +82,9 @@ Oracle oracle(const Tensors& t) {
   o.dtable.resize(t.table.size());
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t h = 0; h < c.heads; ++h) {
-      auto input = [&](int64_t part, int64_t i) { return t.qkv.data() + (b * n + i) * step + part * t.channels + h * D; };
+      auto input = [&](int64_t part, int64_t i) {
+        return t.qkv.data() + (b * n + i) * step + part * t.channels + h * D;
+      };
       auto length = [&](int64_t part, int64_t i) {
         double sum = 0;
         for (int64_t e = 0; e < D; ++e) sum += double(input(part, i)[e]) * input(part, i)[e];
@@ -97,7 +99,8 @@ Oracle oracle(const Tensors& t) {
         for (int64_t j = 0; j < n; ++j) {
           const Place v = place_of(j / c.columns, c.rows, c.window_rows, c.shift_rows);
           const Place u = place_of(j % c.columns, c.columns, c.window_columns, c.shift_columns);
-          if (v.window != y.window || u.window != x.window || v.wrapped != y.wrapped || u.wrapped != x.wrapped) continue;
+          if (v.window != y.window || u.window != x.window || v.wrapped != y.wrapped || u.wrapped != x.wrapped)
+            continue;
           double cosine = 0;
           for (int64_t e = 0; e < D; ++e) cosine += double(input(0, i)[e]) * input(1, j)[e];
           cosine /= length(0, i) * length(1, j);
@@ -159,7 +162,8 @@ void test_case(const Case& c) {
 }
 
 void test_refusals() {
-  for (const Case& c : {Case{1, 4, 4, 1, 4, 0, 4, 0, 0}, Case{1, 4, 4, 1, 4, 4, 4, 4, 0}, Case{1, 4, 4, 1, 4, 4, 4, 0, -1},
+  for (const Case& c : {Case{1, 4, 4, 1, 4, 0, 4, 0, 0}, Case{1, 4, 4, 1, 4, 4, 4, 4, 0},
+                        Case{1, 4, 4, 1, 4, 4, 4, 0, -1},
                         Case{-1, 4, 4, 1, 4, 4, 4, 0, 0}}) {
     WindowAttentionForward call{};
     call.problem = {c.batch, c.rows, c.columns, c.heads, c.width, c.window_rows, c.window_columns, c.shift_rows,
@@ -178,9 +182,12 @@ void test_refusals() {
 
 int main(int argc, char** argv) {
   return run(argc, argv, [] {
-    for (const Case& c : {Case{2, 8, 8, 2, 16, 4, 4, 0, 0}, Case{2, 8, 8, 2, 16, 4, 4, 2, 2}, Case{1, 7, 9, 3, 5, 4, 4, 2, 2},
-                          Case{1, 5, 13, 1, 17, 3, 5, 0, 4}, Case{1, 1, 1, 1, 1, 1, 1, 0, 0}, Case{1, 2, 3, 1, 8, 7, 7, 3, 3},
-                          Case{1, 18, 18, 1, 24, 17, 17, 8, 8}, Case{9, 8, 4, 1, 8, 4, 4, 2, 1}, Case{0, 4, 4, 2, 4, 4, 4, 0, 0}})
+    for (const Case& c : {Case{2, 8, 8, 2, 16, 4, 4, 0, 0}, Case{2, 8, 8, 2, 16, 4, 4, 2, 2},
+                          Case{1, 7, 9, 3, 5, 4, 4, 2, 2},
+                          Case{1, 5, 13, 1, 17, 3, 5, 0, 4}, Case{1, 1, 1, 1, 1, 1, 1, 0, 0},
+                          Case{1, 2, 3, 1, 8, 7, 7, 3, 3},
+                          Case{1, 18, 18, 1, 24, 17, 17, 8, 8}, Case{9, 8, 4, 1, 8, 4, 4, 2, 1},
+                          Case{0, 4, 4, 2, 4, 4, 4, 0, 0}})
       test_case(c);
     test_refusals();
   });

@@ -66,7 +66,8 @@ void scale_exponentials(float* row, int64_t ids, float scale, float shift) {
 }
 
 // Pass 3 with a cap c: the row still holds logits z, and dz/dt = 1 - (z / c)^2.
-void capped_gradient(float* row, int64_t ids, float lse, float scale, float shift, float cap, int64_t label, float pull) {
+void capped_gradient(float* row, int64_t ids, float lse, float scale, float shift, float cap, int64_t label,
+                     float pull) {
   const float inverse = 1.0f / cap;
   const float at_label = label >= 0 ? row[label] * inverse : 0.0f;
   const float own = label >= 0 ? pull * (1.0f - at_label * at_label) : 0.0f;
@@ -93,7 +94,8 @@ void one_row(const CrossEntropyRows& call, int64_t i) {
     if (call.gradient) fill(row, ids, 0.0f);
     return;
   }
-  const double sum = call.gradient && !capped ? exponentials<true>(row, ids, at.top, 1.0f) : exponentials<false>(row, ids, at.top, 1.0f);
+  const double sum = call.gradient && !capped ? exponentials<true>(row, ids, at.top, 1.0f)
+                                              : exponentials<false>(row, ids, at.top, 1.0f);
   const double log_sum = __builtin_log(sum), lse = at.top + log_sum;
   double loss = label >= 0 ? log_sum + (double(at.top) - own) : lse;
   call.log_p[i] = label >= 0 ? static_cast<float>(-loss) : 0.0f;

@@ -182,14 +182,17 @@ void divergence_rows(const DivergenceRows& call, int threads) {
     for (int64_t i = begin; i < end; ++i) {
       float* student = call.student.data + i * call.student.row_stride;
       float* teacher = call.teacher.data + i * call.teacher.row_stride;
-      Row row{student, teacher, call.ids, 1.0f / call.temperature, align_absent(student, teacher, call.ids), 0.0f, 0.0f};
+      Row row{student, teacher, call.ids, 1.0f / call.temperature, align_absent(student, teacher, call.ids), 0.0f,
+              0.0f};
       if (row.tops.student == -infinity) {  // no id in common
         call.value[i] = 0.0f;
         if (call.gradient) fill(student, call.ids, 0.0f);
         continue;
       }
-      row.own_log = static_cast<float>(__builtin_log(exponentials<false>(student, call.ids, row.tops.student, row.inverse)));
-      row.other_log = static_cast<float>(__builtin_log(exponentials<false>(teacher, call.ids, row.tops.teacher, row.inverse)));
+      row.own_log =
+          static_cast<float>(__builtin_log(exponentials<false>(student, call.ids, row.tops.student, row.inverse)));
+      row.other_log =
+          static_cast<float>(__builtin_log(exponentials<false>(teacher, call.ids, row.tops.teacher, row.inverse)));
       call.value[i] = one_row(call.kind, row, mixture, call.gradient, call.factors == nullptr ? 1.0f : call.factors[i]);
     }
   });

@@ -44,7 +44,8 @@ def test_a_causal_decoder_gives_the_same_logits_and_text(padded: bool, calls: li
     if padded:
         mask[0, :4] = 0
     model.set_attn_implementation("sdpa")
-    expected, text = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = model(ids, attention_mask=mask).logits
+    text = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert not calls
     model.set_attn_implementation(plugin.NAME)
     got = model(ids, attention_mask=mask).logits

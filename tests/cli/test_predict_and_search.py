@@ -32,7 +32,8 @@ def run(capsys, *args):
 def test_predict_gives_every_label_in_order(capsys, clip_bundle, siglip_bundle, pictures):
     for path in (clip_bundle, siglip_bundle):
         bundle = open_bundle(path)
-        code, out, _ = run(capsys, "predict", path, pictures[0], pictures[1], "--labels", "cat, dog,blue square", "--template", "a {}", "--json")
+        labels = ("--labels", "cat, dog,blue square", "--template", "a {}")
+        code, out, _ = run(capsys, "predict", path, pictures[0], pictures[1], *labels, "--json")
         assert code == 0
         answers = [json.loads(line) for line in out.splitlines()]
         assert [a["input"] for a in answers] == [str(p) for p in pictures[:2]]

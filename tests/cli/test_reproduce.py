@@ -21,7 +21,9 @@ margin = 1.0
 tune = { factors = [1.0] }
 
 [claim.overrides]
-model = { embed_dim = 32, vision = { width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }, text = { width = 32, depth = 1, heads = 1, length = 8 } }
+model.embed_dim = 32
+model.vision = { width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }
+model.text = { width = 32, depth = 1, heads = 1, length = 8 }
 train = { steps = 2, batch_size = 16 }
 scale = { threads = 1 }
 """

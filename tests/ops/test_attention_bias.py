@@ -172,8 +172,12 @@ def test_the_twin_passes_gradcheck() -> None:
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 1, 4, 5, 3))
     table, slopes = torch.randn(8, 2, dtype=torch.float64, requires_grad=True), torch.rand(2, dtype=torch.float64, requires_grad=True)
     tau = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *t: ops.attention(*t[:3], bias=BucketBias(t[3]), softcap=2.0, dropout=(0.2, 5)), (q, k, v, table))
-    assert torch.autograd.gradcheck(lambda *t: ops.attention(*t[:3], bias=Alibi(t[3]), causal=True, score="cosine", temperature=t[4]), (q, k, v, slopes, tau))
+    assert torch.autograd.gradcheck(
+        lambda *t: ops.attention(*t[:3], bias=BucketBias(t[3]), softcap=2.0, dropout=(0.2, 5)), (q, k, v, table)
+    )
+    assert torch.autograd.gradcheck(
+        lambda *t: ops.attention(*t[:3], bias=Alibi(t[3]), causal=True, score="cosine", temperature=t[4]), (q, k, v, slopes, tau)
+    )
 
 
 @pytest.mark.parametrize("make", [lambda s: Alibi(s[0]), BucketBias], ids=["alibi", "buckets"])

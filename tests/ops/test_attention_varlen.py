@@ -16,7 +16,9 @@ def starts(*lengths: int) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-@pytest.mark.parametrize(("queries", "keys"), [((5, 0, 300, 1, 14), (5, 3, 300, 1, 14)), ((1, 1, 1), (40, 7, 260)), ((9,), (4,)), ((0,), (0,))])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [((5, 0, 300, 1, 14), (5, 3, 300, 1, 14)), ((1, 1, 1), (40, 7, 260)), ((9,), (4,)), ((0,), (0,))]
+)
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 6)])
 def test_core_exact_attention_varlen_is_a_loop(backend: ops.Backend, queries: tuple[int, ...], keys: tuple[int, ...], causal: bool,
                                                window: int | None) -> None:

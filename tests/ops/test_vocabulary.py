@@ -102,7 +102,8 @@ def test_core_ce_reductions_and_token_weights(schedule: Any, reduction: Any) -> 
 def test_core_ce_with_all_labels_ignored_is_zero_and_has_no_gradient() -> None:
     hidden, weight, bias, labels = factors(5, 3, 8)
     for reduction in ("none", "mean", "sum"):
-        loss = ops.linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), bias=bias, reduction=reduction).loss  # type: ignore[arg-type]
+        ignored = torch.full_like(labels, -100)
+        loss = ops.linear_cross_entropy(hidden, weight, ignored, bias=bias, reduction=reduction).loss  # type: ignore[arg-type]
         assert not loss.any()
         for gradient in torch.autograd.grad(loss.sum(), [hidden, weight, bias]):
             assert not gradient.any()

@@ -30,7 +30,8 @@ def test_both_arms_give_the_figures_that_the_claim_reads(key, models, tmp_path):
     tasks = tuple(task.model_copy(update={"limit": 6, "resamples": 100}) for task in claim.tasks)
     updates = {}
     for number, arm in enumerate(claim.arms):
-        unit = Unit(arm.name, "tune", 0, shrunk(arm.values), PART, "scenes:?n=24&split=test", Carving(("concept",), 0.5, held_out=True), tasks)
+        carving = Carving(("concept",), 0.5, held_out=True)
+        unit = Unit(arm.name, "tune", 0, shrunk(arm.values), PART, "scenes:?n=24&split=test", carving, tasks)
         made = train_unit(unit, tmp_path / "units" / str(number), models, note=quiet)
         wanted = {claim.metric_of(arm.name), *(gate.metric for gate in claim.options.gates)}
         if made["figures"].get("hallucination.mentions") == 0:  # of nothing said, no share is absent

@@ -93,7 +93,9 @@ def test_other_dialects_give_the_same_vector(address, bundle, picture, uri):
     assert np.abs(np.asarray(row) - bundle.encode_text(["x"])[0]).max() < 1e-6
 
 
-@pytest.mark.parametrize(("kind", "mime"), [("JPEG", "image/jpeg"), ("WEBP", "image/webp"), ("GIF", "image/gif"), ("BMP", "application/octet-stream")])
+@pytest.mark.parametrize(
+    ("kind", "mime"), [("JPEG", "image/jpeg"), ("WEBP", "image/webp"), ("GIF", "image/gif"), ("BMP", "application/octet-stream")]
+)
 def test_pictures_of_every_format(address, picture, kind, mime):
     answer = httpx.post(f"{address}/v1/embeddings", json={"input": [image(data_uri(picture, kind, mime))]})
     assert answer.status_code == 200, answer.text
@@ -140,7 +142,10 @@ def test_models_health_and_schema(address, client):
         ({"input": "x", "inptu": 1}, 400, "inptu", "not permitted"),
         ({"input": [{"type": "image_url"}]}, 400, "input.0.image_url", "required"),
         ({"input": [{"type": "video", "video": "x"}]}, 400, "input.0", "image_url"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}, 400, "messages", "2 content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            400, "messages", "2 content",
+        ),
         ({"input": [image("data:image/png;base64,@@@@")]}, 400, "input.0", "base64"),
         ({"input": [image("data:image/png,abc")]}, 400, "input.0", "base64"),
         ({"input": [image("data:image/svg+xml;base64,AAAA")]}, 415, "input.0", "image/svg"),
@@ -158,7 +163,10 @@ def test_wrong_requests_get_one_clear_error(address, body, status, param, says):
     assert len(error["message"]) < 400
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"null", b"[" * 100_000, b'{"input": "\\ud800"}', b'{"input": %s}' % (b"9" * 5000), b'{"input": NaN}'])
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"\xff\xfe", b"null", b"[" * 100_000, b'{"input": "\\ud800"}', b'{"input": %s}' % (b"9" * 5000), b'{"input": NaN}'],
+)
 def test_bodies_that_are_no_request(address, raw):
     answer = httpx.post(f"{address}/v1/embeddings", content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text

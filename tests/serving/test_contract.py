@@ -22,7 +22,10 @@ RAW = [
     b'{"input": "x", "input": 3}', b'{"a":' * 9_000, b'{"input": 1' + b"0" * 5_000 + b"}", b"\x1f\x8b\x08\x00", b"a=b&c=d",
 ]  # fmt: skip
 
-TYPES = [None, "application/json", "application/json; charset=utf-16", "text/plain", "application/xml", "multipart/form-data; boundary=x", "é/\x01"]
+TYPES = [
+    None, "application/json", "application/json; charset=utf-16", "text/plain", "application/xml", "multipart/form-data; boundary=x",
+    "é/\x01",
+]
 
 
 def pictures() -> list[str]:
@@ -31,10 +34,14 @@ def pictures() -> list[str]:
     drawn_picture(9, 7, 1).save(out, "PNG")
     good = base64.b64encode(out.getvalue()).decode()
     return [
-        "", "data:", "data:,", "data:;base64,", "data:image/png", "data:image/png,x", f"data:image/png;base32,{good}", f"data:image/svg+xml;base64,{good}",
-        f"data:text/html;base64,{good}", "data:image/png;base64,", "data:image/png;base64,A", "data:image/png;base64,====", "data:image/png;base64,Ø",
-        f"data:image/png;base64,{good[:-9]}", f"data:image/png;base64,{good[:40]}", f"data:image/png;base64, {good}", f"data:image/png;base64,{good}!",
-        "data:image/png;base64," + base64.b64encode(b"<html>").decode(), "http://127.0.0.1/x.png", "file:///etc/passwd", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+        "", "data:", "data:,", "data:;base64,", "data:image/png", "data:image/png,x", f"data:image/png;base32,{good}",
+        f"data:image/svg+xml;base64,{good}",
+        f"data:text/html;base64,{good}", "data:image/png;base64,", "data:image/png;base64,A", "data:image/png;base64,====",
+        "data:image/png;base64,Ø",
+        f"data:image/png;base64,{good[:-9]}", f"data:image/png;base64,{good[:40]}", f"data:image/png;base64, {good}",
+        f"data:image/png;base64,{good}!",
+        "data:image/png;base64," + base64.b64encode(b"<html>").decode(), "http://127.0.0.1/x.png", "file:///etc/passwd",
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
     ]  # fmt: skip
 
 
@@ -72,7 +79,8 @@ def bodies(document: dict, path: str) -> list[dict]:
     out += [right | {field: value} for field in schema["properties"] for value in WRONG]
     for url in pictures():
         part = {"type": "image_url", "image_url": {"url": url}}
-        out += [{"image": url, "labels": ["a"]}] if "image" in right else [{"input": [part]}, {"messages": [{"role": "user", "content": [part]}]}]
+        asked = [{"input": [part]}, {"messages": [{"role": "user", "content": [part]}]}]
+        out += [{"image": url, "labels": ["a"]}] if "image" in right else asked
     return out
 
 

@@ -104,7 +104,8 @@ def bomb(side: int) -> bytes:
     press = zlib.compressobj(9)
     row = bytes(1 + side // 8)
     data = b"".join(press.compress(row * 100) for _ in range(side // 100)) + press.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def test_decompression_bomb_is_refused_from_its_header(address):

@@ -122,8 +122,10 @@ def test_5000_requests_of_64_clients_are_answered_right_and_leak_nothing(clip_bu
     late = [(count, size) for count, size in memory if count >= WARM_UP]
     slope = np.polyfit([count for count, _ in late], [size for _, size in late], 1)[0]
     print(
-        f"\n{REQUESTS} requests, {CLIENTS} clients: {REQUESTS / total:.0f} a second, p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms; resident "
-        f"{memory[0][1] / 2**20:.1f} MiB at {memory[0][0]}, {late[0][1] / 2**20:.1f} at {late[0][0]}, {late[-1][1] / 2**20:.1f} at {late[-1][0]}, "
+        f"\n{REQUESTS} requests, {CLIENTS} clients: {REQUESTS / total:.0f} a second, p50 {p50 * 1e3:.0f} ms, "
+        f"p99 {p99 * 1e3:.0f} ms; resident "
+        f"{memory[0][1] / 2**20:.1f} MiB at {memory[0][0]}, {late[0][1] / 2**20:.1f} at {late[0][0]}, "
+        f"{late[-1][1] / 2**20:.1f} at {late[-1][0]}, "
         f"slope {slope:.0f} bytes a request"
     )
     assert slope < 1024

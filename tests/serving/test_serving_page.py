@@ -23,7 +23,8 @@ DEFAULT = "127.0.0.1:8000"
 
 
 def test_the_table_names_every_limit_with_its_default_and_option():
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| `\w+` \| [\d.]+ \|", line)]
+    lines = [line for line in PAGE.splitlines() if re.match(r"\| `\w+` \| [\d.]+ \|", line)]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
     fields = {name: str(field.default) for name, field in ServerSettings.model_fields.items() if name != "name"}
     assert {row[0]: row[1] for row in rows} == fields
     from vlm.cli.serve import command

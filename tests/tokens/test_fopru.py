@@ -6,7 +6,7 @@ import torch
 from tests.models.model_makers import answering, logits_of, pictures_of
 from tests.tokens.oracle import probabilities
 from tests.tokens.rows import TOWERS, batch, check_cached_decoding, equal_bits, reducing
-from vlm.tokens.plain import select_top
+from vlm.ops import select_top
 from vlm.tokens.pre import PreStepOptions, TowerAttentionOptions, TowerView, best_rows, row_varies_more
 
 COLUMN_ONLY = {"main": TOWERS["main"] | {"class_token": False}}

@@ -144,7 +144,8 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_exactly(tmp_path, numb
 
 def test_a_dead_rank_ends_the_job_with_its_name(tmp_path):
     arguments = [TOY, "train.steps=100000", "scale.threads=1", "-n", "2", "--no-report"]
-    process = subprocess.Popen(command("pretrain", *arguments, "--output", tmp_path / "run"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    train = command("pretrain", *arguments, "--output", tmp_path / "run")
+    process = subprocess.Popen(train, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)

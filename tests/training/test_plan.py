@@ -14,7 +14,8 @@ ONE_THREAD = "scale.threads=1"
 
 def planned(preset: str, *changes: str) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "vlm", "pretrain", preset, *changes, ONE_THREAD, "--dry-run", "--json"], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "vlm", "pretrain", preset, *changes, ONE_THREAD, "--dry-run", "--json"],
+        capture_output=True, text=True, timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["stages"][0]
@@ -64,7 +65,11 @@ def test_memory_is_foretold_within_15_percent(case):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [("clip-tiny", "train.batch_size=128"), ("clip-tiny", "train.batch_size=128", "train.accumulate=4"), ("lm-tiny",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "case",
+    [("clip-tiny", "train.batch_size=128"), ("clip-tiny", "train.batch_size=128", "train.accumulate=4"), ("lm-tiny",)],
+    ids=" ".join,
+)
 def test_time_is_foretold_within_20_percent(case):
     """Other work on the machine disturbs either side, so the nearest of four comparisons counts."""
     ratios = []

@@ -70,7 +70,10 @@ def test_a_resume_does_not_need_the_source_any_more(source, tmp_path):
     [
         (['start.parts.sight="{source}"'], RequestError, r"start.parts.sight = .*no part 'sight'\n.*vision, text"),
         (['start.parts.vision="/no/such/model"'], CheckpointError, r"start.parts.vision = /no/such/model.*no such model"),
-        (['start.parts.vision="{source}"', "model.vision.width=48"], CheckpointError, r"part 'vision'.*dual-encoder.*\(48,\) here and \(32,\) there"),
+        (
+            ['start.parts.vision="{source}"', "model.vision.width=48"], CheckpointError,
+            r"part 'vision'.*dual-encoder.*\(48,\) here and \(32,\) there",
+        ),
         (['start.parts.vision="{source}"', "model.vision.depth=2"], CheckpointError, r"part 'vision'.*only this model has vision\."),
     ],
 )

@@ -34,7 +34,9 @@ tune = {{ factors = {factors}, share = 0.5, dev = 0.2 }}
 {more}
 
 [claim.overrides]
-model = {{ embed_dim = 32, vision = {{ width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }}, text = {{ width = 32, depth = 1, heads = 1, length = 8 }} }}
+model.embed_dim = 32
+model.vision = {{ width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }}
+model.text = {{ width = 32, depth = 1, heads = 1, length = 8 }}
 train = {{ steps = {steps}, batch_size = 32, checkpoint_every = 2 }}
 optimizer = {{ lr = 3e-3 }}
 scale = {{ threads = 1 }}

@@ -79,7 +79,10 @@ def test_training_data_of_a_claim_take_the_place_of_every_source():
     values = {
         "data": {"val": "v"},
         "stages": [
-            {"name": "a", "data": {"mixture": {"x": {"source": "old", "weight": 2.0}, "y": {"source": "other"}}}, "evaluation": {"every": 1}},
+            {
+                "name": "a", "evaluation": {"every": 1},
+                "data": {"mixture": {"x": {"source": "old", "weight": 2.0}, "y": {"source": "other"}}},
+            },
             {"name": "b", "data": {"source": "old"}},
         ],
     }

@@ -170,7 +170,9 @@ def test_claims_share_equal_units(make_claim, make_workspace):
 
 DISTILL = """
 [claim.bases.clip-tiny]
-model = { embed_dim = 48, vision = { width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }, text = { width = 32, depth = 1, heads = 1, length = 8 } }
+model.embed_dim = 48
+model.vision = { width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }
+model.text = { width = 32, depth = 1, heads = 1, length = 8 }
 train = { steps = 3, batch_size = 32 }
 scale = { threads = 1 }
 """
@@ -200,7 +202,9 @@ PART = """
 vision = "siglip-tiny"
 
 [claim.bases.siglip-tiny]
-model = { embed_dim = 32, vision = { width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }, text = { width = 48, depth = 1, heads = 1, length = 8 } }
+model.embed_dim = 32
+model.vision = { width = 32, depth = 1, heads = 1, image_size = 16, patch_size = 8 }
+model.text = { width = 48, depth = 1, heads = 1, length = 8 }
 train = { steps = 3, batch_size = 32 }
 scale = { threads = 1 }
 """

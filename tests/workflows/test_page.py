@@ -66,7 +66,8 @@ def test_drawn_scenes_are_labelled_and_give_way_to_real_data(tmp_path):
 def test_checks_of_the_rig_are_on_the_page(tmp_path):
     results = Results(tmp_path)
     side = {"difference": ANSWER["difference"], "verdict": "holds", "seeds": [0, 1]}
-    results.add_verdict("rig-x", {"claim": "x", "ok": False, "planted": side, "self": side, "data": "real", "command": "c", "measured": ["m"], "units": []})
+    verdict = {"claim": "x", "ok": False, "planted": side, "self": side, "data": "real", "command": "c", "measured": ["m"], "units": []}
+    results.add_verdict("rig-x", verdict)
     assert "**not as it must be**" in methods_page(results)
 
 

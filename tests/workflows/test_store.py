@@ -48,7 +48,9 @@ def test_an_interval_without_bounds_is_null(tmp_path):
     assert results.latest("x", "real")["difference"] == {"lower": None, "upper": None, "mean": 1.234568}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 2, "units": [], "verdicts": []}', '{"schema": 1, "units": 3, "verdicts": []}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"schema": 2, "units": [], "verdicts": []}', '{"schema": 1, "units": 3, "verdicts": []}', "\x00"]
+)
 def test_a_file_of_something_else_is_refused_by_name(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(DataError, match=r"x\.json"):

@@ -1,4 +1,5 @@
-// Rows of vocabulary logits: losses and gradients, in place, over a chunk of rows that a matrix product has just filled.
+// Rows of vocabulary logits: losses and gradients, in place, over a chunk of rows that a matrix product has just
+// filled.
 //
 // R rows, V ids. The chunk t [R, V] holds products <h_i, w_v>; the logits are z_iv = t_iv + bias_v, or, with a cap c,
 // z_iv = c tanh((t_iv + bias_v) / c). L_i = logsumexp_v z_iv.

@@ -6,7 +6,8 @@
 // never attended and has no output. Two positions of a window see one another only if the roll moved them alike: both
 // wrapped around below or neither, both wrapped around at the right or neither. The region of a position is computed;
 // no mask tensor exists, and pairs of different regions cost nothing.
-//   logit_ij = tau_head * cos(q_i, k_j) + bias_table[(dy + Wh - 1)(2 Ww - 1) + dx + Ww - 1, head], (dy, dx) = i - j in the window
+//   logit_ij = tau_head * cos(q_i, k_j) + bias_table[(dy + Wh - 1)(2 Ww - 1) + dx + Ww - 1, head],
+//   (dy, dx) = i - j in the window
 //   cos(a, b) = <a / max(|a|, 1e-12), b / max(|b|, 1e-12)>
 // lse_i = log sum_j exp(logit_ij), natural logarithm.
 //

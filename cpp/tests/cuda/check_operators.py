@@ -65,7 +65,8 @@ def check_attention(core: Any) -> None:
     assert attention_cuda.call_backward(core, 0, *arguments, out, lse, dout, dlse, False)[3].numel() == 0
 
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    exact = attention_reference(q.double(), k.double(), v.double(), bias=bias.double(), return_lse=True, **options)  # type: ignore[arg-type]
+    wide = (q.double(), k.double(), v.double())
+    exact = attention_reference(*wide, bias=bias.double(), return_lse=True, **options)  # type: ignore[arg-type]
     out, lse = attention_cuda.call_forward_bf16(core, 0, q, k, v, mask, bias, 24**-0.5, True, 70 - 37)
     assert out.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
@@ -96,10 +97,11 @@ def check_contrastive(core: Any) -> None:
             got = contrastive_cuda.call_forward(core, 0, *arguments)  # type: ignore[arg-type]
             near(f"{loss} rows", got[0], rows.detach(), 2e-6)
             near(f"{loss} columns", got[1], columns.detach(), 2e-6)
-            found = contrastive_cuda.call_backward(core, 0, *arguments, got[2], got[3], drows, dcolumns, True, True)  # type: ignore[arg-type]
+            given = (core, 0, *arguments, got[2], got[3], drows, dcolumns)
+            found = contrastive_cuda.call_backward(*given, True, True)  # type: ignore[arg-type]
             for name, a, b in zip(("x", "y", "scale", "bias"), found, gradients):
                 near(f"{loss} d{name}", a, b, 1e-5)
-            less = contrastive_cuda.call_backward(core, 0, *arguments, got[2], got[3], drows, dcolumns, False, True)  # type: ignore[arg-type]
+            less = contrastive_cuda.call_backward(*given, False, True)  # type: ignore[arg-type]
             assert less[0].numel() == 0
             assert torch.equal(less[1], found[1])
             assert torch.equal(less[2], found[2])

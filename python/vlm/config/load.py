@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["DEFERRED", "Resolved", "dotted_name", "merge_tables", "resolve", "validate"]
 
 DEFERRED = frozenset({"stages", "claim"})
-"""Tables laid over the rest later (stages, the overrides of a claim), by `merge_tables`: a removal in them may concern what they will be laid over."""
+"""Tables laid over the rest later (stages, the overrides of a claim), by `merge_tables`: a removal in them may concern what they
+will be laid over."""
 
 
 def resolve(

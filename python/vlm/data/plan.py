@@ -202,18 +202,3 @@ def decoder_spec(
         "template": template.to_dict(),
         **(stream_tables(source, options) if talks else {"nouns": {}, "weights": {}}),
     }
-
-
-def with_texts(row: Row) -> Row:
-    """The row with what was read as text among its extra fields: the caption, or prompt and answer of a conversation."""
-    decoded = row.decoded
-    fields = {**(decoded.extra or {})}
-    if decoded.texts:
-        fields.setdefault("caption", decoded.texts[0])
-        fields["text"] = decoded.texts[0]
-    elif decoded.conversations:
-        pieces = decoded.conversations.get("text") or next(iter(decoded.conversations.values()))
-        said = [piece.text.strip() for piece in pieces if piece.kind == "text" and piece.supervised]
-        fields.setdefault("caption", said[-1])
-        fields["text"] = said[-1]
-    return replace(row, decoded=replace(decoded, extra=fields))

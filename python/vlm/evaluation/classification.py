@@ -53,7 +53,8 @@ def classification(material: Material, options: ClassificationTaskOptions) -> Re
     inside = truth >= 0
     if not inside.any():
         raise DataError(
-            f"field {field!r} holds no class of the model", remedy=f"classes of the model: {', '.join(names[:10])}; name the field: labels_from"
+            f"field {field!r} holds no class of the model",
+            remedy=f"classes of the model: {', '.join(names[:10])}; name the field: labels_from",
         )
     logits = material.images
     own = logits[np.arange(len(truth)), np.maximum(truth, 0)]

@@ -216,7 +216,8 @@ def is_bundle(path: str | Path) -> bool:
 def open_model(path: str | Path, *, threads: int | None = None, batch: int = 64) -> AnyModel:
     """The model of a run, a Hugging Face directory or a bundle, ready for evaluation on the CPU in float32.
 
-    threads: of the CPU, all cores by default; batch: pictures or texts of one forward pass. A bundle is opened by the runtime, without torch. Raises CheckpointError naming the file that is wrong.
+    threads: of the CPU, all cores by default; batch: pictures or texts of one forward pass. A bundle is opened by the runtime,
+    without torch. Raises CheckpointError naming the file that is wrong.
     """
     path = Path(path)
     if is_bundle(path):

@@ -298,8 +298,8 @@ def rows_of(
 ) -> tuple[TokenIds, list[int]]:
     """Right-padded rows of prompts, and of their answers behind them; and how many tokens each answer has.
 
-    All of a prompt is instruction but its tags, indices of ids; the answer is supervised. Raises ValueError for an empty prompt: nothing would
-    predict the token after it.
+    All of a prompt is instruction but its tags, indices of ids; the answer is supervised. Raises ValueError for an empty prompt:
+    nothing would predict the token after it.
     """
     import torch
 

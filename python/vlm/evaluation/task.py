@@ -10,8 +10,8 @@ from vlm.config.options import Options
 from vlm.evaluation.bootstrap import RESAMPLES
 
 Needs = Literal["pictures", "classifier", "tokens", "generator"]
-"""pictures: an embedder and samples with pictures; classifier: a model with classes of its own and such samples; tokens: a language model and texts; generator: a model that reads
-pictures and writes, and samples with pictures."""
+"""pictures: an embedder and samples with pictures; classifier: a model with classes of its own and such samples; tokens: a language
+model and texts; generator: a model that reads pictures and writes, and samples with pictures."""
 
 Fields = str | tuple[str, ...]
 """One data field, or several of which the first that the data has is taken."""

@@ -32,6 +32,7 @@ from vlm.models import Model
 from vlm.models.directory import find_model_directory, read_json
 from vlm.runtime.bundle import open_any_bundle, open_bundle
 from vlm.runtime.embedder import normalise
+from vlm.runtime.language import LanguageBundle
 from vlm.runtime.manifest import GOLDEN, MANIFEST, SCHEMA, sha256_of
 from vlm.runtime.preprocess import Preprocess
 from vlm.types.export import ExportPart
@@ -76,7 +77,8 @@ def export_bundle(
     try:
         chosen = model.export_parts() if parts is None else parts
         source = Source(
-            model, directory, Tokenizer.load(directory) if "tokens" in type(model).offers else None, chosen, tolerance or Tolerance(), opset,
+            model, directory, Tokenizer.load(directory) if "tokens" in type(model).offers else None, chosen,
+            tolerance or Tolerance(), opset,
             name or _name_of(Path(model_dir), directory),
         )  # fmt: skip
         with publishing(output) as folder:
@@ -182,7 +184,8 @@ def _kind(source: Source) -> str:
         return "vision-language"
     if "decoder" in parts:
         return "language"
-    raise RequestError(f"a bundle of the parts {', '.join(source.parts)} is not known", remedy="dual encoders, vision models and decoders are")
+    named = ", ".join(source.parts)
+    raise RequestError(f"a bundle of the parts {named} is not known", remedy="dual encoders, vision models and decoders are")
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -267,6 +270,7 @@ def _check_dual(source: Source, preprocess: Preprocess, folder: Path) -> list[Ch
 def _check_language(source: Source, folder: Path) -> tuple[dict[str, Any], list[Check]]:
     """(golden vectors, checks) of whole texts."""
     bundle = open_any_bundle(folder, verify=False)
+    assert isinstance(bundle, LanguageBundle)
     texts = list(GOLDEN_TEXTS)
     rows = bundle.tokenizer.rows(texts)
     _check_ids(source, rows, texts, bundle.tokenizer.length)
@@ -277,7 +281,7 @@ def _check_language(source: Source, folder: Path) -> tuple[dict[str, Any], list[
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         last.append(logits[0, -1].float().numpy())
     golden = {"texts": texts, "ids": rows, "last_logits": [row.tolist() for row in last]}
-    ours = [bundle.logits(np.asarray([row]))[0, -1] for row in rows]  # type: ignore[union-attr]
+    ours = [bundle.logits(np.asarray([row]))[0, -1] for row in rows]
     return golden, [compare("text", repr(t), a[None], b[None]) for t, a, b in zip(texts, ours, last)]
 
 

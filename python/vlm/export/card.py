@@ -170,7 +170,10 @@ def example(about: dict[str, Any]) -> str:
     return EXAMPLE_RUNTIME if runtime else EXAMPLE_ANSWER
 
 
-_TASKS = {"dual-encoder": "zero-shot-image-classification", "language": "text-generation", "vision": "image-classification", "vision-language": "image-text-to-text"}
+_TASKS = {
+    "dual-encoder": "zero-shot-image-classification", "language": "text-generation", "vision": "image-classification",
+    "vision-language": "image-text-to-text",
+}
 _USES = {
     "dual-encoder": ["vlm embed DIR --images - < paths.txt", "vlm serve DIR"],
     "language": ["vlm evaluate DIR --task perplexity --data texts.jsonl"],

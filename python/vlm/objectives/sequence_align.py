@@ -110,7 +110,10 @@ class SequenceAlign(Objective):
         self.reads = (bare(options.stream), self.pictures, options.texts)
         width = width_of(context.model)
         self.project = nn.ModuleDict(
-            {name: nn.Sequential(nn.Linear(width, options.dim), nn.GELU(), nn.Linear(options.dim, options.dim)) for name in ("visual", "text")}
+            {
+                name: nn.Sequential(nn.Linear(width, options.dim), nn.GELU(), nn.Linear(options.dim, options.dim))
+                for name in ("visual", "text")
+            }
         )
 
     def prepare(self, views: Views, context: Context) -> Views:

@@ -1,8 +1,8 @@
 """What objectives need of vocabulary logits, position by position and in chunks.
 
 The logits [n T, V] of a batch never exist at once. Losses take the chunked operators of `vlm.ops`; what they lack, `in_chunks` computes
-from the logits of a few positions, and again in the backward pass. n rows, T positions, V ids, C width, R chosen positions, B samples. Sources: every language model, povid,
-llava-kd.
+from the logits of a few positions, and again in the backward pass. n rows, T positions, V ids, C width, R chosen positions, B samples.
+Sources: every language model, povid, llava-kd.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def cross_entropy_of(
     token_weights: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [R, C] against ids [R], among the `allowed` [V] -> (losses, times `token_weights` [R], with gradient; plain -log p without), both [R]."""
+    """hidden [R, C] against ids [R], among the `allowed` [V] -> (losses, times `token_weights` [R], with gradient; plain -log p
+    without), both [R]."""
     found = linear_cross_entropy(
         hidden,
         vocabulary.weight,

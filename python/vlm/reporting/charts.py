@@ -58,7 +58,10 @@ def thin(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
 def line_chart(
     title: str, lines: Sequence[Line], *, unit: str = "", zero: bool = False, note: str = "", axis: str = "update"
 ) -> str:
-    """A figure with one or several lines over the updates, or over what `axis` names. zero: the axis begins at 0. '' when nothing is to draw."""
+    """A figure with one or several lines over the updates, or over what `axis` names; '' when nothing is to draw.
+
+    zero: the axis begins at 0.
+    """
     drawn = [(line, thin(line.points)) for line in lines]
     drawn = [(line, points) for line, points in drawn if points]
     if not drawn:

@@ -126,7 +126,8 @@ def _texts_to_pictures(example: Stored) -> str:
         said = f"place {place}, {'right' if right else 'wrong'}"
         tick = '<span class="tickmark" aria-hidden="true">✓</span>' if right else ""
         cells.append(
-            f'<li class="{"right" if right else "wrong"}" title="{escape(str(hit.get("key", "")))}">{_picture(hit.get("picture"), said)}{tick}</li>'
+            f'<li class="{"right" if right else "wrong"}" title="{escape(str(hit.get("key", "")))}">'
+            f'{_picture(hit.get("picture"), said)}{tick}</li>'
         )
     return (
         f'<article class="example"><header><q>{escape(str(example["query"]))}</q>{_place(int(example["rank"]))}</header>'

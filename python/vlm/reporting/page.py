@@ -52,7 +52,8 @@ def render(run: RunRecord) -> str:
     key = str(run.setting("method.key", "")) or "run"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{escape(run.title)}</title><style>{style}</style></head><body>"
         f'<header class="top"><p class="kicker">{escape(key)} · {escape(run.root.name)}</p><h1>{escape(run.title)}</h1>'
         f'<p class="lead">{_lead(run)}</p>{_headline(run)}{_notice(run)}'
@@ -144,7 +145,8 @@ def _results(run: RunRecord) -> str:
         )
     key += "</ul>"
     said = "The intervals come from drawing the samples again with replacement"
-    return f'<p class="intro">{said}, whole concepts at a time where several pictures share one.</p><div class="results">{figures(run.results)}</div>{key}'
+    intro = f'<p class="intro">{said}, whole concepts at a time where several pictures share one.</p>'
+    return f'{intro}<div class="results">{figures(run.results)}</div>{key}'
 
 
 def _learning(run: RunRecord) -> str:
@@ -176,7 +178,8 @@ def _learning(run: RunRecord) -> str:
     body = "".join(charts)
     if not body:
         return '<p class="intro">No curves: metrics.jsonl holds none.</p>'
-    return f'<p class="intro">Over the updates of the run. Thin lines are the values as logged, thick ones their moving average.</p><div class="charts">{body}</div>'
+    intro = '<p class="intro">Over the updates of the run. Thin lines are the values as logged, thick ones their moving average.</p>'
+    return f'{intro}<div class="charts">{body}</div>'
 
 
 def _curve(points: list[tuple[float, float]]) -> list[Line]:
@@ -335,7 +338,8 @@ def _made(run: RunRecord) -> str:
     preset = ""
     if run.preset_text:
         preset = f"<details><summary>The whole preset, as resolved</summary><pre>{escape(run.preset_text)}</pre></details>"
-    return f'<div class="two"><div class="card"><h3>The method</h3>{left}</div><div class="card"><h3>The machine</h3>{right}</div></div>{preset}'
+    cards = f'<div class="card"><h3>The method</h3>{left}</div><div class="card"><h3>The machine</h3>{right}</div>'
+    return f'<div class="two">{cards}</div>{preset}'
 
 
 def _quoted(run: RunRecord) -> str:
@@ -377,7 +381,8 @@ def _next(run: RunRecord) -> str:
             ),
             (
                 "Search your own pictures by text.",
-                f"find photos -name '*.jpg' | vlm embed {root} --images - > photos.jsonl\nvlm search {root} \"a red bicycle\" --index photos.jsonl",
+                f"find photos -name '*.jpg' | vlm embed {root} --images - > photos.jsonl\n"
+                f"vlm search {root} \"a red bicycle\" --index photos.jsonl",
             ),
             (
                 "Measure it on other data.",

@@ -133,10 +133,10 @@ class BundleStepper:
                 self._beside_mask[row, columns] = 1
                 sees[row, size - len(prompt.ids) + at :, columns] = 1
             for at in prompt.tags:
-                own = next((number for number, place in enumerate(places) if place > at), None)
-                if own is not None:
+                tile = next((number for number, place in enumerate(places) if place > at), None)
+                if tile is not None:
                     sees[row, size - len(prompt.ids) + at] = 0
-                    sees[row, size - len(prompt.ids) + at, own * K : (own + 1) * K] = 1
+                    sees[row, size - len(prompt.ids) + at, tile * K : (tile + 1) * K] = 1
             taken += len(pictures)
         return self._beside_feed(sees)
 

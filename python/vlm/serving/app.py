@@ -24,7 +24,10 @@ from vlm.serving.settings import ServerSettings
 def create_app(
     model: Embedder | Generator, settings: ServerSettings | None = None, *, api_keys: tuple[str, ...] = ()
 ) -> FastAPI:
-    """The application that serves one model: chat of a generator, vectors of an embedder. `api_keys`: when given, every route but health needs one of them."""
+    """The application that serves one model: chat of a generator, vectors of an embedder.
+
+    `api_keys`: when given, every route but health needs one of them.
+    """
     settings = settings or ServerSettings()
     metrics = Metrics()
     engine: Any = ChatEngine(model, settings, metrics) if isinstance(model, Generator) else Engine(model, settings, metrics)

@@ -51,10 +51,12 @@ def image_item(url: str, settings: ServerSettings, param: str) -> Item:
     if not comma or [o.strip().lower() for o in options][-1:] != ["base64"]:
         raise ApiError(400, f"{param}: expected data:MIME;base64,DATA", code="bad_data_uri", param=param)
     if mime.strip().lower() not in MIMES:
-        raise ApiError(415, f"{param}: media type {mime[:60]!r} is not accepted; accepted: {', '.join(MIMES[:-1])}", code="media_type", param=param)
+        said = f"{param}: media type {mime[:60]!r} is not accepted; accepted: {', '.join(MIMES[:-1])}"
+        raise ApiError(415, said, code="media_type", param=param)
     # Four characters carry three bytes: the size is known before anything is decoded.
     if len(payload) // 4 * 3 > settings.max_picture_bytes + 3:
-        raise ApiError(413, f"{param}: the picture is larger than {settings.max_picture_bytes} bytes", code="picture_too_large", param=param)
+        said = f"{param}: the picture is larger than {settings.max_picture_bytes} bytes"
+        raise ApiError(413, said, code="picture_too_large", param=param)
     try:
         data = base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):

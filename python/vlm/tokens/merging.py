@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm.config.options import Options
-from vlm.tokens.plain import bipartite_match, compose_assignments, merge_tokens
+from vlm.ops import bipartite_match, compose_assignments, merge_tokens
 
 
 class BipartiteOptions(Options):

@@ -14,15 +14,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vlm.config.options import Options
+from vlm.ops import attention_column_sums, attention_lse, attention_pagerank, gather_tokens, select_top
 from vlm.tokens.merging import merge_down
-from vlm.tokens.plain import (
-    attention_column_sums,
-    attention_lse,
-    attention_pagerank,
-    best_first,
-    gather_tokens,
-    select_top,
-)
 from vlm.tokens.schedule import exact
 from vlm.tokens.score import ScoringBlock, rows_first
 from vlm.tokens.score_options import (
@@ -253,6 +246,13 @@ def best_rows(score: Tensor, count: int, columns: int) -> Tensor:
     rank = torch.sort(order, dim=1).indices  # of each row
     key = rank[:, :, None] * columns + torch.arange(columns, device=score.device)
     return torch.sort(torch.sort(key.flatten(1), dim=1).indices[:, :count], dim=1).values
+
+
+def best_first(score: Tensor) -> Tensor:
+    """Indices of score [..., N] by falling score, of equal ones the lower first."""
+    if torch.compiler.is_exporting():  # a stable sort has no graph; the one that there is keeps equal ones in order
+        return torch.sort(score, dim=-1, descending=True).indices
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices
 
 
 def row_varies_more(column: Tensor, row: Tensor) -> Tensor:

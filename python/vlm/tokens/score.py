@@ -31,7 +31,9 @@ class ScoringBlock(Protocol):
     """A pre-norm block: its input norm and its attention."""
 
     norm1: Any
-    attention: Any
+
+    @property
+    def attention(self) -> ScoringAttention: ...
 
 
 def query_rows(layout: Layout) -> Tensor:

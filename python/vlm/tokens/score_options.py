@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm.config.options import Options
-from vlm.tokens.plain import attention_column_sums, attention_pagerank
+from vlm.ops import attention_column_sums, attention_pagerank
 from vlm.tokens.score import Rotary, ScoringBlock
 
 Norm = Literal["next-layer", "previous-layer"]

@@ -121,7 +121,9 @@ class Checkpoints:
             raise CheckpointError(f"unreadable completeness marker: {error}", where=str(folder / MARKER)) from error
         if marker.get("schema") != SCHEMA:
             raise CheckpointError(
-                f"checkpoint schema {marker.get('schema')!r}, expected {SCHEMA}", where=str(folder), remedy="resume with the release that wrote it"
+                f"checkpoint schema {marker.get('schema')!r}, expected {SCHEMA}",
+                where=str(folder),
+                remedy="resume with the release that wrote it",
             )
         tensors = {}
         for name, digest in marker["sha256"].items():

@@ -56,14 +56,3 @@ class MetricsLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; a line cut by a crash is left out."""
-    lines = []
-    for raw in path.read_bytes().splitlines():
-        try:
-            lines.append(json.loads(raw))
-        except ValueError:
-            continue
-    return lines

@@ -28,7 +28,10 @@ class Start:
     note: Note
 
     def tokenizer(self, stage: Stage) -> Tokenizer | None:
-        """The run's tokenizer, None for a model that reads no text; the first call of a run also writes the architecture: rank 0 writes, the others wait and read."""
+        """The run's tokenizer, None for a model that reads no text.
+
+        The first call of a run also writes the architecture: rank 0 writes, the others wait and read.
+        """
         own = self.directory.architecture
         if not (own / "vlm.json").is_file():
             if self.communicator.rank == 0:

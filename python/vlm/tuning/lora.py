@@ -42,7 +42,9 @@ def add_lora(model: nn.Module, options: LoraOptions) -> None:
         raise RequestError(
             f"lora.target {list(options.target)} matches no linear layer", remedy=f"layers are called like {', '.join(linear[:4])}"
         )
-    config = LoraConfig(r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=chosen)  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=chosen  # type: ignore[arg-type]
+    )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
 

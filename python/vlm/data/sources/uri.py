@@ -2,8 +2,8 @@
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
 `text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`);
-`scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64` (drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles
-what the ending does not say. Several addresses of one kind are joined by commas.
+`scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64` (drawn). A prefix (`wds:`,
+`folder:`, `jsonl:`, `json:`) settles what the ending does not say. Several addresses of one kind are joined by commas.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 _PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes|digits):(?!//)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
-_KNOWN = "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), scenes: or digits:"
+_KNOWN = (
+    "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), "
+    "scenes: or digits:"
+)
 
 
 def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:

@@ -56,7 +56,8 @@ class ConversationEncoder:
     def encode(self, pieces: Sequence[Piece], places: Sequence[tuple[int, int, int]] = ()) -> EncodedRow:
         """The row, its answer cut from the right where it is too long (then without what ends it).
 
-        places: of the tile of each placeholder, where pictures were cut. Raises BadSample when a picture or the whole answer would have to go.
+        places: of the tile of each placeholder, where pictures were cut. Raises BadSample when a picture or the whole answer would
+        have to go.
         """
         ids, role, supervised = encode_pieces(
             pieces, self._ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id

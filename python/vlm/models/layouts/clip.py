@@ -111,6 +111,7 @@ class ClipLayout(PublishedLayout):
             "eos_token_id": options.text.eos_id,
             "pad_token_id": special.get("pad"),
         }
+        assert isinstance(options.vision, VitOptions)  # `expresses` lets no other through
         vision = tower_config(options.vision) | {
             "model_type": "clip_vision_model",
             "image_size": options.vision.image_size,

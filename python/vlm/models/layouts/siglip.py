@@ -78,6 +78,7 @@ class SiglipLayout(PublishedLayout):
             "eos_token_id": special.get("eos"),
             "pad_token_id": special.get("pad"),
         }
+        assert isinstance(options.vision, VitOptions)  # `expresses` lets no other through
         vision = tower_config(options.vision) | {
             "model_type": "siglip_vision_model",
             "image_size": options.vision.image_size,

@@ -37,7 +37,9 @@ _INSIDE = (
 )
 _OURS = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)\.)?")
 _THEIRS = re.compile(r"encoder\.layers\.(\d+)\.(?:blocks\.(\d+)\.)?")
-_FIXED: dict[str, Any] = {"num_channels": 3, "use_absolute_embeddings": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_FIXED: dict[str, Any] = {
+    "num_channels": 3, "use_absolute_embeddings": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0
+}
 """Fields of a config that we cannot set otherwise."""
 _COMPUTED = (".relative_coords_table", ".relative_position_index")
 """Tensors of older checkpoints that follow from the window."""

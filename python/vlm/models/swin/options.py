@@ -41,7 +41,9 @@ class SwinOptions(Options):
     activation: Activation = "gelu"
     qkv_bias: bool = Field(True, description="biases of queries and values; keys have none")
     norm: Literal["res-post", "pre"] = Field("res-post", description="res-post: at the end of each residual branch; pre: at its beginning")
-    norm_zero_init: bool = Field(True, description="norms of residual branches begin at 0, so that a fresh block is the identity; res-post only")
+    norm_zero_init: bool = Field(
+        True, description="norms of residual branches begin at 0, so that a fresh block is the identity; res-post only"
+    )
     main_norm_every: int = Field(0, ge=0, description="a norm on the main branch after every so many blocks; 0: none")
     norm_eps: float = 1e-5
     drop_path: float = Field(0.0, ge=0, lt=1, description="chance to skip the last block's branches; grows from 0 with depth")

@@ -215,7 +215,8 @@ def _arm(name: str, values: Values, train: str, *overrides: Values) -> Arm:
     try:
         settled(values)
     except PresetError as error:
-        raise PresetError(f"arm {name!r} of the claim is no preset that can train: {error.message}", where=error.where, remedy=error.remedy) from error
+        said = f"arm {name!r} of the claim is no preset that can train: {error.message}"
+        raise PresetError(said, where=error.where, remedy=error.remedy) from error
     return Arm(name, values)
 
 

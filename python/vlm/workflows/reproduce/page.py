@@ -142,7 +142,8 @@ def block(answer: Mapping[str, Any]) -> str:
     lines += [f"  gate        {g['metric']} {g['mean']:.4g}: {'held' if g['held'] else 'missed'}" for g in answer["gates"]]
     where = f"{answer['train']} -> {answer['test']}"
     lines.append(f"  data        {where}" if answer["data"] == REAL else f"  data        {where} (drawn scenes, not the claim's data)")
-    lines.append(f"  took        {answer['seconds']:.0f} s of training and scoring; tier {answer['tier']} allows {answer['tier_seconds']} s")
+    took = f"{answer['seconds']:.0f} s of training and scoring; tier {answer['tier']} allows {answer['tier_seconds']} s"
+    lines.append(f"  took        {took}")
     return "\n".join(lines)
 
 

@@ -12,14 +12,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vlm.attention import MixerOptions
+from vlm.attention import MixerOptions, TrunkAttentionOptions
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.models.base import Model
 from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
 from vlm.models.decoder import Cache, DecoderResult, run_decoder
 from vlm.models.graphs import decoder_part, embed_part
-from vlm.models.recurrent import trunk_of
+from vlm.models.trunks import trunk_of
 from vlm.types import Batch, Layout, Outputs, Pictures, TokenIds, Vocabulary, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
@@ -50,10 +50,19 @@ class LanguageOptions(Options):
         None, description="recurrent layer in place of attention, which has positions of its own: linear-decay or ssm"
     )
 
+    attention: TrunkAttentionOptions | None = Field(
+        None, description="mask, position bias and cache of the attention; default: all earlier keys, rotary positions"
+    )
+    causal: bool = Field(True, description="false: an encoder, whose positions see those after them too; it writes nothing")
+
     @model_validator(mode="after")
     def _heads_fit(self) -> LanguageOptions:
         if self.mixer is not None and self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.mixer is not None and (self.attention is not None or not self.causal):
+            raise ValueError("a mixer stands in place of attention, and reads from left to right")
+        if self.attention is not None and self.attention.global_projections and self.causal:
+            raise ValueError("attention.global_projections is for encoders: causal = false")
         return self
 
     @property
@@ -99,7 +108,7 @@ class LanguageModel(Model):
 
     def run(self, ids: Tensor, *, collect: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Right-padded ids [n, T] -> (hidden after the final norm [n, T, C], hidden states by layer)."""
-        x, hidden = self.trunk(self.tokens(ids), causal=True, collect=collect)
+        x, hidden = self.trunk(self.tokens(ids), causal=self.options.causal, collect=collect)
         return self.post_norm(x), hidden
 
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
@@ -154,6 +163,9 @@ class LanguageModel(Model):
         Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory.
         """
         mixer = self.options.mixer
+        if self.options.attention is not None or not self.options.causal:
+            raise RequestError("a language model with attention under a mask, or an encoder, cannot be exported",
+                               remedy="train and score it here; drop [model.attention] to export a model that needs none")
         if mixer is not None and not mixer.exports:
             raise RequestError(f"a language model with the mixer {mixer.kind!r} cannot be exported",
                                remedy="export one with attention or with mixer.kind = \"linear-decay\"")

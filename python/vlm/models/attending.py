@@ -49,9 +49,13 @@ class AttendingBlock(nn.Module):
 
     def forward(self, x: Tensor, sight: Sight, turns: Turns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [n, N, C] -> (x, keys, values [n, G, N, D], the keys that far queries read: unrotated where distances are capped)."""
-        y = self.norm1(x)
+        mixed, near, v, distant = self.look(self.norm1(x), sight, turns)
+        return self.finish(x, mixed), near, v, distant
+
+    def look(self, y: Tensor, sight: Sight, turns: Turns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalised y [n, N, C] -> (what it sees [n, H, N, D], and the rest as `forward`)."""
         q, k, v = self.attention.queries(y), *self.attention.keys_values(y)
-        near, distant = self.turned(q, k, turns)
+        near, distant = self.turned(k, turns)
         far = None
         if sight.far is not None:
             assert sight.far.index is not None
@@ -59,10 +63,11 @@ class AttendingBlock(nn.Module):
         mixed = self.mix(q, near, v, far, sight, turns)
         if sight.heads is not None:
             mixed = self._look_as_global(y, mixed, sight, turns)
-        return self.finish(x, mixed), near, v, distant
+        return mixed, near, v, distant
 
-    def turned(self, q: Tensor, k: Tensor, turns: Turns) -> Pair:
-        """(keys at their positions, keys as far queries read them)."""
+    @staticmethod
+    def turned(k: Tensor, turns: Turns) -> Pair:
+        """Keys [n, G, N, D] -> (keys at their positions, keys as far queries read them)."""
         near = k if turns.near is None else rotate(k, turns.near)
         return near, k if turns.far is not None else near
 
@@ -240,7 +245,7 @@ class AttendingTrunk(Trunk):
             assert isinstance(block, AttendingBlock)
             y = block.norm1(x)
             q, k, v = block.attention.queries(y), *block.attention.keys_values(y)
-            near, distant = block.turned(q, k, turns)
+            near, distant = block.turned(k, turns)
             if order is None:
                 grown = old.grown(near, v, joined)
             else:

@@ -5,9 +5,9 @@ n samples, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -57,7 +57,10 @@ def text_probe(model: TextEncoder, items: Iterable[Item], train: Iterable[Item] 
 
 
 def _material(model: TextEncoder, items: Iterable[Item], field: str, limit: int | None, bad: BadTally) -> Material:
-    keys, texts, fields, fingerprint = [], [], [], Fingerprint()
+    keys: list[str] = []
+    texts: list[str] = []
+    fields: list[Mapping[str, Any]] = []
+    fingerprint = Fingerprint()
     for item in items:
         if limit is not None and len(keys) >= limit:
             break

@@ -259,6 +259,16 @@ def test_models_are_saved_and_read_again_and_are_no_llama(tmp_path):
 
 
 @torch.no_grad()
+def test_options_that_hide_nothing_are_no_options():
+    plain, bare = language(), language(attention={"kind": "exact", "mask": [{"kind": "causal"}]})
+    assert not isinstance(bare.trunk, AttendingTrunk)
+    assert plain.state_dict().keys() == bare.state_dict().keys()
+    assert set(bare.export_parts()) == set(plain.export_parts())
+    assert published_layout(bare).__class__ is published_layout(plain).__class__
+    assert published_layout(plain) is not None
+
+
+@torch.no_grad()
 def test_an_encoder_sees_later_tokens_and_writes_nothing():
     model = language(causal=False)
     one, other = (states(model, rows_of([[5, 6, last]])).x for last in (7, 8))

@@ -67,6 +67,12 @@ class TrunkAttentionOptions(ExactAttentionOptions):
         return self
 
     @property
+    def plain(self) -> bool:
+        """Whether a causal model with these options is one without them."""
+        own, usual = (options.model_dump(exclude={"mask", "heads"}) for options in (self, TrunkAttentionOptions()))
+        return self.near is None and own == usual
+
+    @property
     def near(self) -> MaskOptions | None:
         """The window, symmetric window or lambda, if there is one."""
         return next((mask for mask in self.mask if not isinstance(mask, CausalMask)), None)

@@ -70,6 +70,11 @@ class LanguageOptions(Options):
         return self
 
     @property
+    def sees_all_before(self) -> bool:
+        """Whether a position attends itself and everything before it, which is what published forms and graphs say."""
+        return self.mixer is None and self.causal and (self.attention is None or self.attention.plain)
+
+    @property
     def text_length(self) -> int:
         """Greatest number of tokens of a text."""
         return self.length
@@ -185,7 +190,7 @@ class LanguageModel(Model):
         Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory.
         """
         mixer = self.options.mixer
-        if self.options.attention is not None or not self.options.causal:
+        if mixer is None and not self.options.sees_all_before:
             raise RequestError("a language model with attention under a mask, or an encoder, cannot be exported",
                                remedy="train and score it here; drop [model.attention] to export a model that needs none")
         if mixer is not None and not mixer.exports:

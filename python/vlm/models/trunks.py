@@ -11,4 +11,5 @@ def trunk_of(options: TrunkOptions) -> Trunk:
     """Plain attention, attention under a mask or of an encoder, or a recurrent mixer."""
     if options.mixer is not None:
         return RecurrentTrunk(options)
-    return Trunk(options) if options.attention is None and options.causal else AttendingTrunk(options)
+    plain = options.attention is None or options.attention.plain
+    return Trunk(options) if plain and options.causal else AttendingTrunk(options)

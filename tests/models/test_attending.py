@@ -222,6 +222,8 @@ def test_a_model_with_pictures_keeps_the_mask_of_its_language_model():
     small = dict(width=16, depth=4, heads=4, kv_heads=2, ffn_width=24, length=64)
     model = answering(language=small | ROLLING)
     assert isinstance(model.language.trunk, AttendingTrunk)
+    with pytest.raises(RequestError, match="under a mask"):
+        model.export_parts()
     rows = rows_of([[2, 3, 5, 6], [2, 7, 8, 9, 3, 4]])
     logits, cache = model.prefill(rows, {"image": pictures_of([1, 1])})
     assert isinstance(cache, AttendingCache)

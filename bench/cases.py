@@ -13,6 +13,7 @@ from vlm.bench.attention import ATTENTION_CASES
 from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
 from vlm.bench.contrastive import CONTRASTIVE_CASES, DENSE, contrastive
 from vlm.bench.decoder import DECODER_CASES
+from vlm.bench.longformer import LONGFORMER_CASES
 from vlm.bench.recurrent import RECURRENT_CASES
 from vlm.bench.selection import SELECTION_CASES
 from vlm.bench.swin import SWIN_CASES
@@ -70,6 +71,7 @@ CASES: tuple[Case, ...] = (
     *ATTENTION_CASES,
     *CONTRASTIVE_CASES,
     *DECODER_CASES,
+    *LONGFORMER_CASES,
     *TOKEN_CASES,
     *VOCABULARY_CASES,
     *ALIGNMENT_CASES,

@@ -9,6 +9,7 @@ from vlm.attention.exact import ExactAttention, ExactAttentionOptions
 from vlm.attention.hierarchical import HierarchicalAttention, HierarchicalOptions
 from vlm.attention.linear_decay import LinearDecay, LinearDecayOptions
 from vlm.attention.ssm_scan import SelectiveScan, SsmOptions
+from vlm.attention.trunk_exact import TrunkAttentionOptions
 
 AttentionOptions = ExactAttentionOptions
 
@@ -28,4 +29,5 @@ __all__ = [
     "MixerOptions",
     "SelectiveScan",
     "SsmOptions",
+    "TrunkAttentionOptions",
 ]

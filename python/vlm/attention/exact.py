@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -153,14 +153,37 @@ class ExactAttention(nn.Module):
                 bias: Tensor | None = None, mask: masks.MaskProgram | masks.Atom | None = None) -> Tensor:
         """q [B, H, N, D], k [B, G, M, D], v [B, G, M, V] -> [B, H, N, V]. `mask` holds beside that of the options; a
         `bias` tensor is added to that of the options."""
+        return ops.attention(q, k, v, causal=causal, key_mask=key_mask, bias=self._bias(q, k, bias), **self._settings(mask))
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask: Tensor | None = None,
+                 mask: masks.MaskProgram | masks.Atom | None = None, distance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the logarithm of the denominators [B, H, N], for `ops.merge_attention`.
+
+        distance: integer [B | 1, N, M] that the bias of the options goes by, where keys do not stand in their places.
+        """
+        bias = self._bias(q, k, None) if distance is None else self.bias_at(distance)
+        return ops.attention(q, k, v, causal=causal, key_mask=key_mask, bias=bias, return_lse=True, **self._settings(mask))
+
+    def bias_at(self, distance: Tensor) -> Tensor | None:
+        """The bias of the options at distances [B, N, M], query minus key -> [B, H, N, M]; None without one."""
+        o = self.options.bias
+        if isinstance(o, AlibiBias):
+            assert self.slopes is not None
+            d = distance.abs() if o.cap is None else distance.abs().clamp(max=o.cap)
+            return -self.slopes[:, None, None] * d[:, None].to(self.slopes.dtype)
+        if isinstance(o, BucketBiasOptions):
+            assert self.table is not None
+            own = ops.BucketBias(self.table, o.bidirectional, o.max_distance, self.options.alignment)
+            return self.table[own.buckets(distance)].movedim(-1, 1)
+        return None
+
+    def _settings(self, mask: masks.MaskProgram | masks.Atom | None) -> dict[str, Any]:
         o = self.options
         program = self.program if mask is None else self.program & mask
         temperature = None if self.log_temperature is None else self.log_temperature.exp()
         dropout = (o.dropout, int(torch.randint(2**62, ()))) if o.dropout and self.training else None
-        return ops.attention(q, k, v, causal=causal, alignment=o.alignment, key_mask=key_mask,
-                             bias=self._bias(q, k, bias), scale=o.scale, mask=program if program.atoms else None,
-                             softcap=o.softcap, score=o.score, temperature=temperature, max_temperature=o.max_temperature,
-                             dropout=dropout)
+        return {"alignment": o.alignment, "scale": o.scale, "mask": program if program.atoms else None, "softcap": o.softcap,
+                "score": o.score, "temperature": temperature, "max_temperature": o.max_temperature, "dropout": dropout}
 
     def _bias(self, q: Tensor, k: Tensor, given: Tensor | None) -> AnyBias | None:
         o = self.options.bias

@@ -19,6 +19,7 @@ from vlm.evaluation.preference import PreferenceTaskOptions
 from vlm.evaluation.result import Result, save_results
 from vlm.evaluation.retrieval import RetrievalOptions
 from vlm.evaluation.session import evaluate, evaluate_in_memory, numbers_of
+from vlm.evaluation.text_probe import TextProbeOptions
 from vlm.evaluation.vqa import VqaOptions
 from vlm.evaluation.zero_shot import ZeroShotOptions
 from vlm.schedules.duration import Duration
@@ -29,6 +30,7 @@ TaskOptions = Annotated[
     | LinearProbeOptions
     | ClassificationTaskOptions
     | PerplexityOptions
+    | TextProbeOptions
     | CaptionOptions
     | VqaOptions
     | HallucinationOptions
@@ -62,6 +64,7 @@ __all__ = [
     "Result",
     "RetrievalOptions",
     "TaskOptions",
+    "TextProbeOptions",
     "VqaOptions",
     "ZeroShotOptions",
     "evaluate",

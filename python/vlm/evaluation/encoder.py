@@ -137,6 +137,19 @@ class TorchLanguage:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self.tokenizer.decode([i], skip_special=False) for i in ids]
 
+    def encode_text(self, texts: Sequence[str]) -> Floats:
+        """[n, E] float32 unit rows: what the model embeds a text as; one longer than its context is cut."""
+        import torch
+
+        from vlm.types import TokenIds
+
+        ids, mask = self.tokenizer.encode(list(texts), self.length)
+        stream = TokenIds(torch.from_numpy(ids), torch.from_numpy(mask), torch.arange(len(texts)))
+        with evaluating(self.model) as device:
+            outputs = self.model.encode(_batch("x", stream).to(device), {"x": frozenset({"embedding"})})["x"]
+            assert outputs.embedding is not None
+            return _unit_rows([outputs.embedding.float().cpu().numpy()])
+
     def nats(self, ids: Integers, segment: Integers, scored: NDArray[np.bool_]) -> Wide:
         """See LanguageScorer. float32 logits, log-sum-exp in float64."""
         import torch

@@ -15,6 +15,7 @@ from vlm.evaluation.perplexity import PerplexityOptions, perplexity
 from vlm.evaluation.pictured import Pictured, collect_pictured
 from vlm.evaluation.reading import EvaluationData, Reading
 from vlm.evaluation.result import Result
+from vlm.evaluation.text_probe import TextProbeOptions, text_probe
 from vlm.evaluation.writing import WritingTask
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _KINDS: dict[Needs, tuple[str, str]] = {
     "generator": ("a model that reads pictures and writes", "this one writes: try caption, vqa, hallucination or cost"),
     "classifier": ("a model with classes of its own (model.classes)", "this one has classes: try classification"),
     "pictures": ("a model of pictures and texts", "this model embeds pictures and texts: try retrieval or zero-shot"),
-    "tokens": ("a language model", "this one is a language model: try perplexity"),
+    "tokens": ("a language model", "this one is a language model: try perplexity or text-probe"),
 }
 """What a task needs -> the model in words, and what a model of that kind can do."""
 
@@ -131,6 +132,11 @@ class Session:
         if isinstance(task, PerplexityOptions):
             items = data.items(task.limit, task.seed)
             result = perplexity(self.model, items, task, BadTally(self.bad_budget))  # type: ignore[arg-type]
+        elif isinstance(task, TextProbeOptions):
+            if not hasattr(self.model, "encode_text"):
+                raise RequestError("text-probe needs a model that embeds texts", remedy="evaluate the run instead of its bundle")
+            train = None if task.train is None else self.data_of(task.train).items(None, task.seed)
+            result = text_probe(self.model, data.items(task.limit, task.seed), train, task, BadTally(self.bad_budget))  # type: ignore[arg-type]
         elif isinstance(task, WritingTask):
             samples = self.pictured(data, task.limit, task.seed)
             result = task.run(samples, self.batch)
@@ -141,10 +147,10 @@ class Session:
         else:
             material = self.material(data, task.limit, task.seed)
             if isinstance(task, LinearProbeOptions):
-                train = (
+                fitted = (
                     None if task.train is None else self.material(self.data_of(task.train), None, task.seed)
                 )
-                result = task.run(material, train)
+                result = task.run(material, fitted)
             else:
                 result = task.run(material)
             result = replace(result, data={"sha256": material.fingerprint}, bad=material.bad.as_json())

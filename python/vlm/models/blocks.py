@@ -7,7 +7,7 @@ keys and values. B rows, N positions, C width, H heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm import ops
-from vlm.attention import MixerOptions
+from vlm.attention import MixerOptions, TrunkAttentionOptions
 from vlm.attention.mixer import SimpleRmsNorm
 from vlm.config.options import Options
 
@@ -41,6 +41,8 @@ class TrunkOptions(Options):
     qkv_bias: bool | None = Field(None, description="biases of queries, keys and values (Qwen2); default: bias")
     rope_theta: float | None = Field(None, description="base of rotary positions; none: no rotary positions")
     mixer: MixerOptions | None = Field(None, description="recurrent layer in place of attention; see vlm.models.recurrent")
+    attention: TrunkAttentionOptions | None = Field(None, description="mask and position bias; see vlm.models.attending")
+    causal: bool = Field(True, description="of a decoder loop: positions see none after them")
 
 
 def activation_of(kind: Activation) -> nn.Module:
@@ -236,8 +238,8 @@ class Trunk(nn.Module):
         """Depth-scaled normal initialisation of the CLIP paper's text tower, for every trunk."""
         width, depth = self.options.width, self.options.depth
         out_std = width**-0.5 * (2 * depth) ** -0.5
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        blocks: Any = self.blocks
+        for block in blocks:
             for linear in (block.attention.q, block.attention.k, block.attention.v):
                 nn.init.normal_(linear.weight, std=width**-0.5)
             nn.init.normal_(block.attention.out.weight, std=out_std)

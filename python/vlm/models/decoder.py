@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlm.models.attending import AttendingCache, AttendingTrunk
 from vlm.models.blocks import Block, Trunk, segment_bias
 from vlm.models.cache import DecoderCache, LayerCache
 from vlm.models.cross import Cross
 from vlm.models.recurrent import RecurrentCache, RecurrentTrunk
 from vlm.types import Layout
 
-Cache = DecoderCache | RecurrentCache
+Cache = DecoderCache | RecurrentCache | AttendingCache
 """What is kept of the rows read so far, by the kind of trunk."""
 
 
@@ -81,6 +82,8 @@ def run_decoder(
     """
     if isinstance(trunk, RecurrentTrunk):
         return _recur(trunk, x, layout, cache, keep_cache, reducer, cross, collect)
+    if isinstance(trunk, AttendingTrunk):
+        return _attend(trunk, x, layout, cache, keep_cache, reducer, cross, collect)
     if cache is not None:
         assert isinstance(cache, DecoderCache)
         return _append(trunk, x, layout, cache, collect)
@@ -100,6 +103,23 @@ def _recur(
     if reducer is not None or cross is not None:
         raise ValueError("a recurrent mixer works with pictures among the tokens, none of which is dropped between layers")
     assert cache is None or isinstance(cache, RecurrentCache)
+    x, position, hidden, grown = trunk.run(x, layout, cache, keep_cache, collect)
+    return DecoderResult(x, layout if cache is None else replace(layout, position=position), hidden, {}, grown)
+
+
+def _attend(
+    trunk: AttendingTrunk,
+    x: Tensor,
+    layout: Layout,
+    cache: Cache | None,
+    keep_cache: bool,
+    reducer: Reducer | None,
+    cross: Cross | None,
+    collect: Collection[int],
+) -> DecoderResult:
+    if reducer is not None or cross is not None:
+        raise ValueError("attention under a mask works with pictures among the tokens, none of which is dropped between layers")
+    assert cache is None or isinstance(cache, AttendingCache)
     x, position, hidden, grown = trunk.run(x, layout, cache, keep_cache, collect)
     return DecoderResult(x, layout if cache is None else replace(layout, position=position), hidden, {}, grown)
 

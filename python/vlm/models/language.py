@@ -12,14 +12,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vlm.attention import MixerOptions
+from vlm.attention import MixerOptions, TrunkAttentionOptions
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.models.base import Model
 from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
 from vlm.models.decoder import Cache, DecoderResult, run_decoder
 from vlm.models.graphs import decoder_part, embed_part
-from vlm.models.recurrent import trunk_of
+from vlm.models.replaced import ReplacedOptions, Replacement, Replacer
+from vlm.models.trunks import trunk_of
 from vlm.types import Batch, Layout, Outputs, Pictures, TokenIds, Vocabulary, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted
@@ -50,11 +51,28 @@ class LanguageOptions(Options):
         None, description="recurrent layer in place of attention, which has positions of its own: linear-decay or ssm"
     )
 
+    attention: TrunkAttentionOptions | None = Field(
+        None, description="mask, position bias and cache of the attention; default: all earlier keys, rotary positions"
+    )
+    causal: bool = Field(True, description="false: an encoder, whose positions see those after them too; it writes nothing")
+    replaced: ReplacedOptions | None = Field(None, description="generator of the objective replaced-token, for an encoder")
+
     @model_validator(mode="after")
     def _heads_fit(self) -> LanguageOptions:
         if self.mixer is not None and self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.mixer is not None and (self.attention is not None or not self.causal):
+            raise ValueError("a mixer stands in place of attention, and reads from left to right")
+        if self.replaced is not None and self.causal:
+            raise ValueError("replaced tokens are told from both sides: replaced is for encoders, causal = false")
+        if self.attention is not None and self.attention.global_projections and self.causal:
+            raise ValueError("attention.global_projections is for encoders: causal = false")
         return self
+
+    @property
+    def sees_all_before(self) -> bool:
+        """Whether a position attends itself and everything before it, which is what published forms and graphs say."""
+        return self.mixer is None and self.causal and (self.attention is None or self.attention.plain)
 
     @property
     def text_length(self) -> int:
@@ -76,7 +94,7 @@ class LanguageModel(Model):
     """Token rows to (hidden, weight) of the vocabulary logits; packed documents never see one another."""
 
     kind: ClassVar[str] = "language"
-    offers: ClassVar[dict[str, frozenset[str]]] = {"tokens": frozenset({"vocabulary", "hidden"})}
+    offers: ClassVar[dict[str, frozenset[str]]] = {"tokens": frozenset({"vocabulary", "hidden", "embedding", "statistics"})}
 
     def __init__(self, options: LanguageOptions, vocabulary: VocabularyLayout) -> None:
         super().__init__()
@@ -88,6 +106,7 @@ class LanguageModel(Model):
         self.trunk: Trunk = trunk_of(options.trunk())
         self.post_norm = norm_of(options.norm, options.width, options.norm_eps)
         self.head = None if options.tie_embeddings else nn.Linear(options.width, options.vocab_size, bias=False)
+        self.replacer = None if options.replaced is None else Replacer(options.replaced, options.trunk())
         nn.init.normal_(self.tokens.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
@@ -99,29 +118,46 @@ class LanguageModel(Model):
 
     def run(self, ids: Tensor, *, collect: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Right-padded ids [n, T] -> (hidden after the final norm [n, T, C], hidden states by layer)."""
-        x, hidden = self.trunk(self.tokens(ids), causal=True, collect=collect)
+        x, hidden = self.trunk(self.tokens(ids), causal=self.options.causal, collect=collect)
         return self.post_norm(x), hidden
 
     def encode(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
-        """Outputs by stream: `vocabulary` and `hidden:L`, with the layout that labels come from."""
+        """Outputs by stream: `vocabulary`, `hidden:L`, `embedding` (mean of the last states of a row) and `statistics` (what the
+        objective replaced-token reads), with the layout that labels come from."""
         out = {}
         for name, fields in wanted.items():
             stream = batch[name]
             if not isinstance(stream, TokenIds):
                 raise TypeError(f"a language model reads tokens, stream {name!r} is {type(stream).__name__}")
-            layout = layout_of(stream)
-            result = run_decoder(self.trunk, self.tokens(stream.values), layout, collect=layers_of(fields))
-            out[name] = self.outputs(result, stream, fields)
+            layout, ids = layout_of(stream), stream.values
+            replacement = None
+            if "statistics" in fields:
+                if self.replacer is None:
+                    raise ValueError("a language model has statistics of replaced tokens alone: give it [model.replaced]")
+                replacement = self.replacer.replace(layout, ids, self.tokens, tuple(self.vocabulary.special.values()))
+                ids = replacement.ids
+            result = run_decoder(self.trunk, self.tokens(ids), layout, collect=layers_of(fields))
+            out[name] = self.outputs(result, stream, fields, replacement)
         return out
 
-    def outputs(self, result: DecoderResult, stream: TokenIds, fields: frozenset[str]) -> Outputs:
-        """What was asked for of a pass over the rows of `stream`."""
-        vocabulary = Vocabulary(self.post_norm(result.x), self.head_weight) if "vocabulary" in fields else None
+    def outputs(
+        self, result: DecoderResult, stream: TokenIds, fields: frozenset[str], replacement: Replacement | None = None
+    ) -> Outputs:
+        """What was asked for of a pass over the rows of `stream`, with what was replaced in them."""
+        wants = replacement is not None or not fields.isdisjoint({"vocabulary", "embedding"})
+        last = self.post_norm(result.x) if wants else result.x
+        vocabulary = Vocabulary(last, self.head_weight) if "vocabulary" in fields else None
+        statistics: dict[str, Tensor] = {}
+        if replacement is not None and self.replacer is not None:
+            statistics = {"detection": self.replacer.detect(last), "replaced": replacement.replaced, "hidden": replacement.hidden,
+                          "nats": replacement.nats}
         return Outputs(
             sample_index=stream.sample_index,
             mask=stream.mask.any(1),
+            embedding=_mean(last, result.layout.mask) if "embedding" in fields else None,
             vocabulary=vocabulary,
             hidden=result.hidden,
+            statistics=statistics,
             layout=result.layout,
             layouts=result.layouts,
         )
@@ -154,6 +190,9 @@ class LanguageModel(Model):
         Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory.
         """
         mixer = self.options.mixer
+        if mixer is None and not self.options.sees_all_before:
+            raise RequestError("a language model with attention under a mask, or an encoder, cannot be exported",
+                               remedy="train and score it here; drop [model.attention] to export a model that needs none")
         if mixer is not None and not mixer.exports:
             raise RequestError(f"a language model with the mixer {mixer.kind!r} cannot be exported",
                                remedy="export one with attention or with mixer.kind = \"linear-decay\"")
@@ -204,6 +243,11 @@ def layout_of(stream: TokenIds) -> Layout:
         target=stream.target,
         role=stream.role,
     )
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    """x [n, T, C] over the valid positions -> [n, C]; 0 for a row without one."""
+    return x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _cache_of(result: DecoderResult) -> Cache:

@@ -125,7 +125,3 @@ class RecurrentTrunk(Trunk):
         following = torch.where(layout.mask, position, -1).amax(1) + 1 if position.shape[1] else position.new_zeros(len(position))
         return x, position, hidden, RecurrentCache(states, following[:, None].expand(-1, len(states)).contiguous())
 
-
-def trunk_of(options: TrunkOptions) -> Trunk:
-    """The trunk that the options ask for: attention, or a mixer."""
-    return Trunk(options) if options.mixer is None else RecurrentTrunk(options)

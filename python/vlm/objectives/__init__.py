@@ -10,6 +10,7 @@ from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
 from vlm.objectives.masked_pixels import MaskedPixelsOptions
 from vlm.objectives.preference import PreferenceOptions
+from vlm.objectives.replaced_token import ReplacedTokenOptions
 from vlm.objectives.sequence_align import SequenceAlignOptions
 from vlm.objectives.token_ce import TokenCrossEntropyOptions
 
@@ -19,6 +20,7 @@ AnyObjective = Annotated[
     | DistillOptions
     | MaskedPixelsOptions
     | PreferenceOptions
+    | ReplacedTokenOptions
     | SequenceAlignOptions
     | TokenCrossEntropyOptions,
     Field(discriminator="kind"),
@@ -34,6 +36,7 @@ __all__ = [
     "Objective",
     "ObjectiveOptions",
     "PreferenceOptions",
+    "ReplacedTokenOptions",
     "SequenceAlignOptions",
     "TokenCrossEntropyOptions",
 ]

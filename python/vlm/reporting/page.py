@@ -82,6 +82,7 @@ def _headline(run: RunRecord) -> str:
         "retrieval": ("image_to_text/r@1", "text_to_image/r@1"),
         "zero-shot": ("top1",),
         "linear-probe": ("top1",),
+        "text-probe": ("top1",),
         "classification": ("top1",),
         "perplexity": ("bits_per_character", "perplexity"),
         "vqa": ("exact",),

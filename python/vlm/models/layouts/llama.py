@@ -44,7 +44,7 @@ class LlamaLayout(PublishedLayout):
             and options.ffn == "gated"
             and options.activation == "silu"
             and not options.bias
-            and options.mixer is None
+            and options.sees_all_before
             and not options.embed_scale
             and bool(options.qkv_bias) == self.qkv_bias
             and (options.head_width or options.width // options.heads) == self._head_width(options)

@@ -52,6 +52,9 @@ def export_parts(model: Reader) -> dict[str, ExportPart]:
         raise RequestError(
             f"this model has no bundle: {options.tokens.unexportable}", remedy="keep the model directory: every command reads it"
         )
+    if not model.language.options.sees_all_before:
+        raise RequestError("a model whose language model has attention under a mask or a mixer has no bundle",
+                           remedy="keep the model directory: every command reads it")
     if options.fusion.kind == "hybrid":
         raise RequestError(
             'a model of fusion "hybrid" has no bundle',

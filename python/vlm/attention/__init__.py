@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions
+from vlm.attention.decoding import DecoderAttention, WindowedAttention, WindowedOptions, seen_keys
 from vlm.attention.exact import ExactAttention, ExactAttentionOptions
 from vlm.attention.hierarchical import HierarchicalAttention, HierarchicalOptions
 from vlm.attention.linear_decay import LinearDecay, LinearDecayOptions
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionOptions",
     "BlockMemory",
     "BlockMemoryOptions",
+    "DecoderAttention",
     "ExactAttention",
     "ExactAttentionOptions",
     "HierarchicalAttention",
@@ -28,4 +30,7 @@ __all__ = [
     "MixerOptions",
     "SelectiveScan",
     "SsmOptions",
+    "WindowedAttention",
+    "WindowedOptions",
+    "seen_keys",
 ]

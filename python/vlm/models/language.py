@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vlm.attention import MixerOptions
+from vlm.attention import DecoderAttention, MixerOptions
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.models.base import Model
@@ -50,8 +50,14 @@ class LanguageOptions(Options):
         None, description="recurrent layer in place of attention, which has positions of its own: linear-decay or ssm"
     )
 
+    attention: DecoderAttention | None = Field(
+        None, description="what queries see of what was read: exact, hierarchical or block-memory; default: everything before them"
+    )
+
     @model_validator(mode="after")
     def _heads_fit(self) -> LanguageOptions:
+        if self.mixer is not None and self.attention is not None:
+            raise ValueError("attention does not go with a mixer, which takes its place")
         if self.mixer is not None and self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         return self
@@ -151,8 +157,10 @@ class LanguageModel(Model):
     def export_parts(self) -> dict[str, ExportPart]:
         """A recurrent mixer has the graph of whole rows alone: its bundle scores texts and writes none.
 
-        Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory.
+        Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory, and for
+        attention to some keys alone, which a graph does not choose.
         """
+        refuse_chosen_keys(self.options)
         mixer = self.options.mixer
         if mixer is not None and not mixer.exports:
             raise RequestError(f"a language model with the mixer {mixer.kind!r} cannot be exported",
@@ -166,6 +174,14 @@ class LanguageModel(Model):
             "embed": embed_part(self),
             "decoder_with_past": decoder_part(self),
         }
+
+
+def refuse_chosen_keys(options: LanguageOptions) -> None:
+    """Raises RequestError for attention to some keys alone: the graphs of a bundle see every key."""
+    attention = options.attention
+    if attention is not None and (attention.kind != "exact" or attention.window is not None):
+        raise RequestError(f"a language model with attention of kind {attention.kind!r} cannot be exported",
+                           remedy="export the model that it was made from, which sees every key")
 
 
 class TokenEmbedding(nn.Embedding):

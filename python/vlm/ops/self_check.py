@@ -190,10 +190,10 @@ def _selection_case() -> tuple[Call, list[Tensor]]:
     q, k = (torch.randint(-6, 7, shape, generator=generator).double() / 4 for shape in ((2, 4, 61, 24), (2, 2, 300, 24)))
     v = torch.randn(2, 2, 300, 17, generator=generator, dtype=torch.float64)
 
+    @torch.no_grad()  # with gradients it is the attention operator, which has a case of its own
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         blocks, scored = select_hierarchical(q, k, budget=48, block_q=16, window=20, sinks=4)
-        gathered = block_sparse_attention(q.detach(), k.detach(), v.detach(), blocks)
-        return block_sparse_attention(q, k, v, blocks), gathered, blocks.index, scored
+        return block_sparse_attention(q, k, v, blocks), blocks.index, scored
 
     return call, [q, k, v]
 

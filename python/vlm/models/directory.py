@@ -103,12 +103,18 @@ def load_model(path: str | Path, *, weights: bool = True, changes: Mapping[str, 
 
 def _changed(options: Any, changes: Mapping[str, Any]) -> Any:
     """The options with settings laid over them. Raises RequestError that names the first one that cannot be."""
+    values = merge_tables(options.model_dump(), changes)
     try:
-        return _OPTIONS.validate_python(merge_tables(options.model_dump(), changes))
+        return _OPTIONS.validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = [part for part in first["loc"][1:] if isinstance(part, int | str)]  # the family's kind comes first
-        raise RequestError(str(first["msg"]).removeprefix("Value error, "), where=dotted_name(["model", *place])) from error
+        place: list[str | int] = ["model"]
+        inside: Any = values
+        for part in first["loc"]:  # which names the kinds of tables too
+            if isinstance(inside, dict) and part in inside:
+                place.append(part)
+                inside = inside[part]
+        raise RequestError(str(first["msg"]).removeprefix("Value error, "), where=dotted_name(place)) from error
 
 
 def _own_description(path: Path) -> tuple[Any, VocabularyLayout]:

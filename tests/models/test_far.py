@@ -11,7 +11,7 @@ from tests.models.model_makers import answering, batch_of, language, pictures_of
 from vlm.attention import seen_keys
 from vlm.config.errors import RequestError
 from vlm.models.decoder import run_decoder
-from vlm.models.directory import load_model, save_model
+from vlm.models.directory import load_model, published_layout, save_model
 from vlm.models.far import MemoryCache
 from vlm.models.language import LanguageOptions, layout_of
 
@@ -154,6 +154,8 @@ def test_prefill_and_advance_write_and_a_directory_keeps_the_attention(attention
         alone, own = model.prefill(rows_of([values]), {})
         assert torch.allclose(logits[row], alone[0], atol=2e-5)
         assert torch.allclose(model.advance(torch.tensor([7] * 4), cache)[0][row], model.advance(torch.tensor([7]), own)[0][0], atol=2e-5)
+    assert published_layout(model) is None  # which would see every key
+    assert published_layout(language(attention={"kind": "exact"})) is not None
     save_model(model, tmp_path)
     rows = rows_of(lists)
     assert torch.equal(states(load_model(tmp_path).eval(), rows).x, states(model, rows).x)
@@ -202,6 +204,16 @@ def test_pictures_among_the_tokens_are_read_and_pictures_beside_them_refused():
         with pytest.raises(RequestError, match="cannot be exported"):
             models[1].language.export_parts()
     assert set(language(attention={"kind": "exact"}).export_parts()) == {"decoder", "embed", "decoder_with_past"}
+
+
+@torch.no_grad()
+def test_plain_attention_said_aloud_drops_positions_as_before():
+    table = dict(width=16, depth=4, heads=4, kv_heads=2, ffn_width=24, length=64)
+    batch = batch_of(2, text=rows_of([[2, 3, 9, 10], [2, 3, 11]]), image=pictures_of([1, 1]))
+    tokens = {"keep": {"layers": [1], "ratios": [0.5]}}
+    outs = [answering(tokens=tokens, language=table | {"attention": a}).encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+            for a in (None, {"kind": "exact"})]  # fmt: skip
+    assert torch.equal(*(out.vocabulary.logits() for out in outs))
 
 
 def test_a_mixer_has_no_attention_to_choose():

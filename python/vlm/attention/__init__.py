@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions
-from vlm.attention.decoding import DecoderAttention, WindowedAttention, WindowedOptions, seen_keys
+from vlm.attention.decoding import DecoderAttention, WindowedAttention, WindowedOptions, seen_keys, sees_all
 from vlm.attention.exact import ExactAttention, ExactAttentionOptions
 from vlm.attention.hierarchical import HierarchicalAttention, HierarchicalOptions
 from vlm.attention.linear_decay import LinearDecay, LinearDecayOptions
@@ -33,4 +33,5 @@ __all__ = [
     "WindowedAttention",
     "WindowedOptions",
     "seen_keys",
+    "sees_all",
 ]

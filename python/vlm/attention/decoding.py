@@ -47,6 +47,11 @@ DecoderAttention = Annotated[WindowedOptions | HierarchicalOptions | BlockMemory
 """Kinds of attention that a decoder may be given when it reads and writes."""
 
 
+def sees_all(options: WindowedOptions | HierarchicalOptions | BlockMemoryOptions | None) -> bool:
+    """Whether queries see every key before them, however long the row."""
+    return options is None or (isinstance(options, WindowedOptions) and options.window is None)
+
+
 def seen_keys(options: WindowedOptions | HierarchicalOptions | BlockMemoryOptions | None, keys: int) -> int:
     """Of `keys` keys up to a query, those that it attends at most; searching for them is not counted."""
     if isinstance(options, HierarchicalOptions):
@@ -60,4 +65,4 @@ def seen_keys(options: WindowedOptions | HierarchicalOptions | BlockMemoryOption
     return keys
 
 
-__all__ = ["DecoderAttention", "WindowedAttention", "WindowedOptions", "seen_keys"]
+__all__ = ["DecoderAttention", "WindowedAttention", "WindowedOptions", "seen_keys", "sees_all"]

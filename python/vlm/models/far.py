@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.attention import sees_all
 from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions, MemoryState
 from vlm.models.blocks import Block, Trunk
 from vlm.models.cache import DecoderCache, LayerCache
@@ -51,7 +52,7 @@ Run = tuple[int, Tensor, Tensor]
 def sees_everything(trunk: Trunk) -> bool:
     """Whether a pass over the trunk, in the mode that it is in, is plain causal attention."""
     options = trunk.options.attention
-    return options is None or (options.when == "inference" and trunk.training)
+    return options is None or sees_all(options) or (options.when == "inference" and trunk.training)
 
 
 def read_far(

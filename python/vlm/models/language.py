@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vlm.attention import DecoderAttention, MixerOptions
+from vlm.attention import DecoderAttention, MixerOptions, sees_all
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.models.base import Model
@@ -179,7 +179,7 @@ class LanguageModel(Model):
 def refuse_chosen_keys(options: LanguageOptions) -> None:
     """Raises RequestError for attention to some keys alone: the graphs of a bundle see every key."""
     attention = options.attention
-    if attention is not None and (attention.kind != "exact" or attention.window is not None):
+    if attention is not None and not sees_all(attention):
         raise RequestError(f"a language model with attention of kind {attention.kind!r} cannot be exported",
                            remedy="export the model that it was made from, which sees every key")
 

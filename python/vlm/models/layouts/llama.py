@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from vlm.attention import sees_all
 from vlm.config.options import Options
 from vlm.models.language import LanguageOptions
 from vlm.models.layouts.base import PublishedLayout, activation_named
@@ -45,6 +46,7 @@ class LlamaLayout(PublishedLayout):
             and options.activation == "silu"
             and not options.bias
             and options.mixer is None
+            and sees_all(options.attention)
             and not options.embed_scale
             and bool(options.qkv_bias) == self.qkv_bias
             and (options.head_width or options.width // options.heads) == self._head_width(options)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlm.bench.case import Arm, Case, Work, with_backend
 from vlm.evaluation.flops import TrunkShape, cache_bytes, prefill_flops
 from vlm.models import LanguageModel, LanguageOptions, VisionLanguageModel, VisionLanguageOptions
-from vlm.models.decoder import DecoderCache, run_decoder
+from vlm.models.decoder import Cache, run_decoder
 from vlm.types import Batch, Layout, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
 from vlm.types.layout import Modality
@@ -90,8 +90,8 @@ class Shape:
         return cache_bytes(TrunkShape.of(self.language().trunk()), [TEXT + n for n in self.kept(dropping)])
 
 
-def tensors_of(logits: Tensor, cache: DecoderCache) -> list[Tensor]:
-    return [logits, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
+def tensors_of(logits: Tensor, cache: Cache) -> list[Tensor]:
+    return [logits, *cache.tensors()]
 
 
 def prefill(shape: Shape) -> Callable[[], dict[Arm, Work]]:

@@ -47,7 +47,7 @@ def works_of(length: int, window: int, backward: bool, batch: int = 1) -> tuple[
     """(ours, the peer's) over the same rows x [B, N, 512], the first token global; both give [B, N, 512]."""
     torch.manual_seed(length)
     options = options_of(window)
-    assert options.attention is not None
+    assert isinstance(options.attention, TrunkAttentionOptions)
     block = AttendingBlock(options, options.attention).eval()
     layer = peer_of(block, window)
     x, upstream = torch.randn(batch, length, WIDTH), torch.randn(batch, length, WIDTH)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from vlm import ops
 from vlm.attention.hierarchical import HierarchicalOptions
 from vlm.bench.case import Arm, Case, Work, with_backend
+from vlm.models import LanguageOptions
+from vlm.types import TokenIds, VocabularyLayout
 
 EXACT = "vlm.ops.attention, causal, over all keys"
 
@@ -35,8 +38,52 @@ def hierarchical(queries: int, keys: int) -> Callable[[], dict[Arm, Work]]:
     return build
 
 
-SELECTION_CASES: tuple[Case, ...] = tuple(
-    Case(f"hierarchical/{name}/{keys}", EXACT, hierarchical(queries or keys, keys))
-    for name, queries in (("prefill", 0), ("last-block", 32))
-    for keys in (1024, 4096, 16384)
+WRITING: dict[str, dict[str, Any]] = {
+    "hierarchical": {"kind": "hierarchical", "k": 256},
+    "block-memory": {"kind": "block-memory", "n_init": 16, "n_local": 256, "block": 16, "topk": 8, "chunk": 64},
+    "window": {"kind": "windowed", "window": 384, "sinks": 16},
+}
+"""Kinds of attention of a decoder that see about 400 keys."""
+
+
+def writing(kind: str, read: int, tokens: int = 8) -> Callable[[], dict[Arm, Work]]:
+    """Some tokens of one row behind a cache of `read` positions, by a model shaped as lm-tiny; the peer sees every key."""
+
+    def build() -> dict[Arm, Work]:
+        ids = torch.randint(3, 4096, (1, read), generator=torch.Generator().manual_seed(read))
+        row = TokenIds(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(1))
+
+        def arm(attention: dict[str, Any] | None) -> Work:
+            torch.manual_seed(0)
+            table = dict(width=256, depth=4, heads=4, kv_heads=2, ffn_width=704, length=read + tokens, vocab_size=4096)
+            options = LanguageOptions.model_validate(table | {"attention": attention})
+            model = options.build(VocabularyLayout.of_text(4096, {"pad": 0, "eos": 1, "bos": 2})).eval()
+            with torch.inference_mode():
+                begun = model.prefill(row, {})[1]
+
+            @torch.inference_mode()
+            def run() -> object:
+                cache, logits = begun, None
+                for _ in range(tokens):
+                    logits, cache = model.advance(torch.tensor([5]), cache)
+                return logits
+
+            return run
+
+        return {"dispatched": arm(WRITING[kind]), "peer": arm(None)}
+
+    return build
+
+
+SELECTION_CASES: tuple[Case, ...] = (
+    *(
+        Case(f"hierarchical/{name}/{keys}", EXACT, hierarchical(queries or keys, keys))
+        for name, queries in (("prefill", 0), ("last-block", 32))
+        for keys in (1024, 4096, 16384)
+    ),
+    *(
+        Case(f"long-row/{kind}/{read}", "the same model, which sees every key", writing(kind, read), native=False)
+        for kind in WRITING
+        for read in (4096, 16384)
+    ),
 )

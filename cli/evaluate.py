@@ -24,12 +24,14 @@ Examples:
   vlm evaluate bundle --task zero-shot --data photos/ --classes names.txt --none-below 0.4 --json
   vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' --gate 'bits_per_character<=2.5'
   vlm evaluate runs/llava --task vqa --data 'scenes:?n=500&split=val' --control none --gate 'lower:over_none.exact>=1'
+  vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' model.length=4096 model.attention.kind=hierarchical
   vlm evaluate runs/llava --task caption --data 'data/emoji/val-*.tar' --prompt 'What is this?' --limit 200
 """
 
 
 @click.command(epilog=_EPILOG)
 @click.argument("model", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[model.KEY=VALUE]...")
 @click.option("--task", required=True, type=click.Choice(TASKS), help="what to measure")
 @click.option(
     "--data", metavar="URI", help="tar shards, a folder, JSON lines or scenes: [default: the run's data.val]"
@@ -100,8 +102,11 @@ Examples:
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="write the result to FILE")
 @click.option("--save", is_flag=True, help="store the result in the run MODEL, for vlm report")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
-def command(model: Path, as_json: bool, **given: Any) -> None:
-    """Measure a model: retrieval, zero-shot, linear probe, perplexity; captions, answers, their cost."""
+def command(model: Path, overrides: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Measure a model: retrieval, zero-shot, linear probe, perplexity; captions, answers, their cost.
+
+    model.KEY=VALUE changes how the model is asked, as model.attention.kind=hierarchical does; its weights must still fit.
+    """
     from vlm.evaluation.encoder import describe_model, open_model
     from vlm.evaluation.result import Gate, save_results, write_json
     from vlm.evaluation.session import Session
@@ -117,12 +122,15 @@ def command(model: Path, as_json: bool, **given: Any) -> None:
         )
     task = _task(given)
     data, reading = _data(given, run)
-    opened = open_model(model, threads=given["threads"], batch=given["batch"])
+    changes = _changes(overrides)
+    if changes and given["save"]:
+        raise RequestError("--save stores figures of the run as it is, and these change the model", remedy="use --output FILE")
+    opened = open_model(model, threads=given["threads"], batch=given["batch"], changes=changes)
     session = Session(
         opened,
         data,
         reading=reading,
-        model_info=describe_model(model),
+        model_info=describe_model(model) | ({"changes": changes} if changes else {}),
         bad_budget=given["bad_budget"],
         batch=given["batch"],
         progress=_bar() if wants_bar() else None,
@@ -141,6 +149,19 @@ def command(model: Path, as_json: bool, **given: Any) -> None:
         echo_result(table_of(result))
     for gate in gates:
         gate.check(result)
+
+
+def _changes(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of the model that overrides ask for. Raises RequestError for one of another table."""
+    from vlm.config.overrides import apply_overrides, parse_override
+    from vlm.config.tree import Node
+
+    for text in overrides:
+        override = parse_override(text)
+        if override.parts[0] != "model" or len(override.parts) < 2:
+            raise RequestError(f"{override.key} is no setting of the model", remedy="expected model.KEY=VALUE")
+    found: dict[str, Any] = apply_overrides(Node({}), overrides).plain().get("model", {})
+    return found
 
 
 def _run_of(model: Path) -> Path | None:

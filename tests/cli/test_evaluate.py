@@ -262,3 +262,41 @@ def test_a_saved_result_is_on_the_page(vlm, writer):
     page = (run / "report.html").read_text()
     assert "What it says" in page
     assert page.count("spoken") > 20
+
+
+def test_a_language_model_is_asked_in_another_way_by_overrides(vlm, place):
+    def bits(*overrides):
+        code, out, _ = vlm("evaluate", place / "language", *overrides, "--task", "perplexity", "--data", place / "text.jsonl", "--json")
+        assert code == 0
+        found = json.loads(out)
+        return found["metrics"]["bits_per_character"], found["model"].get("changes")
+
+    plain, changes = bits()
+    assert changes is None
+    everything, changes = bits("model.attention.kind=hierarchical", "model.attention.k=100")
+    assert everything == pytest.approx(plain, abs=1e-5)
+    assert changes == {"attention": {"kind": "hierarchical", "k": 100}}
+    few, _ = bits("model.attention.n_local=2", "model.attention.kind=block-memory", "model.attention.chunk=1", "model.attention.n_init=0",
+                  "model.attention.topk=0", "model.attention.block=1")  # fmt: skip
+    window, _ = bits("model.attention.kind=windowed", "model.attention.window=2")
+    assert few == pytest.approx(window, abs=1e-5)
+    assert window != pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (("data.val=x",), "no setting of the model"),
+    (("model.attention.kind=sparse",), "model.attention"),
+    (("model.attention.kind=hierarchical", "model.attention.k=-1"), "model.attention.k: "),
+    (("model.width=8",), "expected (286, 8)"),
+    (("model.depht=2",), "model.depht: Extra inputs"),
+])
+def test_overrides_that_make_no_model_are_refused(vlm, place, words, told):
+    code, _, err = vlm("evaluate", place / "language", *words, "--task", "perplexity", "--data", place / "text.jsonl")
+    assert code != 0
+    assert told in err
+
+
+def test_figures_of_a_changed_model_are_not_stored_in_its_run(vlm, place):
+    code, _, err = vlm("evaluate", place / "run", "model.embed_dim=8", "--task", "retrieval", "--save")
+    assert code == 2
+    assert "--save" in err

@@ -17,7 +17,10 @@ from vlm.evaluation.flops import (
     tower_flops,
 )
 from vlm.models.blocks import Trunk, TrunkOptions
+from vlm.models.decoder import run_decoder
+from vlm.models.trunks import trunk_of
 from vlm.ops.backend import backend
+from vlm.types import Layout
 
 TRUNKS = [
     {"width": 24, "depth": 3, "heads": 4, "ffn_width": 40},
@@ -85,3 +88,46 @@ def test_core_tome_merged_tokens_are_not_counted_in_what_comes_after():
     attention = [2 * n * 8 * 4 * 8 + 4 * n * n * 8 for n in (17, 9)]
     assert tower_flops(short, 0) == patches + sum(attention) + feed_forward * (9 + 5)
     assert tower_flops(whole, 0) == tower_flops(TowerShape(trunk, 17, 12, pairs=(0, 0)), 0) > tower_flops(short, 0)
+
+
+MIXERS = [
+    {"kind": "linear-decay"},
+    {"kind": "linear-decay", "gate": False, "lrpe": (0, 2)},
+    {"kind": "ssm", "states": 5, "expand": 3, "convolution": 4},
+]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("positions", [1, 2, 13])
+def test_operations_of_a_recurrent_trunk_are_its_projections_and_its_recurrence(mixer, positions):
+    options = TrunkOptions(width=24, depth=3, heads=6, kv_heads=2, ffn_width=40, ffn="gated", bias=False, mixer=mixer)
+    trunk, shape = trunk_of(options), TrunkShape.of(options)
+    # Every position passes every matrix once; what is left is the recurrence, by hand.
+    matrices = sum(2 * module.weight.numel() for module in trunk.modules() if isinstance(module, torch.nn.Linear))
+    if mixer["kind"] == "ssm":
+        recurrence = 3 * (2 * 72 * 4 + 6 * 72 * 5)
+    else:
+        recurrence = sum(6 * (2 + 2) * 4 * (8 if layer in mixer.get("lrpe", (0,)) else 4) for layer in range(3))
+    assert prefill_flops(shape, [positions] * 3) == positions * (matrices + recurrence)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_recurrent_step_costs_the_same_after_any_number_of_tokens(mixer):
+    options = TrunkOptions(width=24, depth=3, heads=6, kv_heads=2, ffn_width=40, mixer=mixer)
+    shape = TrunkShape.of(options)
+    assert step_flops(shape, [0] * 3, 10) == step_flops(shape, [10**6] * 3, 10) == prefill_flops(shape, [1] * 3) + 2 * 24 * 10
+    x = torch.randn(1, 7, 24)
+    layout = Layout.of_tokens(torch.zeros(1, 7, dtype=torch.int64), torch.ones(1, 7, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
+    kept = run_decoder(trunk_of(options), x, layout, keep_cache=True).cache
+    assert cache_bytes(shape, [7] * 3) == kept.bytes
+    assert cache_bytes(shape, [700] * 3) == kept.bytes
+
+
+def test_core_hip_a_step_over_chosen_keys_costs_no_more_than_the_budget():
+    table = dict(width=24, depth=2, heads=6, ffn_width=40)
+    full = TrunkShape.of(TrunkOptions(**table))
+    few = TrunkShape.of(TrunkOptions(**table, attention={"kind": "windowed", "window": 30, "sinks": 2}))
+    assert step_flops(few, [31] * 2, 10) == step_flops(full, [31] * 2, 10)
+    assert step_flops(few, [900] * 2, 10) == step_flops(full, [31] * 2, 10)
+    chosen = TrunkShape.of(TrunkOptions(**table, attention={"kind": "hierarchical", "k": 16, "block_q": 4, "window": 8, "sinks": 2}))
+    assert step_flops(chosen, [900] * 2, 10) == step_flops(full, [33] * 2, 10)

@@ -172,9 +172,12 @@ def test_self_test_covers_every_operator_at_every_level() -> None:
             "contrastive_softmax",
             "late_interaction",
             "linear_cross_entropy",
+            "linear_decay",
             "linear_distillation",
             "merge_attention",
+            "selection",
             "sequence_alignment",
+            "ssm_scan",
             "tokens",
         )
         for level in native.supported_levels()

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions
+from vlm.attention.decoding import DecoderAttention, WindowedAttention, WindowedOptions, seen_keys, sees_all
 from vlm.attention.exact import ExactAttention, ExactAttentionOptions
 from vlm.attention.hierarchical import HierarchicalAttention, HierarchicalOptions
 from vlm.attention.linear_decay import LinearDecay, LinearDecayOptions
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionOptions",
     "BlockMemory",
     "BlockMemoryOptions",
+    "DecoderAttention",
     "ExactAttention",
     "ExactAttentionOptions",
     "HierarchicalAttention",
@@ -30,4 +32,8 @@ __all__ = [
     "SelectiveScan",
     "SsmOptions",
     "TrunkAttentionOptions",
+    "WindowedAttention",
+    "WindowedOptions",
+    "seen_keys",
+    "sees_all",
 ]

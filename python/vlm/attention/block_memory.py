@@ -6,7 +6,7 @@ One row: H query heads, G key and value heads, n new positions, T positions read
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ class BlockMemoryOptions(Options):
     """First tokens, a local window, and the blocks behind it that fit the queries best, as if at one fixed distance."""
 
     kind: Literal["block-memory"] = "block-memory"
+    when: Literal["inference"] = Field("inference", description="in a decoder; a training step sees every key: there are no gradients")
     n_init: int = Field(128, ge=0, description="first tokens, always seen")
     n_local: int = Field(4096, ge=1, description="last tokens, seen at their true distance")
     block: int = Field(128, ge=1, description="tokens of a memory block")
@@ -28,7 +29,7 @@ class BlockMemoryOptions(Options):
     chunk: int = Field(512, ge=1, description="queries that share a lookup")
     capacity: int = Field(32, ge=0, description="blocks held beside the store for use; the result does not depend on it")
     far: Literal["fixed", "absolute"] = Field("fixed", description="distance of all beyond the window: n_local - 1, or the true one")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary positions")
+    rope_theta: float | None = Field(None, gt=0, description="base of the rotary positions; default: the decoder's, or 10000")
 
     @model_validator(mode="after")
     def _fits(self) -> BlockMemoryOptions:
@@ -56,6 +57,10 @@ class MemoryState:
     @property
     def length(self) -> int:
         return self.keys.shape[1]
+
+    def copy(self) -> MemoryState:
+        """Another state of the same content: reading on with one does not change the other."""
+        return replace(self, held=OrderedDict(self.held))
 
 
 class BlockMemory(nn.Module):
@@ -159,7 +164,7 @@ class BlockMemory(nn.Module):
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Rotary positions [n] on x [H, n, D], half-split layout."""
         half = torch.arange(0, x.shape[2], 2, device=x.device, dtype=torch.float64) / x.shape[2]
-        angle = position[:, None].double() * self.options.rope_theta**-half
+        angle = position[:, None].double() * (self.options.rope_theta or 10000.0) ** -half
         cos, sin = (torch.cat([t, t], -1).to(x.dtype) for t in (angle.cos(), angle.sin()))
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin

@@ -15,6 +15,7 @@ class HierarchicalOptions(Options):
     """Every block of queries sees the first keys, those just before it, and a budget of those between."""
 
     kind: Literal["hierarchical"] = "hierarchical"
+    when: Literal["always", "inference"] = Field("inference", description="in a decoder; inference: a training step sees every key")
     k: int = Field(512, ge=0, description="keys chosen for a block of queries")
     block_q: int = Field(32, ge=1, le=256, description="queries that share a choice")
     block_k: int = Field(2, ge=1, le=256, description="keys that are chosen together")

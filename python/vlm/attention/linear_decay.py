@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlm import ops
-from vlm.attention.mixer import MixerShape, Places, SimpleRmsNorm, State
+from vlm.attention.mixer import MixerCost, MixerShape, Places, SimpleRmsNorm, State
 from vlm.config.options import Options
 
 Slopes = Literal["alibi", "exp8", "none"]
@@ -37,6 +37,13 @@ class LinearDecayOptions(Options):
     def exports(self) -> bool:
         """Whether a graph of whole rows can be exported."""
         return True
+
+    def cost(self, shape: MixerShape) -> MixerCost:
+        """Projections 2 C D (2 H + 2 G), with a gate 2 C D H more; the recurrence 4 H D_k D: k v^T is added to the state, q
+        reads it. D_k is D, or 2 D in a layer of `lrpe`. A kernel that goes by chunks does more, to be faster."""
+        inner, keys = shape.heads * shape.head_width, shape.head_width * (2 if shape.layer in self.lrpe else 1)
+        projections = (2 + self.gate) * inner + 2 * shape.kv_heads * shape.head_width
+        return MixerCost(2 * shape.width * projections + 4 * inner * keys, inner * keys)
 
     def build(self, shape: MixerShape) -> LinearDecay:
         return LinearDecay(self, shape)

@@ -41,6 +41,14 @@ class Places:
     segment: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class MixerCost:
+    """What one layer takes: operations of a position (a multiplication with its addition is 2), and numbers of its state."""
+
+    flops: int
+    state: int
+
+
 class Mixer(Protocol):
     """x [n, S, C] behind what `state` has read -> (mixed [n, S, C], the state after it)."""
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlm import ops
-from vlm.attention.mixer import MixerShape, Places, State
+from vlm.attention.mixer import MixerCost, MixerShape, Places, State
 from vlm.config.options import Options
 from vlm.ops.linear_decay_reference import runs_of
 
@@ -32,6 +32,14 @@ class SsmOptions(Options):
     def exports(self) -> bool:
         """Whether a graph of whole rows can be exported: in standard operators the scan needs memory of [S, S, I, states]."""
         return False
+
+    def cost(self, shape: MixerShape) -> MixerCost:
+        """Of I = expand C inner channels: projections 2 C 2 I in, 2 I (R + 2 S) and 2 R I for the steps, 2 I C out; the
+        convolution 2 I K; the scan 6 I S: it decays a state, adds to it and reads it."""
+        inner, rank = self.expand * shape.width, self.step_rank or max(1, shape.width // 16)
+        projections = 2 * shape.width * inner + inner * (rank + 2 * self.states) + rank * inner + inner * shape.width
+        flops = 2 * projections + 2 * inner * self.convolution + 6 * inner * self.states
+        return MixerCost(flops, inner * (self.convolution - 1 + self.states))
 
     def build(self, shape: MixerShape) -> SelectiveScan:
         return SelectiveScan(self, shape)

@@ -6,7 +6,7 @@ Three kinds: what embeds pictures and texts, what scores texts, what reads pictu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,14 +226,19 @@ def is_bundle(path: str | Path) -> bool:
     return (Path(path) / "bundle.json").is_file()
 
 
-def open_model(path: str | Path, *, threads: int | None = None, batch: int = 64) -> AnyModel:
+def open_model(
+    path: str | Path, *, threads: int | None = None, batch: int = 64, changes: Mapping[str, Any] | None = None
+) -> AnyModel:
     """The model of a run, a Hugging Face directory or a bundle, ready for evaluation on the CPU in float32.
 
-    threads: of the CPU, all cores by default; batch: pictures or texts of one forward pass. A bundle is opened by the runtime,
-    without torch. Raises CheckpointError naming the file that is wrong.
+    threads: of the CPU, all cores by default; batch: pictures or texts of one forward pass; changes: settings of the model
+    that are laid over its own, see `load_model`. A bundle is opened by the runtime, without torch. Raises CheckpointError
+    naming the file that is wrong, and RequestError for changes of a bundle.
     """
     path = Path(path)
     if is_bundle(path):
+        if changes:
+            raise RequestError("the graphs of a bundle are as they were exported", where=str(path), remedy="give its run or directory")
         from vlm.runtime import open_any_bundle
 
         return open_any_bundle(path, threads=threads, batch_size=batch)
@@ -249,7 +254,7 @@ def open_model(path: str | Path, *, threads: int | None = None, batch: int = 64)
     if threads is not None:
         torch.set_num_threads(threads)
     directory = find_model_directory(path)
-    model = load_model(directory)
+    model = load_model(directory, changes=changes)
     reads_text = "tokens" in type(model).offers
     tokenizer = Tokenizer.load(directory) if reads_text else None
     if tokenizer is not None and tokenizer.vocab_size > model.vocabulary.size:

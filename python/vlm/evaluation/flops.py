@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm.attention import seen_keys
+from vlm.attention.mixer import MixerCost, MixerShape
+
 
 @dataclass(frozen=True)
 class TrunkShape:
-    """A stack of transformer blocks. gated: the feed-forward layer has three matrices, not two."""
+    """A stack of transformer blocks. gated: the feed-forward layer has three matrices, not two. mixers: by layer, of a
+    recurrent layer in place of attention; () for none. attention: of which keys queries see, None for all."""
 
     width: int
     depth: int
@@ -23,18 +27,27 @@ class TrunkShape:
     head_width: int
     ffn_width: int
     gated: bool = False
+    mixers: tuple[MixerCost, ...] = ()
+    attention: Any = None
 
     @classmethod
     def of(cls, options: Any) -> TrunkShape:
-        """From a trunk's options (`width`, `depth`, `heads`, `kv_heads`, `head_width`, `ffn_width`, `ffn`)."""
+        """From a trunk's options (`width`, `depth`, `heads`, `kv_heads`, `head_width`, `ffn_width`, `ffn`, `mixer`, `attention`)."""
+        kv_heads, head_width = options.kv_heads or options.heads, options.head_width or options.width // options.heads
+        mixers = () if options.mixer is None else tuple(
+            options.mixer.cost(MixerShape(options.width, options.heads, kv_heads, head_width, layer, options.depth, options.norm_eps))
+            for layer in range(options.depth)
+        )
         return cls(
             options.width,
             options.depth,
             options.heads,
-            options.kv_heads or options.heads,
-            options.head_width or options.width // options.heads,
+            kv_heads,
+            head_width,
             options.ffn_width,
             options.ffn == "gated",
+            mixers,
+            options.attention,
         )
 
 
@@ -66,12 +79,16 @@ class GeneratorShape:
     cache_bytes_per_value: int = 4
 
 
-def layer_flops(shape: TrunkShape, queries: int, keys: int) -> int:
+def layer_flops(shape: TrunkShape, queries: int, keys: int, layer: int = 0) -> int:
     """Operations of one block on `queries` new positions that attend `keys` positions in all, n and m below.
 
     Projections 2 n C D (2 H + 2 G), attention 4 n m H D (causally masked pairs are counted: a kernel may skip
-    them), feed-forward 4 n C F, gated 6 n C F.
+    them), feed-forward 4 n C F, gated 6 n C F. Of attention to chosen keys m is the most that a query sees; finding them is
+    not counted. A recurrent layer takes the same for every position, however many came before: n times its mixer's cost.
     """
+    if shape.mixers:
+        return queries * shape.mixers[layer].flops + _feed_forward(shape, queries)
+    keys = seen_keys(shape.attention, keys)
     projections = 2 * queries * shape.width * shape.head_width * 2 * (shape.heads + shape.kv_heads)
     attention = 4 * queries * keys * shape.heads * shape.head_width
     return projections + attention + _feed_forward(shape, queries)
@@ -86,12 +103,12 @@ def prefill_flops(shape: TrunkShape, positions: Sequence[int]) -> int:
     `depth` of them."""
     if len(positions) != shape.depth:
         raise ValueError(f"{len(positions)} numbers of positions for {shape.depth} layers")
-    return sum(layer_flops(shape, n, n) for n in positions)
+    return sum(layer_flops(shape, n, n, layer) for layer, n in enumerate(positions))
 
 
 def step_flops(shape: TrunkShape, cached: Sequence[int], vocab_size: int) -> int:
     """Operations of one new token over cached[l] earlier positions of block l, the vocabulary's logits included."""
-    return sum(layer_flops(shape, 1, n + 1) for n in cached) + 2 * shape.width * vocab_size
+    return sum(layer_flops(shape, 1, n + 1, layer) for layer, n in enumerate(cached)) + 2 * shape.width * vocab_size
 
 
 def tower_flops(shape: TowerShape, visual_tokens: int) -> int:
@@ -116,5 +133,10 @@ def generator_flops(shape: GeneratorShape, pictures: Mapping[str, int], position
 
 
 def cache_bytes(shape: TrunkShape, positions: Sequence[int], bytes_per_value: int = 4) -> int:
-    """Keys and values of positions[l] positions at each layer l."""
+    """Keys and values of positions[l] positions at each layer l; of recurrent layers the states, whatever was read.
+
+    A block memory keeps a little more: scores and representatives.
+    """
+    if shape.mixers:
+        return sum(mixer.state for mixer in shape.mixers) * bytes_per_value
     return 2 * shape.kv_heads * shape.head_width * sum(positions) * bytes_per_value

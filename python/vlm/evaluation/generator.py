@@ -233,12 +233,12 @@ class TorchGenerator:
 
     def kept(self, prompt: Asked) -> list[int]:
         """[L] positions that each layer of the decoder reads of a prompt, after its pictures are expanded."""
-        from vlm.models.recurrent import RecurrentCache
+        from vlm.models.cache import DecoderCache
 
         stepper = self.stepper()
         stepper.start([prompt])
         cache = stepper._started()
-        if isinstance(cache, RecurrentCache):  # which keeps none of them, but has read all
+        if not isinstance(cache, DecoderCache):  # which keeps states of them, but has read all
             return [int(n) for n in cache.next_position[0]]
         return [int(layer.mask.sum()) for layer in cache.layers]
 

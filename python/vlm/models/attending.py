@@ -125,11 +125,13 @@ class AttendingCache:
         layers = [] if mask is None else [layer.rows(index, mask) for layer in self.layers]
         return AttendingCache(layers, [(k[index], v[index]) for k, v in self.first], self.count[index], self.next_position[index])
 
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.layers for t in (layer.keys, layer.values)] + [t for pair in self.first for t in pair]
+
     @property
     def bytes(self) -> int:
         """Bytes of keys and values; free places behind them are not counted."""
-        kept = [t for layer in self.layers for t in (layer.keys, layer.values)] + [t for pair in self.first for t in pair]
-        return sum(t.numel() * t.element_size() for t in kept)
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
 class AttendingTrunk(Trunk):
@@ -138,6 +140,7 @@ class AttendingTrunk(Trunk):
     def __init__(self, options: TrunkOptions) -> None:
         nn.Module.__init__(self)
         self.options = options
+        assert options.attention is None or isinstance(options.attention, TrunkAttentionOptions)
         self.attention = options.attention or TrunkAttentionOptions()
         self.blocks = nn.ModuleList(AttendingBlock(options, self.attention) for _ in range(options.depth))
         self.recompute = False

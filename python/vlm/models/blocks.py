@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm import ops
-from vlm.attention import MixerOptions, TrunkAttentionOptions
+from vlm.attention import DecoderAttention, MixerOptions
 from vlm.attention.mixer import SimpleRmsNorm
 from vlm.config.options import Options
 
@@ -41,7 +41,7 @@ class TrunkOptions(Options):
     qkv_bias: bool | None = Field(None, description="biases of queries, keys and values (Qwen2); default: bias")
     rope_theta: float | None = Field(None, description="base of rotary positions; none: no rotary positions")
     mixer: MixerOptions | None = Field(None, description="recurrent layer in place of attention; see vlm.models.recurrent")
-    attention: TrunkAttentionOptions | None = Field(None, description="mask and position bias; see vlm.models.attending")
+    attention: DecoderAttention | None = Field(None, description="what queries see; see vlm.models.attending, vlm.models.far")
     causal: bool = Field(True, description="of a decoder loop: positions see none after them")
 
 
@@ -145,8 +145,11 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """q [B, H, N, D], k, v [B, G, M, D] -> [B, N, C]; causal sees the M - N keys before the first query too."""
-        y = ops.attention(q, k, v, causal=causal, key_mask=key_mask, bias=bias)
-        return self.out(y.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.heads * self.head_width))
+        return self.merged(ops.attention(q, k, v, causal=causal, key_mask=key_mask, bias=bias))
+
+    def merged(self, y: Tensor) -> Tensor:
+        """What the heads read, y [B, H, N, D], -> [B, N, C]."""
+        return self.out(y.transpose(1, 2).reshape(y.shape[0], y.shape[2], self.heads * self.head_width))
 
 
 class FeedForward(nn.Module):
@@ -221,6 +224,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """The block after `project`: q of x [B, N, C] attends causally k, v [B, G, P + N, D]; key_mask [B, P + N]."""
         x = x + self.attention.attend(q, k, v, causal=True, key_mask=key_mask, bias=bias)
+        return x + self.ffn(self.norm2(x))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block after its heads have read `mixed` [B, H, N, D]."""
+        x = x + self.attention.merged(mixed)
         return x + self.ffn(self.norm2(x))
 
 

@@ -101,7 +101,10 @@ class DecoderCache:
             layers.append(layer.rows(index, masks[id(layer.mask)]))
         return DecoderCache(layers, self.next_position[index], None if self.cross is None else self.cross.rows(index))
 
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.layers for t in (layer.keys, layer.values)]
+
     @property
     def bytes(self) -> int:
         """Bytes of the keys and values; free places behind them are not counted."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))
+        return sum(t.numel() * t.element_size() for t in self.tensors())

@@ -18,10 +18,11 @@ from vlm.models.attending import AttendingCache, AttendingTrunk
 from vlm.models.blocks import Block, Trunk, segment_bias
 from vlm.models.cache import DecoderCache, LayerCache
 from vlm.models.cross import Cross
+from vlm.models.far import MemoryCache, read_far, sees_everything
 from vlm.models.recurrent import RecurrentCache, RecurrentTrunk
 from vlm.types import Layout
 
-Cache = DecoderCache | RecurrentCache | AttendingCache
+Cache = DecoderCache | RecurrentCache | AttendingCache | MemoryCache
 """What is kept of the rows read so far, by the kind of trunk."""
 
 
@@ -78,12 +79,20 @@ def run_decoder(
 
     With `cache` the positions are appended to it: their places follow from it, not from `layout.position`, they see
     every picture of their row, and nothing is dropped. Raises ValueError for packed rows with a cache,
-    and for a reducer or pictures beside a trunk that keeps states, which has no keys to drop and none to look at.
+    and for a reducer or pictures beside a trunk that keeps states, which has no keys to drop and none to look at, or
+    beside attention to chosen keys, which is given whole rows.
     """
     if isinstance(trunk, RecurrentTrunk):
         return _recur(trunk, x, layout, cache, keep_cache, reducer, cross, collect)
     if isinstance(trunk, AttendingTrunk):
         return _attend(trunk, x, layout, cache, keep_cache, reducer, cross, collect)
+    if not sees_everything(trunk) or isinstance(cache, MemoryCache):
+        if reducer is not None or cross is not None or getattr(cache, "cross", None) is not None:
+            raise ValueError(f"attention of kind {trunk.options.attention.kind!r} works with pictures among the tokens, "  # type: ignore[union-attr]
+                             "none of which is dropped between layers")
+        assert not isinstance(cache, RecurrentCache | AttendingCache)
+        x, position, hidden, grown = read_far(trunk, x, layout, cache, keep_cache, collect)
+        return DecoderResult(x, layout if cache is None else replace(layout, position=position), hidden, {}, grown)
     if cache is not None:
         assert isinstance(cache, DecoderCache)
         return _append(trunk, x, layout, cache, collect)

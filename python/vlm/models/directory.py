@@ -7,7 +7,7 @@ them holds our exact options. Weights are safetensors only: pickle is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.config.errors import CheckpointError
+from vlm.config.errors import CheckpointError, RequestError
+from vlm.config.load import dotted_name, merge_tables
 from vlm.models.base import Model
 from vlm.models.catalogue import ModelOptions
 from vlm.models.layouts import LAYOUTS, PublishedLayout
@@ -61,11 +62,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_model(path: str | Path, *, weights: bool = True) -> Model:
+def load_model(path: str | Path, *, weights: bool = True, changes: Mapping[str, Any] | None = None) -> Model:
     """The model of a run, of a directory we wrote, or of a published directory (CLIP, SigLIP, Llama, Qwen2, LLaVA).
 
-    weights = False gives the architecture with fresh weights. Raises CheckpointError naming the file and, for
-    tensors, the first missing or misshapen name.
+    weights = False gives the architecture with fresh weights. changes: settings laid over the model's own by the rules of a
+    stage, such as `attention`: they change how it is asked, and its weights must still fit. Raises CheckpointError naming
+    the file and, for tensors, the first missing or misshapen name; RequestError for changes that make no model.
     """
     directory = find_model_directory(path)
     own = directory / "vlm.json"
@@ -88,6 +90,8 @@ def load_model(path: str | Path, *, weights: bool = True) -> Model:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"cannot honour this config: {error}", where=str(directory / "config.json")) from error
         vocabulary = _published_vocabulary(config)
+    if changes:
+        options = _changed(options, changes)
     model: Model = options.build(vocabulary)
     if weights:
         tensors = read_weights(directory)
@@ -95,6 +99,22 @@ def load_model(path: str | Path, *, weights: bool = True) -> Model:
             tensors = layout.from_published(tensors, options)
         fill(model, tensors, where=str(directory))
     return model
+
+
+def _changed(options: Any, changes: Mapping[str, Any]) -> Any:
+    """The options with settings laid over them. Raises RequestError that names the first one that cannot be."""
+    values = merge_tables(options.model_dump(), changes)
+    try:
+        return _OPTIONS.validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place: list[str | int] = ["model"]
+        inside: Any = values
+        for part in first["loc"]:  # which names the kinds of tables too
+            if isinstance(inside, dict) and part in inside:
+                place.append(part)
+                inside = inside[part]
+        raise RequestError(str(first["msg"]).removeprefix("Value error, "), where=dotted_name(place)) from error
 
 
 def _own_description(path: Path) -> tuple[Any, VocabularyLayout]:

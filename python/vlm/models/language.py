@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vlm.attention import MixerOptions, TrunkAttentionOptions
+from vlm.attention import DecoderAttention, MixerOptions, TrunkAttentionOptions, sees_all
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.models.base import Model
@@ -51,8 +51,10 @@ class LanguageOptions(Options):
         None, description="recurrent layer in place of attention, which has positions of its own: linear-decay or ssm"
     )
 
-    attention: TrunkAttentionOptions | None = Field(
-        None, description="mask, position bias and cache of the attention; default: all earlier keys, rotary positions"
+    attention: DecoderAttention | None = Field(
+        None,
+        description="mask, position bias and cache of the attention (exact), or what queries see of what was read when it writes "
+        "(windowed, hierarchical, block-memory); default: all earlier keys, rotary positions",
     )
     causal: bool = Field(True, description="false: an encoder, whose positions see those after them too; it writes nothing")
     replaced: ReplacedOptions | None = Field(None, description="generator of the objective replaced-token, for an encoder")
@@ -65,14 +67,16 @@ class LanguageOptions(Options):
             raise ValueError("a mixer stands in place of attention, and reads from left to right")
         if self.replaced is not None and self.causal:
             raise ValueError("replaced tokens are told from both sides: replaced is for encoders, causal = false")
-        if self.attention is not None and self.attention.global_projections and self.causal:
+        if isinstance(self.attention, TrunkAttentionOptions) and self.attention.global_projections and self.causal:
             raise ValueError("attention.global_projections is for encoders: causal = false")
+        if not (self.causal or self.attention is None or isinstance(self.attention, TrunkAttentionOptions)):
+            raise ValueError(f"attention of kind {self.attention.kind!r} reads from left to right: an encoder takes exact")
         return self
 
     @property
     def sees_all_before(self) -> bool:
         """Whether a position attends itself and everything before it, which is what published forms and graphs say."""
-        return self.mixer is None and self.causal and (self.attention is None or self.attention.plain)
+        return self.mixer is None and self.causal and sees_all(self.attention)
 
     @property
     def text_length(self) -> int:
@@ -187,8 +191,10 @@ class LanguageModel(Model):
     def export_parts(self) -> dict[str, ExportPart]:
         """A recurrent mixer has the graph of whole rows alone: its bundle scores texts and writes none.
 
-        Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory.
+        Raises RequestError for a mixer whose scan has no form in standard operators that would fit in memory, and for
+        attention to some keys alone, which a graph does not choose.
         """
+        refuse_chosen_keys(self.options)
         mixer = self.options.mixer
         if mixer is None and not self.options.sees_all_before:
             raise RequestError("a language model with attention under a mask, or an encoder, cannot be exported",
@@ -205,6 +211,14 @@ class LanguageModel(Model):
             "embed": embed_part(self),
             "decoder_with_past": decoder_part(self),
         }
+
+
+def refuse_chosen_keys(options: LanguageOptions) -> None:
+    """Raises RequestError for attention to some keys alone: the graphs of a bundle see every key."""
+    attention = options.attention
+    if attention is not None and not sees_all(attention):
+        raise RequestError(f"a language model with attention of kind {attention.kind!r} cannot be exported",
+                           remedy="export the model that it was made from, which sees every key")
 
 
 class TokenEmbedding(nn.Embedding):

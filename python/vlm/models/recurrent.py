@@ -29,10 +29,13 @@ class RecurrentCache:
         """The rows `index` [m] int64: kept, repeated or reordered (beam search)."""
         return RecurrentCache([tuple(t[index] for t in state) for state in self.states], self.next_position[index])
 
+    def tensors(self) -> list[Tensor]:
+        return [t for state in self.states for t in state]
+
     @property
     def bytes(self) -> int:
         """Bytes of the states: the same after every token."""
-        return sum(t.numel() * t.element_size() for state in self.states for t in state)
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
 class MixerBlock(nn.Module):

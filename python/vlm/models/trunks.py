@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlm.attention import TrunkAttentionOptions
 from vlm.models.attending import AttendingTrunk
 from vlm.models.blocks import Trunk, TrunkOptions
 from vlm.models.recurrent import RecurrentTrunk
@@ -11,5 +12,5 @@ def trunk_of(options: TrunkOptions) -> Trunk:
     """Plain attention, attention under a mask or of an encoder, or a recurrent mixer."""
     if options.mixer is not None:
         return RecurrentTrunk(options)
-    plain = options.attention is None or options.attention.plain
+    plain = not isinstance(options.attention, TrunkAttentionOptions) or options.attention.plain
     return Trunk(options) if plain and options.causal else AttendingTrunk(options)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlm.ops import masks
 from vlm.ops.attention import attention
 from vlm.ops.backend import core, use_native
 from vlm.ops.selection_reference import (
@@ -77,8 +78,8 @@ def block_sparse_attention(
     """softmax(scale * q k^T + bias) v over the keys that a query sees in the blocks of its list: [B, H, N, V].
 
     q [B, H, N, D], k [B, G, M, D], v [B, G, M, V]; bias broadcastable to [B, H, N, M]. A query without any key gets 0.
-    Without gradients and bias the native core gathers the listed keys; otherwise the lists become a mask of exact
-    attention, which holds [B, H, N, M]. Raises ValueError on shapes that do not fit. Source: hip.
+    Without gradients and bias the native core gathers the listed keys. Otherwise the lists are the mask of exact attention,
+    forward and backward: its kernels skip the tiles that no list names and hold no [B, H, N, M]. Raises ValueError on shapes that do not fit. Source: hip.
     """
     _check(q, k)
     if v.shape[:3] != k.shape[:3]:
@@ -88,9 +89,8 @@ def block_sparse_attention(
         raise ValueError(f"block_sparse_attention: the lists are {tuple(blocks.count.shape)}, expected {lists}")
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if learns or bias is not None or not use_native(q, k, v):
-        allow = dense_mask(blocks, q.shape[2], k.shape[2])
-        removed = torch.zeros(allow.shape, dtype=q.dtype, device=q.device).masked_fill_(~allow, -torch.inf)
-        return attention(q, k, v, causal=True, bias=removed if bias is None else removed + bias, scale=scale)
+        listed = masks.BlockList(blocks.index, blocks.count, blocks.block_q, blocks.block_k)
+        return attention(q, k, v, causal=True, bias=bias, mask=listed, scale=scale)
     kind = q.dtype
     q, k, v = _readable(q.float()), _readable(k.float()), _readable(v.float())
     index, count = blocks.index.contiguous(), blocks.count.contiguous()

@@ -13,7 +13,10 @@ from vlm.ops.attention import attention
 from vlm.ops.backend import NATIVE_AVAILABLE, backend, core
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.late_interaction import late_interaction
+from vlm.ops.linear_decay import linear_decay
 from vlm.ops.merge import merge_attention
+from vlm.ops.selection import block_sparse_attention, select_hierarchical
+from vlm.ops.ssm_scan import ssm_scan
 from vlm.ops.statistics import attention_column_sums, attention_row_statistics, attention_rows
 from vlm.ops.tokens import bipartite_match, gather_tokens, merge_tokens
 from vlm.ops.tokens_select import select_top
@@ -157,6 +160,44 @@ def _late_case() -> tuple[Call, list[Tensor]]:
     return lambda v, w: late_interaction(v, w, mask_w=mask), [v, w]
 
 
+def _linear_decay_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(2, 3, 67, 24), (2, 3, 67, 24), (2, 3, 67, 17), (3,), (2, 3, 24, 17)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    mask = torch.arange(67) < torch.tensor([67, 50])[:, None]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        return linear_decay(q, k, v, -slopes.abs(), state=state, key_mask=mask)
+
+    return call, inputs
+
+
+def _ssm_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(2, 45, 35), (2, 45, 35), (35, 5), (2, 45, 5), (2, 45, 5), (35,), (2, 35, 5)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    mask = torch.arange(45) < torch.tensor([45, 31])[:, None]
+
+    def call(x: Tensor, delta: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        return ssm_scan(x, delta, -rate.abs(), b, c, skip, state=state, key_mask=mask)
+
+    return call, inputs
+
+
+def _selection_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(8)
+    # Quarters: products are exact in float32, so both sides choose the same blocks, equal scores included.
+    q, k = (torch.randint(-6, 7, shape, generator=generator).double() / 4 for shape in ((2, 4, 61, 24), (2, 2, 300, 24)))
+    v = torch.randn(2, 2, 300, 17, generator=generator, dtype=torch.float64)
+
+    @torch.no_grad()  # with gradients it is the attention operator, which has a case of its own
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        blocks, scored = select_hierarchical(q, k, budget=48, block_q=16, window=20, sinks=4)
+        return block_sparse_attention(q, k, v, blocks), blocks.index, scored
+
+    return call, [q, k, v]
+
+
 _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "attention": _attention_case,
     "contrastive_softmax": _softmax_case,
@@ -168,6 +209,9 @@ _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "linear_distillation": _distillation_case,
     "sequence_alignment": _alignment_case,
     "late_interaction": _late_case,
+    "linear_decay": _linear_decay_case,
+    "ssm_scan": _ssm_case,
+    "selection": _selection_case,
 }
 
 

@@ -40,7 +40,16 @@ class StartOptions(Options):
     """Where the weights come from."""
 
     model: str | None = Field(None, description="model directory, run, Hugging Face directory or key of a preset to start from")
+    settings: dict[str, Any] = Field(
+        {}, description="laid over the settings of start.model, whose weights must still fit: attention, length"
+    )
     parts: dict[str, str] = Field({}, description="part of the model -> a model of any of these kinds that its weights come from")
+
+    @model_validator(mode="after")
+    def _of_a_model(self) -> StartOptions:
+        if self.settings and self.model is None:
+            raise ValueError("settings change the model that start.model brings; without it, [model] says them")
+        return self
 
 
 class TrainOptions(Options):

@@ -49,7 +49,7 @@ class Start:
             return load_model(self.directory.architecture, weights=False)
         parts = self._parts(stage, weights=True)
         if stage.start.model is not None:
-            model = load_model(stage.start.model)
+            model = load_model(stage.start.model, changes=stage.start.settings)
         else:
             options = self._options(stage, parts)
             torch.manual_seed(draw_key(stage.train.seed, "init"))
@@ -63,7 +63,7 @@ class Start:
         """Tokenizer and architecture, from the model to start from or from the preset and the parts that it names."""
         if stage.start.model is not None:
             folder = find_model_directory(stage.start.model)
-            model = load_model(folder, weights=False)
+            model = load_model(folder, weights=False, changes=stage.start.settings)
             return Tokenizer.load(folder) if reads_text(model.options) else None, model
         options = self._options(stage, self._parts(stage, weights=False))
         if not reads_text(options):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
 from vlm.models.graphs import cross_part, decoder_part, embed_part
+from vlm.models.language import refuse_chosen_keys
 from vlm.models.reduced_graphs import decode_part, prefill_part
 from vlm.types.export import ExportPart
 
@@ -44,10 +45,11 @@ class VisionGraph(nn.Module):
 def export_parts(model: Reader) -> dict[str, ExportPart]:
     """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`.
 
-    Raises RequestError for one that keeps no fixed number of positions, and for one whose tiles
+    Raises RequestError for one that keeps no fixed number of positions, for attention to some keys, and for one whose tiles
     stand beside the row behind their tags (nvlm form H).
     """
     options = model.options
+    refuse_chosen_keys(model.language.options)
     if options.tokens is not None and options.tokens.unexportable is not None:
         raise RequestError(
             f"this model has no bundle: {options.tokens.unexportable}", remedy="keep the model directory: every command reads it"

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vlm.attention import sees_all
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.connectors import ConnectorOptions
@@ -90,6 +91,9 @@ class VisionLanguageOptions(Options):
             raise ValueError(f"fusion.every is {self.fusion.every} for {language.depth} blocks: no gated block would stand")
         if self.tokens is not None:
             self.tokens.plan(language.depth)
+        drops = self.tokens is not None and self.tokens.keep is not None
+        if language.attention is not None and not sees_all(language.attention) and (drops or self.fusion.kind != "prefix"):
+            raise ValueError(f'language.attention "{language.attention.kind}" works with fusion "prefix" and without tokens.keep')
 
     def _check_pre(self) -> None:
         """Raises ValueError where the steps before the decoder cannot read the first tower."""

@@ -1,0 +1,161 @@
+"""The decoder loop where queries do not see every key: `[model.attention]`, with one cache for each way of keeping.
+
+n rows, S new positions, T positions read in all, L layers, H query heads, G key and value heads, D head width.
+Rows are read one document at a time without their padding, so that neither padding nor batch mates choose keys.
+Sources: hip, infllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.attention import TrunkAttentionOptions, sees_all
+from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions, MemoryState
+from vlm.models.blocks import Block, Trunk
+from vlm.models.cache import DecoderCache, LayerCache
+from vlm.types import Layout
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q [B, H, N, D], k [B, G, M, D], v [B, G, M, V] -> [B, H, N, V]; the queries are the last N places."""
+
+
+@dataclass
+class MemoryCache:
+    """What a block memory keeps: states by layer and row. next_position [n, L] int64, as in `DecoderCache`."""
+
+    states: list[list[MemoryState]]
+    next_position: Tensor
+
+    def rows(self, index: Tensor) -> MemoryCache:
+        """The rows `index` [m] int64: kept, repeated or reordered (beam search)."""
+        return MemoryCache([[layer[row].copy() for row in index.tolist()] for layer in self.states], self.next_position[index])
+
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.states for state in layer for t in (state.keys, state.values, state.score, state.means)]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the stores, scores and representatives; blocks held beside the store are not counted."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+FarCache = DecoderCache | MemoryCache
+Run = tuple[int, Tensor, Tensor]
+"""A row, the places of its queries and those of the keys that they may see, both ascending."""
+
+
+def sees_everything(trunk: Trunk) -> bool:
+    """Whether a pass over the trunk, in the mode that it is in, is plain causal attention."""
+    options = trunk.options.attention
+    if isinstance(options, TrunkAttentionOptions):
+        return True  # its own trunk applies it
+    return options is None or sees_all(options) or (options.when == "inference" and trunk.training)
+
+
+def read_far(
+    trunk: Trunk, x: Tensor, layout: Layout, cache: FarCache | None, keep_cache: bool, collect: Collection[int]
+) -> tuple[Tensor, Tensor, dict[int, Tensor], FarCache | None]:
+    """x [n, S, C] behind what the cache has read: (x, position [n, S], hidden states by layer, cache if kept or given).
+
+    Raises ValueError for packed rows with a cache.
+    """
+    packed = bool((layout.segment > 0).any())
+    if packed and cache is not None:
+        raise ValueError("packed documents cannot be appended to a cache: give each its own row")
+    if packed and keep_cache:
+        raise ValueError("a row that packs several documents cannot be continued: give each its own row")
+    position, count = layout.position, layout.mask.sum(1)
+    if cache is not None:
+        position = (cache.next_position[:, :1] + layout.mask.cumsum(1) - 1).clamp(min=0)
+        following = cache.next_position + count[:, None]
+    else:
+        last = torch.where(layout.mask, position, -1).amax(1) if position.shape[1] else position.new_full((len(position),), -1)
+        following = (last + 1)[:, None].expand(-1, len(trunk.blocks)).contiguous()
+    options: Any = trunk.options.attention
+    hidden = {0: x} if 0 in collect else {}
+    if isinstance(options, BlockMemoryOptions):
+        assert cache is None or isinstance(cache, MemoryCache)
+        theta = options.rope_theta or trunk.options.rope_theta
+        memory = options.model_copy(update={"rope_theta": theta}).build()
+        x, states = _remember(trunk, memory, x, layout, None if cache is None else cache.states, hidden, collect)
+        return x, position, hidden, MemoryCache(states, following) if cache is not None or keep_cache else None
+    assert cache is None or isinstance(cache, DecoderCache)
+    x, layers = _choose(trunk, options.build(), x, layout, position, None if cache is None else cache.layers, hidden, collect)
+    return x, position, hidden, DecoderCache(layers, following) if cache is not None or keep_cache else None
+
+
+def _choose(
+    trunk: Trunk, mix: Mix, x: Tensor, layout: Layout, position: Tensor, kept: Sequence[LayerCache] | None,
+    hidden: dict[int, Tensor], collect: Collection[int],
+) -> tuple[Tensor, list[LayerCache]]:
+    """Every layer keeps all keys, rotated, and its queries choose among them."""
+    rotary = trunk.rotary(position)
+    mask = layout.mask if kept is None else torch.cat([kept[0].mask, layout.mask], 1)
+    whole = bool(mask.all()) and not bool((layout.segment > 0).any())
+    runs = None if whole else _runs(layout, mask)
+    layers = []
+    for layer, block in enumerate(trunk.blocks, start=1):
+        assert isinstance(block, Block)
+        q, keys, values = block.project(x, rotary)
+        own = LayerCache(keys, values, mask) if kept is None else kept[layer - 1].grown(keys, values, mask)
+        layers.append(own)
+        mixed = mix(q, own.keys, own.values) if runs is None else _by_run(mix, runs, q, own.keys, own.values)
+        x = block.finish(x, mixed)
+        if layer in collect:
+            hidden[layer] = x
+    return x, layers
+
+
+def _remember(
+    trunk: Trunk, memory: BlockMemory, x: Tensor, layout: Layout, kept: list[list[MemoryState]] | None,
+    hidden: dict[int, Tensor], collect: Collection[int],
+) -> tuple[Tensor, list[list[MemoryState]]]:
+    """Every layer keeps a memory for each row, or for each document of a packed one, whose states are of no further use."""
+    runs = _runs(layout, layout.mask)
+    states: list[list[MemoryState]] = []
+    for layer, block in enumerate(trunk.blocks, start=1):
+        assert isinstance(block, Block)
+        q, k, v = block.project(x, None)
+        if kept is None:
+            after = [memory.start(q.shape[1], k.shape[1], q.shape[3], like=k) for _ in range(len(x))]
+        else:
+            after = [state.copy() for state in kept[layer - 1]]
+        mixed = torch.zeros_like(q)
+        begun: set[int] = set()
+        for row, places, _ in runs:
+            if kept is None and row in begun:  # the next document of the row
+                after[row] = memory.start(q.shape[1], k.shape[1], q.shape[3], like=k)
+            begun.add(row)
+            mixed[row][:, places] = memory(q[row][:, places], k[row][:, places], v[row][:, places], after[row]).to(q.dtype)
+        x = block.finish(x, mixed)
+        states.append(after)
+        if layer in collect:
+            hidden[layer] = x
+    return x, states
+
+
+def _runs(layout: Layout, mask: Tensor) -> list[Run]:
+    """The documents of the rows; mask [n, T], true where there is a key, of which the last S are of this layout."""
+    before = mask.shape[1] - layout.mask.shape[1]
+    runs: list[Run] = []
+    for row in range(len(mask)):
+        own = layout.mask[row]
+        earlier = mask[row, :before].nonzero()[:, 0]
+        for number in layout.segment[row][own].unique().tolist():
+            places = (own & (layout.segment[row] == number)).nonzero()[:, 0]
+            runs.append((row, places, torch.cat([earlier, places + before])))
+    return runs
+
+
+def _by_run(mix: Mix, runs: Sequence[Run], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `mix`, each run by itself; places of no run get 0."""
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    for row, places, seen in runs:
+        mixed = mix(q[row : row + 1, :, places], k[row : row + 1, :, seen], v[row : row + 1, :, seen])
+        out[row, places] = mixed[0].transpose(0, 1).to(out.dtype)
+    return out.transpose(1, 2)

@@ -52,8 +52,8 @@ def test_what_no_stream_of_the_model_has_is_refused_with_names():
     with pytest.raises(RequestError, match=told) as caught:
         check_offers(asked("model/text.vocabulary"), {"model": encoder()})
     assert caught.value.exit_code is ExitCode.WRONG_REQUEST
-    with pytest.raises(RequestError, match="teacher/text.embedding, and a language model has no embedding"):
-        check_offers(asked("model/text.embedding", "teacher/text.embedding"), {"model": encoder(), "teacher": language()})
+    with pytest.raises(RequestError, match="teacher/text.tokens, and a language model has no tokens"):
+        check_offers(asked("model/text.embedding", "teacher/text.tokens"), {"model": encoder(), "teacher": language()})
     check_offers(asked("model/text.embedding", "model/image.hidden:1"), {"model": encoder()})
 
 

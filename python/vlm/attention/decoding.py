@@ -5,9 +5,9 @@ Source: hip, infllm, lm-infinite.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from vlm import ops
@@ -45,7 +45,20 @@ class WindowedAttention(nn.Module):
 
 
 AnyDecoderAttention = TrunkAttentionOptions | WindowedOptions | HierarchicalOptions | BlockMemoryOptions
-DecoderAttention = Annotated[AnyDecoderAttention, Field(discriminator="kind")]
+
+
+def _kind(value: Any) -> str:
+    """A table without a kind is exact attention, which every model has."""
+    return str(value.get("kind", "exact") if isinstance(value, dict) else value.kind)
+
+
+DecoderAttention = Annotated[
+    Annotated[TrunkAttentionOptions, Tag("exact")]
+    | Annotated[WindowedOptions, Tag("windowed")]
+    | Annotated[HierarchicalOptions, Tag("hierarchical")]
+    | Annotated[BlockMemoryOptions, Tag("block-memory")],
+    Discriminator(_kind),
+]
 """Kinds of attention that a decoder may be given when it reads and writes."""
 
 

@@ -196,9 +196,6 @@ class LanguageModel(Model):
         """
         refuse_chosen_keys(self.options)
         mixer = self.options.mixer
-        if mixer is None and not self.options.sees_all_before:
-            raise RequestError("a language model with attention under a mask, or an encoder, cannot be exported",
-                               remedy="train and score it here; drop [model.attention] to export a model that needs none")
         if mixer is not None and not mixer.exports:
             raise RequestError(f"a language model with the mixer {mixer.kind!r} cannot be exported",
                                remedy="export one with attention or with mixer.kind = \"linear-decay\"")
@@ -214,8 +211,12 @@ class LanguageModel(Model):
 
 
 def refuse_chosen_keys(options: LanguageOptions) -> None:
-    """Raises RequestError for attention to some keys alone: the graphs of a bundle see every key."""
+    """Raises RequestError for attention to some keys alone, and for an encoder: the graphs of a bundle see every key before."""
     attention = options.attention
+    masked = isinstance(attention, TrunkAttentionOptions) and not attention.plain
+    if options.mixer is None and (masked or not options.causal):
+        raise RequestError("a language model with attention under a mask, or an encoder, cannot be exported",
+                           remedy="train and score it here; drop [model.attention] to export a model that needs none")
     if attention is not None and not sees_all(attention):
         raise RequestError(f"a language model with attention of kind {attention.kind!r} cannot be exported",
                            remedy="export the model that it was made from, which sees every key")

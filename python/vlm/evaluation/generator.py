@@ -143,25 +143,14 @@ class TorchGenerator:
         """
         from vlm.runtime.chat import TAG, PieceIds, encode_pieces
         from vlm.runtime.generation import Prompt
-        from vlm.runtime.tiled import TiledPicture, with_tiles
+        from vlm.runtime.tiled import laid_out
 
         placed = self.template.with_pictures(messages, len(pictures))
         special = () if self.image_id is None else (self.image_id,)
         ids_of = PieceIds(self.tokenizer._core, special)
         pieces = self.template.pieces(placed, answer=False)
-        places: list[tuple[int, int, int]] = []
-        tiling = self.model.tiling
-        if tiling is not None:
-            cut = [picture for picture in pictures if isinstance(picture, TiledPicture)]
-            if len(cut) != len(pictures):
-                raise ValueError("this model reads tiles: pictures must come from prepare_image")
-            pieces = with_tiles(pieces, [picture.tags for picture in cut], tiling)
-            places = [(number, *place) for number, picture in enumerate(cut) for place in picture.places]
+        pieces, places, rows = laid_out(pieces, pictures, self.model.preprocesses(), self.model.tiling)
         ids, role, _ = encode_pieces(pieces, ids_of, self.image_id, self.tokenizer.bos_id, self.tokenizer.eos_id)
-        rows: dict[str, tuple[np.ndarray, ...]] = {}
-        for name in self.model.preprocesses() if pictures else ():
-            given = [picture[name] for picture in pictures]
-            rows[name] = tuple(given) if tiling is None else tuple(row for one in given for row in one)
         return Prompt(tuple(ids), rows, tuple(places), frozenset(at for at, own in enumerate(role) if own == TAG))
 
     def positions(self, prompt: Asked) -> int:

@@ -83,53 +83,32 @@ def run_decoder(
     beside attention to chosen keys, which is given whole rows.
     """
     if isinstance(trunk, RecurrentTrunk):
-        return _recur(trunk, x, layout, cache, keep_cache, reducer, cross, collect)
+        assert cache is None or isinstance(cache, RecurrentCache)
+        _refuse_pictures_apart("a recurrent mixer", cache, reducer, cross)
+        return _result(layout, cache, trunk.run(x, layout, cache, keep_cache, collect))
     if isinstance(trunk, AttendingTrunk):
-        return _attend(trunk, x, layout, cache, keep_cache, reducer, cross, collect)
+        assert cache is None or isinstance(cache, AttendingCache)
+        _refuse_pictures_apart("attention under a mask", cache, reducer, cross)
+        return _result(layout, cache, trunk.run(x, layout, cache, keep_cache, collect))
     if not sees_everything(trunk) or isinstance(cache, MemoryCache):
-        if reducer is not None or cross is not None or getattr(cache, "cross", None) is not None:
-            raise ValueError(f"attention of kind {trunk.options.attention.kind!r} works with pictures among the tokens, "  # type: ignore[union-attr]
-                             "none of which is dropped between layers")
         assert not isinstance(cache, RecurrentCache | AttendingCache)
-        x, position, hidden, grown = read_far(trunk, x, layout, cache, keep_cache, collect)
-        return DecoderResult(x, layout if cache is None else replace(layout, position=position), hidden, {}, grown)
+        kind = trunk.options.attention.kind if trunk.options.attention is not None else "exact"
+        _refuse_pictures_apart(f"attention of kind {kind!r}", cache, reducer, cross)
+        return _result(layout, cache, read_far(trunk, x, layout, cache, keep_cache, collect))
     if cache is not None:
         assert isinstance(cache, DecoderCache)
         return _append(trunk, x, layout, cache, collect)
     return _read(trunk, x, layout, keep_cache, reducer, cross, collect)
 
 
-def _recur(
-    trunk: RecurrentTrunk,
-    x: Tensor,
-    layout: Layout,
-    cache: Cache | None,
-    keep_cache: bool,
-    reducer: Reducer | None,
-    cross: Cross | None,
-    collect: Collection[int],
-) -> DecoderResult:
-    if reducer is not None or cross is not None:
-        raise ValueError("a recurrent mixer works with pictures among the tokens, none of which is dropped between layers")
-    assert cache is None or isinstance(cache, RecurrentCache)
-    x, position, hidden, grown = trunk.run(x, layout, cache, keep_cache, collect)
-    return DecoderResult(x, layout if cache is None else replace(layout, position=position), hidden, {}, grown)
+def _refuse_pictures_apart(what: str, cache: Cache | None, reducer: Reducer | None, cross: Cross | None) -> None:
+    if reducer is not None or cross is not None or getattr(cache, "cross", None) is not None:
+        raise ValueError(f"{what} works with pictures among the tokens, none of which is dropped between layers")
 
 
-def _attend(
-    trunk: AttendingTrunk,
-    x: Tensor,
-    layout: Layout,
-    cache: Cache | None,
-    keep_cache: bool,
-    reducer: Reducer | None,
-    cross: Cross | None,
-    collect: Collection[int],
-) -> DecoderResult:
-    if reducer is not None or cross is not None:
-        raise ValueError("attention under a mask works with pictures among the tokens, none of which is dropped between layers")
-    assert cache is None or isinstance(cache, AttendingCache)
-    x, position, hidden, grown = trunk.run(x, layout, cache, keep_cache, collect)
+def _result(layout: Layout, cache: Cache | None, run: tuple[Tensor, Tensor, dict[int, Tensor], Cache | None]) -> DecoderResult:
+    """Of a pass that drops nothing; behind a cache the positions are those that the cache gave."""
+    x, position, hidden, grown = run
     return DecoderResult(x, layout if cache is None else replace(layout, position=position), hidden, {}, grown)
 
 

@@ -21,7 +21,7 @@ from vlm.runtime.manifest import GOLDEN, MANIFEST, REMEDY, Manifest, inside, rea
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.stepper import BundleStepper
-from vlm.runtime.tiled import TiledPicture, row_positions, with_tiles
+from vlm.runtime.tiled import TiledPicture, laid_out, row_positions
 from vlm.runtime.tiling import Tiling
 from vlm.runtime.tokens import BundleTokenizer
 
@@ -97,18 +97,8 @@ class BundleGenerator:
         if pictures and not self._streams:
             raise DataError(f"{self.name} is a language model and reads no pictures")
         pieces = self.template.pieces(self.template.with_pictures(messages, len(pictures)), answer=False)
-        places: list[tuple[int, int, int]] = []
-        if self._tiling is not None:
-            cut = [picture for picture in pictures if isinstance(picture, TiledPicture)]
-            if len(cut) != len(pictures):
-                raise ValueError("this model reads tiles: pictures must come from prepare_image")
-            pieces = with_tiles(pieces, [picture.tags for picture in cut], self._tiling)
-            places = [(number, *place) for number, picture in enumerate(cut) for place in picture.places]
+        pieces, places, rows = laid_out(pieces, pictures, self._streams, self._tiling)
         ids, role, _ = encode_pieces(pieces, self._ids_of, self.image_id, self._bos_id, self._eos_id)
-        rows: dict[str, tuple[np.ndarray, ...]] = {}
-        for name in self._streams if pictures else ():
-            given = [picture[name] for picture in pictures]
-            rows[name] = tuple(given) if self._tiling is None else tuple(row for one in given for row in one)
         return Prompt(tuple(ids), rows, tuple(places), frozenset(at for at, own in enumerate(role) if own == TAG))
 
     def positions(self, prompt: Prompt) -> int:

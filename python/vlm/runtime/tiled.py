@@ -6,7 +6,7 @@ k pieces of a picture, S side of a tower's input.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,24 @@ def row_positions(
         else:
             total += 1
     return total + waiting
+
+
+def laid_out(
+    pieces: Sequence[Piece], pictures: Sequence[Mapping[str, np.ndarray]], streams: Iterable[str], tiling: Tiling | None
+) -> tuple[list[Piece], list[tuple[int, int, int]], dict[str, tuple[np.ndarray, ...]]]:
+    """A conversation's pieces and its prepared pictures as a prompt holds them: (the pieces, with a placeholder for each tile;
+    (picture, tile row, tile column) of each placeholder, none without tiles; picture stream -> its rows).
+
+    Raises ValueError when a model that reads tiles is given a picture that was not cut.
+    """
+    if tiling is None:
+        return list(pieces), [], {name: tuple(picture[name] for picture in pictures) for name in streams if pictures}
+    cut = [picture for picture in pictures if isinstance(picture, TiledPicture)]
+    if len(cut) != len(pictures):
+        raise ValueError("this model reads tiles: pictures must come from prepare_image")
+    places = [(number, *place) for number, picture in enumerate(cut) for place in picture.places]
+    rows = {name: tuple(row for picture in cut for row in picture[name]) for name in streams if pictures}
+    return with_tiles(pieces, [picture.tags for picture in cut], tiling), places, rows
 
 
 def with_tiles(pieces: Sequence[Piece], tags: Sequence[Sequence[str]], tiling: Tiling) -> list[Piece]:

@@ -89,6 +89,33 @@ def swin(backward: bool, shifted: bool = False) -> Callable[[], dict[Arm, Work]]
     return build
 
 
+def window_beside_flex(length: int, window: int) -> Callable[[], dict[Arm, Work]]:
+    """Forward of q, k, v [1, 8, N, 64] under a causal window; the peer is compiled and has its block mask before it is timed
+    (without gradients: it has none on the CPU)."""
+
+    def build() -> dict[Arm, Work]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        generator = torch.Generator().manual_seed(length)
+        q, k, v = (torch.randn(1, length, 8, 64, generator=generator).transpose(1, 2) for _ in range(3))
+        program = masks.MaskProgram(masks.Window(window))
+        blocks = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), None, None, length, length, device="cpu")
+        flex = torch.compile(flex_attention, fullgraph=True)
+
+        @torch.no_grad()
+        def ours() -> object:
+            return ops.attention(q, k, v, mask=program)
+
+        @torch.no_grad()
+        def peer() -> object:
+            return flex(q, k, v, block_mask=blocks)
+
+        torch.testing.assert_close(peer(), ours(), atol=1e-4, rtol=1e-4)
+        return _arms(ours, peer)
+
+    return build
+
+
 def _name(kind: str, length: int, backward: bool) -> str:
     return f"attention/{kind}/{length}/{'forward+backward' if backward else 'forward'}"
 
@@ -99,6 +126,7 @@ ATTENTION_CASES: tuple[Case, ...] = (
           ("window-256", 4096, False, 8.0), ("window-256", 4096, True, 6.0),
           ("lambda-256", 4096, False, None), ("lambda-256", 4096, True, None),
           ("documents-256", 4096, False, 8.0), ("documents-256", 4096, True, 8.0)]),
+    Case("attention/window-256-flex/4096/forward", "torch flex_attention, compiled", window_beside_flex(4096, 256), 1.5),
     *(Case(f"attention/{'swin-shifted' if shifted else 'swin'}/64/{'forward+backward' if backward else 'forward'}", SDPA,
            swin(backward, shifted), 1.0) for shifted in (False, True) for backward in (False, True)),
     Case("attention/dense-bf16/1024/forward", SDPA, masked("dense", 1024, False, torch.bfloat16), 1.25),

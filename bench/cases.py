@@ -16,6 +16,7 @@ from vlm.bench.decoder import DECODER_CASES
 from vlm.bench.longformer import LONGFORMER_CASES
 from vlm.bench.recurrent import RECURRENT_CASES
 from vlm.bench.selection import SELECTION_CASES
+from vlm.bench.steps import STEP_CASES
 from vlm.bench.swin import SWIN_CASES
 from vlm.bench.tokens import TOKEN_CASES
 from vlm.bench.vocabulary import VOCABULARY_CASES
@@ -78,6 +79,7 @@ CASES: tuple[Case, ...] = (
     *RECURRENT_CASES,
     *SELECTION_CASES,
     *SWIN_CASES,
+    *STEP_CASES,
 )
 
 __all__ = ["CASES", "DENSE", "PEER_MEMORY_LIMIT", "SDPA", "Arm", "Case", "Work", "contrastive"]

@@ -126,7 +126,8 @@ CONTRASTIVE_CASES: tuple[Case, ...] = (
         for form in ("softmax", "sigmoid")
         for batch in (1024, 4096, 8192, 16384, 32768)
     ),
-    Case("contrastive/softmax/65536/forward+backward", DENSE, contrastive("softmax", 65536), peer_bytes=16 * 65536**2),
+    *(Case(f"contrastive/{form}/65536/forward+backward", DENSE, contrastive(form, 65536), peer_bytes=16 * 65536**2)
+      for form in ("softmax", "sigmoid")),
     Case("contrastive/softmax-bfloat16/8192/forward+backward", DENSE, contrastive("softmax", 8192, half=True),
          peer_bytes=16 * 8192**2),
     Case("contrastive/softmax-teacher/4096/forward+backward", DENSE, taught(4096), peer_bytes=32 * 4096**2),

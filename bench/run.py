@@ -66,9 +66,9 @@ def _times(case: Case) -> dict[Arm, tuple[float, float]]:
     arms = {arm: work for arm, work in case.build().items() if arm != "peer" or case.runs_peer}
     first = {arm: _time(work) for arm, work in arms.items()}
     spent = sum(wall for wall, _ in first.values())
-    if spent > SHORT_SECONDS * len(arms):  # minutes of work: the warm-up was the measurement
+    if case.repeats is None and spent > SHORT_SECONDS * len(arms):  # minutes of work: the warm-up was the measurement
         return first
-    repeats = max(1, min(25, int(BUDGET_SECONDS / spent)))
+    repeats = case.repeats or max(1, min(25, int(BUDGET_SECONDS / spent)))
     samples: dict[Arm, list[tuple[float, float]]] = {arm: [] for arm in arms}
     for _ in range(repeats):
         for arm, work in arms.items():

@@ -84,6 +84,6 @@ SELECTION_CASES: tuple[Case, ...] = (
     *(
         Case(f"long-row/{kind}/{read}", "the same model, which sees every key", writing(kind, read), native=False)
         for kind in WRITING
-        for read in (4096, 16384)
+        for read in (1024, 4096, 16384)
     ),
 )

@@ -1,4 +1,4 @@
-"""Windowed attention and Swin V2 blocks beside those of transformers, and training steps of the preset `swin-v2`."""
+"""Windowed attention and Swin V2 blocks beside those of transformers."""
 
 from __future__ import annotations
 
@@ -104,48 +104,6 @@ class _Given(torch.nn.Module):
         return self.value
 
 
-def step(objective: str) -> Callable[[], dict[Arm, Work]]:
-    """A training step of the preset `swin-v2` without its data: 8 pictures, loss, gradients, AdamW; native beside torch."""
-
-    def build() -> dict[Arm, Work]:
-        return {"native": with_backend("native", _stepper(objective)), "dispatched": _stepper(objective),
-                "peer": with_backend("torch", _stepper(objective))}  # fmt: skip
-
-    return build
-
-
-def _stepper(kind: str) -> Work:
-    from dataclasses import replace
-
-    from vlm.objectives import BuildContext
-    from vlm.training.preset import load_preset, stages_of
-    from vlm.types import Batch, Context, Labels, Pictures, SingleProcess, Views, VocabularyLayout
-
-    stage = next(s for s in stages_of(load_preset("swin-v2")[1]) if s.objectives[0].kind == kind)
-    torch.manual_seed(0)
-    assert stage.model is not None
-    model = stage.model.build(VocabularyLayout({}, {})).train()
-    classes: tuple[str, ...] = stage.model.classes  # type: ignore[union-attr]
-    objective = stage.objectives[0].build(BuildContext(model, classes=classes))
-    optimizer = torch.optim.AdamW([*model.parameters(), *objective.parameters()], lr=1e-4, weight_decay=0.05)
-    rows, zeros = torch.arange(8), torch.zeros(8, dtype=torch.int64)
-    image = Pictures(torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.ones(8, dtype=torch.bool), rows)
-    hidden = replace(image, masked=torch.rand(8, 4, 4) < 0.6)
-    labels = Labels(rows % len(classes), torch.ones(8, dtype=torch.bool), rows)
-    batch = Batch({"image": image, "image.masked": hidden, "label": labels}, [str(i) for i in range(8)], zeros, zeros)
-    wanted = {request.key: frozenset({request.wanted}) for request in objective.requires}
-
-    def run() -> object:
-        views = Views({f"model/{key}": out for key, out in model.encode(batch, wanted).items()})
-        terms = objective(views, Context(batch, SingleProcess()))
-        optimizer.zero_grad()
-        (terms.total() / terms.weights.sum()).backward()
-        optimizer.step()
-        return terms.values
-
-    return run
-
-
 SWIN_CASES: tuple[Case, ...] = (
     *(
         Case(f"swin/{name}/{windows}/{'shifted' if shift else 'plain'}/forward+backward", PEER, make(windows, shift), target)
@@ -153,5 +111,4 @@ SWIN_CASES: tuple[Case, ...] = (
         for windows in (128, 1024)
         for shift in (0, WINDOW // 2)
     ),
-    *(Case(f"swin/step/{kind}", "the same step in torch operators", step(kind)) for kind in ("masked-pixels", "classification")),
 )

@@ -115,6 +115,18 @@ def test_the_inventory_says_each_object_once_in_reading_order():
         assert text.count(" at the ") + text.count(" on the ") + text.count(" in the ") == len(scene.things)
 
 
+def test_a_dialogue_asks_each_thing_once_and_ends_with_what_is_there():
+    for fields in fields_of("scenes:?n=60", 60):
+        asked = [entry["question"] for entry in fields["dialogue"]]
+        assert len(set(asked)) == len(asked)
+        assert fields["dialogue"][: len(fields["questions"])] == fields["questions"]
+        assert fields["dialogue"][-1]["answer"] == fields["inventory"]
+        own = fields["dialogue"][len(fields["questions"]) : -1]
+        assert len(own) <= 4
+        assert all(entry in fields["attributes"] for entry in own)
+        assert all(fields["shape"] in str(entry) for entry in own if entry["kind"] != "place"), own
+
+
 def test_attributes_ask_what_one_object_answers():
     """Every answer is that of exactly one object, found again in the fields of the scene."""
     kinds = Counter()

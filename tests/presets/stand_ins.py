@@ -30,7 +30,8 @@ def small(key, models, *overrides):
     stages = preset.stages or [{}]
     given = ["train.batch_size=4", "train.accumulate=1", "scale={threads=1, processes=1}", "data.workers=0"]
     mixed = [(s["name"], part) for s in stages for part in s.get("data", {}).get("mixture", {})]
-    given += [f'stages.{name}.data.mixture.{part}.source="{FEW}"' for name, part in mixed] or [f'data.source="{FEW}"']
+    own = [f'data.mixture.{part}.source="{FEW}"' for part in preset.data.mixture]
+    given += [f'stages.{name}.data.mixture.{part}.source="{FEW}"' for name, part in mixed] or own or [f'data.source="{FEW}"']
     given += [f'stages.{stage["name"]}.train.batch_size=4' for stage in stages if "batch_size" in stage.get("train", {})]
     if preset.data.val is not None:
         given.append('data.val="scenes:?n=12&split=val"')
@@ -51,7 +52,7 @@ def small(key, models, *overrides):
 def make_stand_ins(folder):
     """Base -> a model directory of its family and parts, with weights of no meaning."""
     models = {}
-    for key in ("clip-tiny", "lm-tiny", "lm-tiny-student", "vlm-tiny"):
+    for key in ("clip-tiny", "clip-tiny-objects", "lm-tiny", "lm-tiny-student", "vlm-tiny"):
         run = Run(RunDirectory(folder / key), *small(key, models), note=quiet)
         write_stand_in(run)
         models[key] = folder / key

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlm.config.errors import DataError, ExitCode, RequestError, RunFailed
+from vlm.config.errors import DataError, ExitCode, PresetError, RequestError, RunFailed
 from vlm.data.sources.uri import open_source
 from vlm.training.preset import GateOptions, load_preset
 from vlm.training.run import Run
@@ -221,6 +221,19 @@ def test_a_part_named_by_key_is_a_base_too(make_claim, make_workspace, tmp_path)
     workspace.unit(claim.key, unit)
     assert phases(workspace, claim) == ["base", "seed"]
     assert len(list((tmp_path / "store" / "bases").glob("*/model/model.safetensors"))) == 1
+
+
+def test_a_base_keeps_its_own_data_where_the_claim_says_so(make_claim, make_workspace):
+    def source_of(more):
+        claim = claim_of(make_claim(extends="clip-tiny-distill", more=more))
+        return Measure(claim, make_workspace()).base_unit("clip-tiny").stages[0].data.source, claim.train
+
+    own, train = source_of('own_data = ["clip-tiny"]')
+    assert own == load_preset("clip-tiny")[0].data.source != train
+    replaced, train = source_of("")
+    assert replaced == train
+    with pytest.raises(PresetError, match="clip-tony"):
+        source_of('own_data = ["clip-tony"]')
 
 
 def test_a_directory_as_teacher_stays_a_directory(make_claim, make_workspace, tmp_path, monkeypatch):

@@ -151,6 +151,9 @@ class ClaimOptions(Options):
     overrides: dict[str, Any] = Field({}, description="partial preset laid over both arms, merged like a stage")
     baseline_overrides: dict[str, Any] = Field({}, description="partial preset laid over the baseline alone")
     bases: dict[str, dict[str, Any]] = Field({}, description="settings of presets that a companion or start.model names by key")
+    own_data: tuple[str, ...] = Field(
+        (), description="bases that keep the data of their preset, for what the claim's data do not teach; never its test data"
+    )
     tune: TuneOptions = TuneOptions()
     controls: list[ControlOptions] = []
     gates: list[GateOptions] = []

@@ -66,13 +66,13 @@ def inventory(scene: Scene) -> str:
     return listing([f"{a(sized(thing))} {_PLACES[thing.cell]}" for thing in things])
 
 
-def attributes(scene: Scene) -> list[dict[str, Any]]:
-    """What there is to ask about each object alone: its shape by its color, its color by its shape, its size by both, and
-    what is at its place. Only what one object answers is asked."""
+def attributes(scene: Scene, only: Thing | None = None) -> list[dict[str, Any]]:
+    """What there is to ask about each object alone, or about one: its shape by its color, its color by its shape, its size
+    by both, and what is at its place. Only what one object answers is asked."""
     things = scene.things
     shapes, colors, names, cells = zip(*((t.shape, t.color, t.name, t.cell) for t in things), strict=True)
     out: list[dict[str, Any]] = []
-    for thing in sorted(things, key=lambda thing: thing.cell):
+    for thing in sorted(things if only is None else [only], key=lambda thing: thing.cell):
         if colors.count(thing.color) == 1:
             out.append({"kind": "shape", "question": f"what shape is the {thing.color} object?", "answer": thing.shape})
         if shapes.count(thing.shape) == 1:
@@ -82,6 +82,13 @@ def attributes(scene: Scene) -> list[dict[str, Any]]:
         if cells.count(thing.cell) == 1:
             out.append({"kind": "place", "question": f"what is {_PLACES[thing.cell]}?", "answer": a(thing.name)})
     return out
+
+
+def dialogue(scene: Scene, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a model that answers is trained on: the questions, those about the main object alone, and what is there at all."""
+    known = {entry["question"] for entry in asked}
+    own = [entry for entry in attributes(scene, scene.things[0]) if entry["question"] not in known]
+    return [*asked, *own, {"kind": "inventory", "question": "what is in the picture?", "answer": inventory(scene)}]
 
 
 def questions(scene: Scene, draws: Sequence[float], yes: float = 0.5) -> list[dict[str, Any]]:

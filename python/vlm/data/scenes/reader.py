@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.data.scenes.draw import draw
-from vlm.data.scenes.language import attributes, captions, description, inventory, questions
+from vlm.data.scenes.language import attributes, captions, description, dialogue, inventory, questions
 from vlm.data.scenes.layout import MOST_OBJECTS, Scene, compose, scene_generator
 
 
@@ -21,7 +21,7 @@ class SceneReader:
 
     def read(self, recipe: Any) -> dict[str, Any]:
         """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `attributes`, `name` ("red circle"), `shape`, `color`,
-        `category` (the shape), `concept` (the name), `count`, `objects`, `boxes`, `relations`, `questions`."""
+        `category` (the shape), `concept` (the name), `count`, `objects`, `boxes`, `relations`, `questions`, `dialogue`."""
         scene, fields = self._scene(recipe)
         return {"image": draw(scene, self.size), **fields}
 
@@ -35,6 +35,7 @@ class SceneReader:
         draws = generator.random(8).tolist()
         texts = captions(scene)
         main = scene.things[0]
+        asked = questions(scene, draws, self.yes)
         return scene, {
             "caption": texts[int(draws[7] * len(texts))],
             "captions": texts,
@@ -52,5 +53,6 @@ class SceneReader:
             ],
             "boxes": [t.box for t in scene.things],
             "relations": [list(relation) for relation in scene.relations],
-            "questions": questions(scene, draws, self.yes),
+            "questions": asked,
+            "dialogue": dialogue(scene, asked),
         }

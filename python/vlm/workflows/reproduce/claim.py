@@ -123,7 +123,12 @@ def claim_of(key: str, data: str = REAL) -> Claim:
                 where=resolved.name,
                 remedy=f"known: baseline, {', '.join(names)}",
             )
-    bases = {name: _arm(name, resolve(name).values, train, table).values for name, table in options.bases.items()}
+    for name in options.own_data:
+        resolve(name)  # a preset, or PresetError says which are known
+    bases = {
+        name: _arm(name, resolve(name).values, None if name in options.own_data else train, table).values
+        for name, table in options.bases.items()
+    }
     return Claim(
         preset.method.key, preset.method.title, options, tuple(arms), _tasks(key, arms[0], own, options),
         data, train, test, bases,
@@ -207,7 +212,7 @@ def _scaled(table: Values, name: str, factors: Mapping[str, float]) -> Values:
     return {**table, name: inside}
 
 
-def _arm(name: str, values: Values, train: str, *overrides: Values) -> Arm:
+def _arm(name: str, values: Values, train: str | None, *overrides: Values) -> Arm:
     values = {key: value for key, value in values.items() if key != "claim"}
     for table in overrides:
         values = merge_tables(values, table)

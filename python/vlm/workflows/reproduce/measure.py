@@ -205,7 +205,8 @@ class Measure:
         return unit_of(key, self._base_values, self._make_base)
 
     def _base_values(self, key: str) -> Values:
-        values = self.claim.bases.get(key) or trained_on(resolve(key).values, self.claim.train)
+        train = None if key in self.claim.options.own_data else self.claim.train
+        values = self.claim.bases.get(key) or trained_on(resolve(key).values, train)
         return with_seed(values, BASE_SEED)
 
     def _make_base(self, key: str, values: Values, bases: dict[str, Unit]) -> Unit:

@@ -60,10 +60,14 @@ def description(scene: Scene) -> str:
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
 
+def placed(thing: Thing) -> str:
+    """One object with size, color, shape and place."""
+    return f"{a(sized(thing))} {_PLACES[thing.cell]}"
+
+
 def inventory(scene: Scene) -> str:
     """Every object once, with size, color, shape and place, in reading order of the places."""
-    things = sorted(scene.things, key=lambda thing: thing.cell)
-    return listing([f"{a(sized(thing))} {_PLACES[thing.cell]}" for thing in things])
+    return listing([placed(thing) for thing in sorted(scene.things, key=lambda thing: thing.cell)])
 
 
 def attributes(scene: Scene, only: Thing | None = None) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.data.scenes.draw import draw
-from vlm.data.scenes.language import attributes, captions, description, dialogue, inventory, questions
+from vlm.data.scenes.language import attributes, captions, description, dialogue, inventory, placed, questions
 from vlm.data.scenes.layout import MOST_OBJECTS, Scene, compose, scene_generator
 
 
@@ -20,7 +20,8 @@ class SceneReader:
         self.most = int(spec.get("objects", MOST_OBJECTS))
 
     def read(self, recipe: Any) -> dict[str, Any]:
-        """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `attributes`, `name` ("red circle"), `shape`, `color`,
+        """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `placed` (one
+        object and where it is), `attributes`, `name` ("red circle"), `shape`, `color`,
         `category` (the shape), `concept` (the name), `count`, `objects`, `boxes`, `relations`, `questions`, `dialogue`."""
         scene, fields = self._scene(recipe)
         return {"image": draw(scene, self.size), **fields}
@@ -41,6 +42,7 @@ class SceneReader:
             "captions": texts,
             "description": description(scene),
             "inventory": inventory(scene),
+            "placed": placed(scene.things[int(draws[6] * len(scene.things))]),
             "attributes": attributes(scene),
             "name": main.name,
             "shape": main.shape,

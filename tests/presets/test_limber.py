@@ -17,7 +17,7 @@ WANTED = {"text": frozenset({"vocabulary"})}
 def test_limber_frozen_parts_keep_their_bits(models, tmp_path):
     begin(tmp_path / "run", "limber", models, "train.steps=3", "evaluation.tasks=[]").train()
     after = load_model(tmp_path / "run").state_dict()
-    clip, language = load_model(models["clip-tiny"]).state_dict(), load_model(models["lm-tiny"]).state_dict()
+    clip, language = load_model(models["clip-tiny-objects"]).state_dict(), load_model(models["lm-tiny"]).state_dict()
     for name, tensor in language.items():
         kept = after[f"language.{name}"][: len(tensor)]  # the tokenizer gained <image>, and the embedding its row
         assert torch.equal(kept, tensor), name
@@ -51,11 +51,11 @@ def test_limber_drops_features_in_training_alone(models, tmp_path):
 
 def test_limber_its_baseline_is_the_same_tower_without_training(models):
     method, baseline = (settled(arm.values)[0] for arm in claim_of("limber").arms)
-    assert method.start.parts == {"towers.main": "clip-tiny", "language": "lm-tiny"}
+    assert method.start.parts == {"towers.main": "clip-tiny-objects", "language": "lm-tiny"}
     assert baseline.start.parts == {"language": "lm-tiny"}
     assert method.tuning == baseline.tuning
     assert method.train == baseline.train
-    drawn, clip = baseline.model.towers["main"], load_preset("clip-tiny")[0].model
+    drawn, clip = baseline.model.towers["main"], load_preset("clip-tiny-objects")[0].model
     assert {"width", "image_size", "class_token", "pre_norm"} <= SHAPE
     for name in SHAPE:
         assert getattr(drawn, name) == getattr(clip.vision, name), name

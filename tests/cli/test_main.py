@@ -262,3 +262,13 @@ def test_json_takes_arrays_and_any_file_name(capsys):
 def test_what_is_no_json_is_an_error():
     with pytest.raises(TypeError, match="object is no JSON value"):
         output.echo_json({"a": object()})
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_sleep_when_they_wait_unless_the_user_says_otherwise(given, spins):
+    program = "import os, sys\nfrom vlm.cli import main\nmain.main = lambda: print(os.environ.get('GOMP_SPINCOUNT')) or 0\nmain.run()"
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=clean | given)
+    assert done.stdout.strip() == str(spins), done.stderr

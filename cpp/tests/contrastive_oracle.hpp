@@ -1,6 +1,7 @@
 // Contrastive losses in float64 from the definitions of vlm/contrastive.hpp, holding all pairs.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -22,12 +23,13 @@ struct PairOracle {
 
   PairOracle(PairLoss loss, const PairProblem& problem) : p(problem), R(p.rows), C(p.columns) {
     totals = p.full || p.decoupled || p.row_excluded != nullptr || p.teacher.x.data != nullptr;
+    const int64_t offset = std::clamp<int64_t>(p.row_offset, -(R + C), R + C);  // those beyond meet nothing either
     z.resize(R * C), u.resize(R * C), positive.resize(R * C), kept.resize(R * C);
     for (int64_t i = 0; i < R; ++i)
       for (int64_t j = 0; j < C; ++j) {
         const int64_t at = i * C + j;
         z[at] = p.scale * dot(p.x, p.y, i, j, p.width) + (loss == PairLoss::sigmoid ? p.bias : 0.0f);
-        positive[at] = p.row_ids == nullptr ? j - p.row_offset == i : p.row_ids[i] == p.column_ids[j];
+        positive[at] = p.row_ids == nullptr ? j - offset == i : p.row_ids[i] == p.column_ids[j];
         bool excluded = p.row_excluded != nullptr && p.row_excluded[i] == p.column_excluded[j];
         if (p.teacher.x.data != nullptr) {
           u[at] = p.teacher.scale * dot(p.teacher.x, p.teacher.y, i, j, p.teacher.width) + p.teacher.bias;

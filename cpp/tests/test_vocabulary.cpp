@@ -36,7 +36,7 @@ struct CrossEntropyCase {
 void compare(CrossEntropyCase given) {
   const std::string name = "cross-entropy R" + std::to_string(given.rows) + " V" + std::to_string(given.ids) + " cap" +
                            std::to_string(given.softcap);
-  const int64_t R = given.rows, V = given.ids;
+  const int64_t R = given.rows;
   std::vector<double> loss(R), log_p(R), lse(R);
   std::vector<double> gradient(given.chunk.begin(), given.chunk.end());
   for (int64_t i = 0; i < R; ++i) {

@@ -90,14 +90,15 @@ def check(c: Drawn, dtype: torch.dtype, limit: float) -> None:
     numbers, make = bias_of(c, g)
     inputs += numbers
     temperature = [torch.rand(h if number(g, 0, 1) else 1, generator=g, dtype=torch.float64) * 4 + 1] if c.cosine else []
-    inputs = [t.to(dtype).double() for t in inputs + temperature]
+    inputs = [t.to(dtype).double() for t in inputs[:3]] + [t.float().double() for t in inputs[3:] + temperature]
     atoms: list[masks.Atom] = [ATOMS[number(g, 0, len(ATOMS) - 1)](g, c.b, h, c.n, m)[0] for _ in range(c.atoms)]
     if c.opened:
         atoms.append(masks.GlobalTokens(torch.rand(c.b, c.n, generator=g) < 0.1, torch.rand(c.b, m, generator=g) < 0.1))
     program = MaskProgram(*atoms) if atoms else None
 
     def call(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (laid_out(t, c.layout) for t in (q, k, v))
+        # Numbers of biases and temperatures are parameters: they stay in float32.
+        q, k, v = (laid_out(t.to(dtype) if t.dtype == torch.float32 else t, c.layout) for t in (q, k, v))
         bias = None if make is None else make(more[0])
         dropout = (c.dropped, c.seed) if c.dropped else None
         return ops.attention(q, k, v, causal=c.causal, mask=program, bias=bias, softcap=c.softcap,
@@ -105,7 +106,7 @@ def check(c: Drawn, dtype: torch.dtype, limit: float) -> None:
                              dropout=dropout, return_lse=True)
 
     exact = run(call, inputs, "torch", torch.float64)
-    got = run(call, inputs, "native", dtype)
+    got = run(call, inputs, "native", torch.float32)
     for place, (ours, want) in enumerate(zip(got, exact)):
         # A gradient may be 0 but for rounding, so what counts is the error beside the size of an ordinary number.
         size = max(1.0, float(want[want.isfinite()].abs().max())) if want.isfinite().any() else 1.0
@@ -117,13 +118,13 @@ def check(c: Drawn, dtype: torch.dtype, limit: float) -> None:
 
 
 @given(c=calls)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_drawn_calls_in_float32(c: Drawn) -> None:
     check(c, torch.float32, 3e-5)
 
 
 @given(c=calls)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_drawn_calls_in_bfloat16(c: Drawn) -> None:
     check(c, torch.bfloat16, 2.0**-6)
 

@@ -4,32 +4,17 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "attention/problem_checks.hpp"
 #include "core/kernel_table.hpp"
 
 namespace vlm {
-namespace {
-
-void check(const AttentionProblem& p) {
-  for (int64_t n : {p.batch, p.query_heads, p.key_heads, p.queries, p.keys, p.width, p.value_width})
-    if (n < 0) throw std::invalid_argument("attention: negative size");
-  if (p.key_heads == 0 || p.query_heads % p.key_heads != 0)
-    throw std::invalid_argument("attention: query heads are not a multiple of key heads");
-  if (p.softcap < 0.0f) throw std::invalid_argument("attention: the soft cap is negative");
-  if (p.keep_share <= 0.0f) throw std::invalid_argument("attention: dropout leaves nothing");
-  if (p.relative != nullptr && p.grid_columns > 0 &&
-      (p.queries != p.keys || p.grid_rows * p.grid_columns != p.queries))
-    throw std::invalid_argument("attention: the grid of the relative bias does not fit queries and keys");
-}
-
-}  // namespace
-
 void attention_forward(const AttentionForward& call, int threads) {
-  check(call.problem);
+  check_problem(call.problem, "attention");
   active_kernels().attention_forward(call, std::max(threads, 1));
 }
 
 void attention_backward(const AttentionBackward& call, int threads) {
-  check(call.problem);
+  check_problem(call.problem, "attention");
   const AttentionProblem& p = call.problem;
   if (call.dbias != nullptr && ((call.bias_batch != 1 && call.bias_batch != p.batch) ||
                                 (call.bias_heads != 1 && call.bias_heads != p.query_heads) ||

@@ -276,7 +276,7 @@ void run_head(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t chu
         float* to = head_of(s.call.dq, b, h) + i0 * s.call.dq.row_stride;
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t e = 0; e < p.width; e += W)
-            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * scale_of(p, h), p.width - e);
+            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * p.scale, p.width - e);
       }
     }
   }
@@ -302,26 +302,27 @@ void merge_queries(const Plan& s, int threads) {
           if (!s.touched(chunk, head / p.query_heads, head % p.query_heads)[i / BLOCK_QUERIES]) continue;
           sum += load(s.dq_parts + chunk * s.part_room() + at * s.width + e);
         }
-        store_first(to + e, sum * scale_of(p, head % p.query_heads), p.width - e);
+        store_first(to + e, sum * p.scale, p.width - e);
       }
     }
   });
 }
 
-// From the gradient g of a unit vector x / |x| to that of x: (g - u <u, g>) / |x|. Returns <u, g>.
-float through_length(const float* x, float inverse, int64_t width, float* g) {
+// From the gradient g of a unit vector x / |x| to that of x, times a factor: (g - u <u, g>) factor / |x|. Returns
+// <u, g>.
+float through_length(const float* x, float inverse, int64_t width, float factor, float* g) {
   vf sum{};
   for (int64_t e = 0; e < width; e += W) sum += load_first(x + e, width - e) * load_first(g + e, width - e);
   const float along = sum_lanes(sum) * inverse;
   for (int64_t e = 0; e < width; e += W) {
     const vf unit = load_first(x + e, width - e) * inverse;
-    store_first(g + e, (load_first(g + e, width - e) - unit * along) * inverse, width - e);
+    store_first(g + e, (load_first(g + e, width - e) - unit * along) * (inverse * factor), width - e);
   }
   return along;
 }
 
-// The cosine score: dQ and dK so far are those of unit vectors. The temperature's gradient is <u_i, g_i> / temperature
-// summed over queries and, in this order, over batch and heads.
+// The cosine score: dQ and dK so far are those of unit vectors, dQ without the temperature. So the temperature's
+// gradient is <u_i, g_i> summed over queries and, in this order, over batch and heads, also where it is 0.
 void finish_cosine(const Plan& s, int threads) {
   const AttentionProblem& p = s.p;
   Scratch memory(2 * p.batch * p.query_heads);
@@ -330,11 +331,12 @@ void finish_cosine(const Plan& s, int threads) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t b = at / p.query_heads, h = at % p.query_heads;
       const float *q = head_of(p.q, b, h), *inverse = s.lengths.of_queries(b, h, 0);
+      const float temperature = p.temperature[h * p.temperature_stride];
       float* dq = head_of(s.call.dq, b, h);
       sums[at] = 0.0;
       for (int64_t i = 0; i < p.queries; ++i)
         sums[at] += static_cast<double>(
-            through_length(q + i * p.q.row_stride, inverse[i], p.width, dq + i * s.call.dq.row_stride));
+            through_length(q + i * p.q.row_stride, inverse[i], p.width, temperature, dq + i * s.call.dq.row_stride));
     }
   });
   parallel_for(p.batch * p.key_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
@@ -345,7 +347,7 @@ void finish_cosine(const Plan& s, int threads) {
       float* dk = head_of(s.call.dk, b, h);
       for (int64_t j = 0; j < p.keys; ++j)
         if (kept == nullptr || kept[j] != 0)
-          through_length(k + j * p.k.row_stride, inverse[j], p.width, dk + j * s.call.dk.row_stride);
+          through_length(k + j * p.k.row_stride, inverse[j], p.width, 1.0f, dk + j * s.call.dk.row_stride);
     }
   });
   if (s.call.dtemperature == nullptr) return;
@@ -354,7 +356,7 @@ void finish_cosine(const Plan& s, int threads) {
     double sum = 0.0;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t h = head; h < (shared ? p.query_heads : head + 1); ++h) sum += sums[b * p.query_heads + h];
-    s.call.dtemperature[head] = static_cast<float>(sum / static_cast<double>(p.temperature[head]));
+    s.call.dtemperature[head] = static_cast<float>(sum);
   }
 }
 

@@ -184,8 +184,8 @@ void run_head(const AttentionRows& call, const KeyMasks& masks, RowsWorker& w, i
   const int64_t group = p.query_heads / p.key_heads, stacked = group * call.count;
   const int64_t* rows = call.rows + b * call.count;
   float* out = call.probabilities + (b * p.query_heads + key_head * group) * call.count * p.keys;
-  // One program for the heads of a group: the statistics take no mask or bias that differs between heads but `bias`.
-  const AttentionProgram program = masks.program(p, b, key_head * group);
+  int64_t head = key_head * group;  // whose program is at hand: masks and relative biases may differ between heads
+  AttentionProgram program = masks.program(p, b, head);
   for (int64_t g = 0; g < stacked; g += MR) {
     const int64_t height = smaller(MR, stacked - g);
     for (int64_t r = 0; r < height; ++r) {
@@ -203,6 +203,7 @@ void run_head(const AttentionRows& call, const KeyMasks& masks, RowsWorker& w, i
       bool multiplied = false;
       for (int64_t r = 0; r < height; ++r) {
         const int64_t i = rows[(g + r) % call.count], h = key_head * group + (g + r) / call.count;
+        if (h != head) program = masks.program(p, b, head = h);
         const Cover cover = i < 0 ? Cover::skip : program.cover(i, i + 1, j0, j0 + breadth, tile);
         float* to = out + (g + r) * p.keys + j0;
         if (cover == Cover::skip) {

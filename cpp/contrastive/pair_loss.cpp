@@ -16,13 +16,15 @@ struct Targets {
 };
 
 void count_diagonal(const PairProblem& p, Targets& t) {
+  constexpr int64_t far = int64_t{1} << 32;  // beyond every row and column
+  const int64_t offset = std::clamp(p.row_offset, -far, far);
   for (int64_t j = 0; j < p.columns; ++j) {
     t.column_ids[j] = static_cast<int32_t>(j);
-    const int64_t i = j - p.row_offset;
+    const int64_t i = j - offset;
     t.column_count[j] = i >= 0 && i < p.rows ? 1.0f : 0.0f;
   }
   for (int64_t i = 0; i < p.rows; ++i) {
-    const int64_t j = i + p.row_offset;
+    const int64_t j = i + offset;
     const bool there = j >= 0 && j < p.columns;
     t.row_ids[i] = there ? static_cast<int32_t>(j) : -1;
     t.row_count[i] = there ? 1.0f : 0.0f;

@@ -1,6 +1,8 @@
 // Exact attention against a float64 oracle that holds every score.
 #include <limits>
+#include <stdexcept>
 
+#include "attention_oracle.hpp"
 #include "check.hpp"
 #include "vlm/attention.hpp"
 
@@ -76,9 +78,6 @@ struct Tensors {
   static View plain(T& t, int64_t heads, int64_t length, int64_t width) {
     return {t.data(), heads * length * width, length * width, width};
   }
-  int64_t bias_at(int64_t b, int64_t h, int64_t i) const {
-    return (((c.bias & 1 ? b : 0) * bias_heads + (c.bias & 2 ? h : 0)) * bias_rows + (c.bias & 4 ? i : 0)) * c.keys;
-  }
   AttentionProblem problem() const {
     Heads b{nullptr, 0, 0, 0};
     if (c.bias)
@@ -89,83 +88,25 @@ struct Tensors {
             inside(v, c.keys, c.key_heads, c.value_width), scale, c.causal, c.offset,
             c.mask ? mask.data() : nullptr, c.keys, b};
   }
+  AttentionBackward call() {
+    return {problem(), plain<Heads>(out, c.query_heads, c.queries, c.value_width), lse.data(),
+            plain<Heads>(dout, c.query_heads, c.queries, c.value_width), dlse.data(),
+            plain<MutableHeads>(dq, c.query_heads, c.queries, c.width),
+            plain<MutableHeads>(dk, c.key_heads, c.keys, c.width),
+            plain<MutableHeads>(dv, c.key_heads, c.keys, c.value_width),
+            c.bias ? dbias.data() : nullptr, bias_batch, bias_heads, bias_rows};
+  }
   void run(int threads) {
     attention_forward({problem(), plain<MutableHeads>(out, c.query_heads, c.queries, c.value_width), lse.data()},
                       threads);
-    attention_backward({problem(), plain<Heads>(out, c.query_heads, c.queries, c.value_width), lse.data(),
-                        plain<Heads>(dout, c.query_heads, c.queries, c.value_width), dlse.data(),
-                        plain<MutableHeads>(dq, c.query_heads, c.queries, c.width),
-                        plain<MutableHeads>(dk, c.key_heads, c.keys, c.width),
-                        plain<MutableHeads>(dv, c.key_heads, c.keys, c.value_width),
-                        c.bias ? dbias.data() : nullptr, bias_batch, bias_heads, bias_rows},
-                       threads);
+    attention_backward(call(), threads);
   }
 };
-
-struct Oracle {
-  std::vector<double> out, lse, dq, dk, dv, dbias;
-};
-
-Oracle oracle(const Tensors& t) {
-  const Case& c = t.c;
-  Oracle o;
-  o.out.assign(t.out.size(), 0.0);
-  o.lse.assign(t.lse.size(), -INFINITY);
-  o.dq.assign(t.dq.size(), 0.0);
-  o.dk.assign(t.dk.size(), 0.0);
-  o.dv.assign(t.dv.size(), 0.0);
-  o.dbias.assign(t.dbias.size(), 0.0);
-  std::vector<double> p(c.keys);
-  for (int64_t b = 0; b < c.batch; ++b)
-    for (int64_t h = 0; h < c.query_heads; ++h)
-      for (int64_t i = 0; i < c.queries; ++i) {
-        const int64_t g = h / (c.query_heads / c.key_heads), row = (b * c.query_heads + h) * c.queries + i;
-        const float* q = t.q.data() + t.at(b, i, h, c.queries, c.query_heads, c.width);
-        const auto key = [&](int64_t j) { return t.k.data() + t.at(b, j, g, c.keys, c.key_heads, c.width); };
-        const auto value = [&](int64_t j) { return t.v.data() + t.at(b, j, g, c.keys, c.key_heads, c.value_width); };
-        double top = -INFINITY, sum = 0.0;
-        for (int64_t j = 0; j < c.keys; ++j) {
-          p[j] = -INFINITY;
-          if ((c.causal && j > i + c.offset) || (c.mask && !t.mask[b * c.keys + j])) continue;
-          double dot = 0.0;
-          for (int64_t e = 0; e < c.width; ++e) dot += double(q[e]) * key(j)[e];
-          p[j] = dot * t.scale + (c.bias ? t.bias[t.bias_at(b, h, i) + j] : 0.0);
-          top = std::fmax(top, p[j]);
-        }
-        if (top == -INFINITY) continue;
-        for (int64_t j = 0; j < c.keys; ++j) sum += std::exp(p[j] - top);
-        o.lse[row] = top + std::log(sum);
-        double delta = -double(t.dlse[row]);
-        const float* dout = t.dout.data() + row * c.value_width;
-        for (int64_t j = 0; j < c.keys; ++j) {
-          p[j] = std::exp(p[j] - o.lse[row]);
-          if (p[j] == 0.0) continue;
-          for (int64_t e = 0; e < c.value_width; ++e) o.out[row * c.value_width + e] += p[j] * value(j)[e];
-        }
-        for (int64_t e = 0; e < c.value_width; ++e) delta += double(dout[e]) * o.out[row * c.value_width + e];
-        for (int64_t j = 0; j < c.keys; ++j) {
-          if (p[j] == 0.0) continue;
-          const int64_t key_row = (b * c.key_heads + g) * c.keys + j;
-          double dp = 0.0;
-          for (int64_t e = 0; e < c.value_width; ++e) {
-            dp += double(dout[e]) * value(j)[e];
-            o.dv[key_row * c.value_width + e] += p[j] * dout[e];
-          }
-          const double ds = p[j] * (dp - delta);
-          for (int64_t e = 0; e < c.width; ++e) {
-            o.dq[row * c.width + e] += t.scale * ds * key(j)[e];
-            o.dk[key_row * c.width + e] += t.scale * ds * q[e];
-          }
-          if (c.bias) o.dbias[t.bias_at(b, h, i) + j] += ds;
-        }
-      }
-  return o;
-}
 
 void compare(const Case& c) {
   Tensors t(c, 7);
   t.run(1);
-  const Oracle o = oracle(t);
+  const AttentionAnswer o = attention_oracle(t.call());
   check_close(t.out, o.out, 2e-6, c.name() + " out");
   check_close(t.lse, o.lse, 2e-6, c.name() + " lse");
   check_close(t.dq, o.dq, 1e-5, c.name() + " dq");
@@ -179,6 +120,52 @@ void compare(const Case& c) {
               same_bits(t.dk, other.dk) && same_bits(t.dv, other.dv) && same_bits(t.dbias, other.dbias),
           c.name() + ": bits differ with " + std::to_string(threads) + " threads");
   }
+}
+
+// Temperatures that lie apart, are shared, or are 0: the gradient of each is that of its own head.
+void temperatures(int64_t stride) {
+  Tensors t({2, 4, 2, 21, 33, 12, 8, true, 12, 1, 0}, 7);
+  const std::vector<float> temperature{0.0f, 5.0f, -1.5f, 5.0f, 0.7f, 5.0f, 2.0f};
+  std::vector<float> gradient(stride == 0 ? 1 : 4);
+  AttentionBackward call = t.call();
+  call.problem.temperature = temperature.data() + (stride == 0 ? 2 : 0);
+  call.problem.temperature_stride = stride;
+  call.dtemperature = gradient.data();
+  attention_forward({call.problem, Tensors::plain<MutableHeads>(t.out, 4, 21, 8), t.lse.data()}, 1);
+  attention_backward(call, 2);
+  const AttentionAnswer o = attention_oracle(call);
+  check_close(t.out, o.out, 2e-6, "temperature out");
+  check_close(t.dq, o.dq, 1e-5, "temperature dq");
+  check_close(t.dk, o.dk, 1e-5, "temperature dk");
+  check_close(gradient, o.dtemperature, 1e-5, "temperature gradient, stride " + std::to_string(stride));
+}
+
+// An offset at the end of its range sees all keys, or none.
+void far_offsets() {
+  for (int64_t offset : {INT64_MAX, INT64_MIN, int64_t(INT32_MAX), int64_t(INT32_MIN)})
+    compare({1, 2, 1, 8, 17, 4, 4, true, offset, 0, 0});
+}
+
+void what_does_not_fit_is_refused() {
+  Tensors t({1, 2, 1, 4, 6, 3, 3, false, 0, 0, 0}, 7);
+  const auto refused = [&](const char* what, auto spoil) {
+    AttentionProblem p = t.problem();
+    spoil(p);
+    try {
+      attention_forward({p, Tensors::plain<MutableHeads>(t.out, 2, 4, 3), t.lse.data()}, 1);
+      check(false, std::string(what) + " was taken");
+    } catch (const std::invalid_argument&) {
+    }
+  };
+  refused("a negative width", [](AttentionProblem& p) { p.width = -1; });
+  refused("3 query heads of 2", [](AttentionProblem& p) { p.query_heads = 3, p.key_heads = 2; });
+  refused("a cap that is not a number", [](AttentionProblem& p) { p.softcap = NAN; });
+  refused("a share that is not a number", [](AttentionProblem& p) { p.keep_share = NAN; });
+  refused("more keys than int32 counts", [](AttentionProblem& p) { p.batch = 0, p.keys = int64_t(1) << 31; });
+  const float table[1] = {0.0f};
+  refused("a grid whose product wraps around", [&](AttentionProblem& p) {
+    p.relative = table, p.keys = 4, p.grid_columns = 4, p.grid_rows = (int64_t(1) << 62) + 1;
+  });
 }
 
 }  // namespace
@@ -199,5 +186,8 @@ int main(int argc, char** argv) {
     compare({1, 2, 2, 130, 70, 32, 32, true, -60, 0, 0});  // bottom-right with fewer keys: empty rows
     compare({2, 16, 16, 120, 120, 64, 64, true, 0, 1, 0});  // many heads: one chunk of keys each
     compare({1, 3, 3, 20, 1100, 8, 8, false, 0, 1, 15});    // several chunks of keys
+    for (int64_t stride : {0, 1, 2}) temperatures(stride);
+    far_offsets();
+    what_does_not_fit_is_refused();
   });
 }

@@ -206,6 +206,47 @@ void bands_are_skipped_exactly() {
   }
 }
 
+// Block lists that are shared where their counts are not, and the other way round.
+void lists_and_counts_are_shared_apart() {
+  const int64_t n = 20, m = 40, slots = 2, entries = 4;
+  Numbers r(5);
+  Arrays arrays;
+  const int32_t* list = arrays.keep(ids(r, batch * heads * entries * slots, 8, true));
+  const int32_t* count = arrays.keep(ids(r, batch * heads * entries, slots + 1, true));
+  for (int kind = 0; kind < 16; ++kind) {
+    const int64_t a_batch = kind & 1 ? heads * entries * slots : 0, a_head = kind & 2 ? entries * slots : 0;
+    const int64_t b_batch = kind & 4 ? heads * entries : 0, b_head = kind & 8 ? entries : 0;
+    const MaskAtom atom{AtomKind::blocks, {5, 5, slots, entries}, list, a_batch, a_head, 0, count, b_batch, b_head};
+    judge("blocks shared " + std::to_string(kind), {atom},
+          [=](int64_t b, int64_t h, int64_t i, int64_t j) {
+            const int32_t* at = list + b * a_batch + h * a_head + i / 5 * slots;
+            for (int32_t s = 0; s < count[b * b_batch + h * b_head + i / 5]; ++s)
+              if (at[s] == j / 5) return true;
+            return false;
+          }, n, m, r);
+  }
+}
+
+// Without a batch there are no arrays to read, shared or not. A block as large as can be holds every key.
+void the_ends_of_ranges() {
+  for (AtomKind kind : {AtomKind::prefix, AtomKind::spans, AtomKind::ids, AtomKind::rows, AtomKind::global,
+                        AtomKind::dense, AtomKind::blocks}) {
+    const MaskAtom atom{kind, {1, 1, 0, 9}, nullptr, 0, 0, 0, nullptr, 0, 0};
+    PreparedMask mask = prepare_mask(MaskSpec{0, 2, 9, 7, &atom, 1, false, 0});
+    release_mask(mask);
+  }
+  Numbers r(5);
+  const int32_t index[1] = {0}, count[1] = {1};
+  judge("one block", {{AtomKind::blocks, {INT64_MAX, INT64_MAX, 1, 1}, index, 0, 0, 0, count, 0, 0}},
+        [](int64_t, int64_t, int64_t, int64_t) { return true; }, 30, 50, r);
+  judge("far bounds", {plain(AtomKind::band, INT64_MIN, INT64_MAX, INT64_MAX)},
+        [](int64_t, int64_t, int64_t, int64_t) { return true; }, 30, 50, r);
+  judge("all blocks", {plain(AtomKind::block_causal, INT64_MAX, INT64_MAX, 0)},
+        [](int64_t, int64_t, int64_t, int64_t) { return true; }, 30, 50, r);
+  judge("no position", {plain(AtomKind::lambda, INT64_MIN, INT64_MAX, INT64_MAX)},
+        [](int64_t, int64_t, int64_t, int64_t) { return false; }, 30, 50, r);
+}
+
 void what_does_not_fit_is_refused() {
   const auto refused = [](const MaskAtom& atom, const std::string& what) {
     try {
@@ -220,6 +261,10 @@ void what_does_not_fit_is_refused() {
   const int32_t index[2] = {0, 9}, count[2] = {1, 1};
   refused({AtomKind::blocks, {2, 1, 1, 2}, index, 0, 0, 0, count, 0, 0}, "a block that does not exist");
   refused({AtomKind::blocks, {2, 1, 1, 1}, index, 0, 0, 0, count, 0, 0}, "too few block lists");
+  refused({AtomKind::blocks, {2, 1, -1, 2}, index, 0, 0, 0, count, 0, 0}, "negative slots");
+  for (AtomKind kind : {AtomKind::prefix, AtomKind::spans, AtomKind::ids, AtomKind::rows, AtomKind::global,
+                        AtomKind::dense})
+    refused(plain(kind, 0, 0, 0), "an atom without its arrays");
 }
 
 }  // namespace
@@ -228,6 +273,8 @@ int main(int argc, char** argv) {
   return run(argc, argv, [] {
     every_atom_alone_and_in_pairs();
     bands_are_skipped_exactly();
+    lists_and_counts_are_shared_apart();
+    the_ends_of_ranges();
     what_does_not_fit_is_refused();
   });
 }

@@ -2,6 +2,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "attention_oracle.hpp"
 #include "check.hpp"
 #include "vlm/attention_statistics.hpp"
 
@@ -145,6 +146,30 @@ void compare(const Case& c) {
   for (float x : t.sums) check(std::isfinite(x), c.name() + ": a query of weight 0 was read");
 }
 
+// Chosen rows under a mask and a relative bias of every head are those of the whole matrix.
+void rows_of_heads_that_differ() {
+  Tensors t({1, 6, 2, 9, 40, 8, false, 0, false, false}, 7);
+  Numbers numbers(5);
+  std::vector<uint8_t> allow(6 * 9 * 40);
+  for (uint8_t& x : allow) x = numbers.below(3) > 0;
+  const std::vector<float> relative = numbers.normal(6 * 48);
+  const MaskAtom dense{AtomKind::dense, {0, 0, 0, 0}, allow.data(), 6 * 9 * 40, 9 * 40, 40, nullptr, 0, 0};
+  AttentionProblem p = t.problem();
+  p.atoms = &dense, p.atom_count = 1;
+  p.relative = relative.data(), p.relative_head_stride = 48;
+  const std::vector<int64_t> rows{3, 8};
+  std::vector<float> got(6 * 2 * 40), lse(6 * 9);
+  attention_rows({p, 2, rows.data(), got.data()}, 1);
+  attention_row_statistics({p, lse.data(), nullptr, nullptr}, 1);
+  std::vector<double> want(got.size(), 0.0);
+  for (int64_t h = 0; h < 6; ++h)
+    for (int64_t r = 0; r < 2; ++r)
+      for (int64_t j = 0; j < 40; ++j)
+        if (allowed(p, 0, h, rows[r], j))
+          want[(h * 2 + r) * 40 + j] = std::exp(logit_of(p, 0, h, rows[r], j).value - lse[h * 9 + rows[r]]);
+  check_close(got, want, 2e-6, "rows of heads that differ");
+}
+
 void merge(int64_t parts, int64_t length, int64_t width) {
   const std::string name = "merge P" + std::to_string(parts) + " N" + std::to_string(length) + " V" +
                            std::to_string(width);
@@ -238,13 +263,23 @@ int main(int argc, char** argv) {
       for (int64_t width : {0, 1, 15, 16, 33}) merge(parts, 7, width);
     merge(3, 0, 8);
     merge(3, 900, 40);
-    try {
+    rows_of_heads_that_differ();
+    const float one[1] = {1.0f};
+    const auto refused = [&](const char* what, auto spoil) {
       AttentionProblem p{};
-      p.query_heads = 3;
-      p.key_heads = 2;
-      attention_column_sums({p, nullptr, nullptr, nullptr}, 1);
-      check(false, "heads that do not divide are not refused");
-    } catch (const std::invalid_argument&) {
-    }
+      p.query_heads = p.key_heads = 1;
+      spoil(p);
+      try {
+        attention_column_sums({p, nullptr, nullptr, nullptr}, 1);
+        check(false, std::string(what) + " is not refused");
+      } catch (const std::invalid_argument&) {
+      }
+    };
+    refused("heads that do not divide", [](AttentionProblem& p) { p.query_heads = 3, p.key_heads = 2; });
+    refused("a cosine product", [&](AttentionProblem& p) { p.temperature = one; });
+    refused("a grid that does not fit", [&](AttentionProblem& p) {
+      p.relative = one;
+      p.grid_rows = p.grid_columns = 2;
+    });
   });
 }

@@ -206,7 +206,7 @@ int main(int argc, char** argv) {
     rows(2, 300, 1, 400);
     select();
     weights();
-    const std::vector<int64_t> outside = {2};
+    const std::vector<int64_t> outside = {2}, none = {-1};
     const std::vector<float> one = {1.0f};
     std::vector<float> out(2);
     refused("an index beyond the slots", [&] {
@@ -215,6 +215,10 @@ int main(int argc, char** argv) {
     refused("an index beyond the rows", [&] {
       token_gather({1, 1, 1, 1, one.data(), 1, 1, 4, outside.data(), nullptr, out.data()}, 1);
     });
+    refused("elements of no byte", [&] {
+      token_gather({1, 1, 1, 1, one.data(), 1, 1, 0, none.data(), nullptr, out.data()}, 1);
+    });
+    refused("an unknown order", [&] { Metric(1, 1, 5, 4, 1).run(1, 0, static_cast<MatchOrder>(3), 1); });
     refused("too many merges", [&] { Metric(1, 1, 5, 4, 1).run(3, 0, MatchOrder::position, 1); });
     refused("a negative size", [&] { token_weights({1, -1, 1, nullptr, nullptr, true, nullptr, nullptr}); });
   });

@@ -82,7 +82,7 @@ def _search(q: Tensor, position: Tensor, k: Tensor, m: int, low: int, n: int, bl
     edges = torch.arange(m + 1, device=q.device) * n // m
     first, end = (t.expand(batch, heads, m) for t in (edges[:-1], edges[1:]))
     evaluated = torch.zeros((batch, heads), dtype=torch.int64, device=q.device)
-    while bool((end - first > 1).any()):
+    for _ in range((-(-n // m) - 1).bit_length()):  # so many halvings of the longest; a round over lengths of 1 changes nothing
         going = (end - first > 1).any(-1)
         middle = torch.where(end - first > 1, first + (end - first) // 2, end)
         halves, stops = torch.stack([first, middle], -1).flatten(2), torch.stack([middle, end], -1).flatten(2)

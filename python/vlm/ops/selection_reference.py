@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlm.ops.tokens_reference import falling
+
 Representative = Literal["first", "center"]
 
 
@@ -95,7 +97,7 @@ def _search(q: Tensor, position: Tensor, k: Tensor, m: int, low: int, n: int, bl
         sees = there.flatten(2)[:, :, None] & (flat[:, :, None] <= position[:, None])
         score = logits.masked_fill(~sees, -torch.inf).amax(2).unflatten(-1, (-1, block_k)).amax(-1)
         score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~real, -torch.inf)  # never one that is not there
-        best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :m].sort(-1).values
+        best = falling(score)[..., :m].sort(-1).values
         first, end = halves.gather(-1, best), stops.gather(-1, best)
         evaluated = evaluated + torch.where(going, real.sum(-1), 0)
     return first, evaluated

@@ -17,30 +17,9 @@ from torch.nn import functional as F
 
 from vlm import ops
 from vlm.ops import masks
-from vlm.ops.alignment_native import native_alignment
-from vlm.ops.attention_native import _attention
-from vlm.ops.contrastive_native import native_pair_loss
-from vlm.ops.late_interaction_native import native_late_interaction
-from vlm.ops.linear_decay_native import native_linear_decay
-from vlm.ops.merge_native import native_merge
-from vlm.ops.selection_native import native_block_sparse, native_select_hierarchical
-from vlm.ops.ssm_scan_native import native_ssm_scan
-from vlm.ops.statistics_native import native_column_sums, native_row_statistics, native_rows
-from vlm.ops.tokens_native import (
-    native_gather,
-    native_match,
-    native_merge_weights,
-    native_scatter,
-    native_select,
-)
-from vlm.ops.vocabulary_chunks import chunked_cross_entropy
-from vlm.ops.vocabulary_teachers import chunked_distillation
-from vlm.ops.window_attention_native import native_window_attention
 
 Call = Callable[..., tuple[Tensor, ...]]
 Shape = tuple[int, ...]
-Sample = tuple[Any, tuple[Any, ...]]
-"""A torch operator and arguments for `torch.library.opcheck`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +42,7 @@ class Contract:
     """`make(shape)` gives float64 inputs of `call`.
 
     sizes: shapes with 0, 1 and primes. usual: one for graphs. large: one for threads, strides and the error against torch.
-    samples: arguments of the torch operators behind it. masked: or why no row can be empty.
+    operators: torch's names of what is behind it. masked: or why no row can be empty.
     trains: whether there are gradients. loose: results (outputs, then gradients) that are what is left of large terms of either
     sign: the gradients of scales, and of a decay, sum i <q_i, dq_i> - sum j <k_j, dk_j>.
     exports: why not, if not. same_bits: false where the products are torch's, which sums in another order for other
@@ -76,7 +55,6 @@ class Contract:
     sizes: tuple[Shape, ...]
     usual: Shape
     large: Shape
-    samples: Callable[[], list[Sample]]
     masked: Callable[[], Masked] | str
     trains: bool = True
     loose: tuple[int, ...] = ()
@@ -86,10 +64,6 @@ class Contract:
 
 def drawn(*shapes: Shape) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape, requires_grad=True)
 
 
 def lengths(rows: int, length: int) -> Tensor:
@@ -106,13 +80,6 @@ def heads(b: int, h: int, g: int, n: int, m: int, d: int, v: int) -> list[Tensor
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     return ops.attention(q, k, v, causal=True, key_mask=lengths(k.shape[0], k.shape[2]), bias=bias, return_lse=True)
-
-
-def attend_samples() -> list[Sample]:
-    q, k, v, mask = leaf(2, 4, 5, 8), leaf(2, 2, 9, 8), leaf(2, 2, 9, 6), torch.arange(18).view(2, 9) % 3 > 0
-    plain = (None, None, None, None, None, 0.3)
-    return [(_attention, (q, k, v, mask, leaf(1, 4, 5, 9), *plain, True, 4, 0, 0, 0.0, 0.0, 0)),
-            (_attention, (q, k, v, None, None, *plain, False, 0, 0, 0, 0.0, 0.0, 0))]
 
 
 def attend_masked() -> Masked:
@@ -142,14 +109,6 @@ def attend_program(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, tau: Tensor)
 def heads_and_slopes(b: int, h: int, g: int, n: int, m: int, d: int, v: int) -> list[Tensor]:
     """Slopes that keep the bias small: the backward pass reads the float32 lse, so that logits of hundreds cost it digits."""
     return [*drawn((b, h, n, d), (b, g, m, d), (b, g, m, v)), torch.rand(h, dtype=torch.float64) * 0.05, *drawn((h,))]
-
-
-def program_samples() -> list[Sample]:
-    q, k, v = leaf(2, 2, 5, 8), leaf(2, 1, 9, 8), leaf(2, 1, 9, 6)
-    code, arrays, dense = masks.MaskProgram(program(q, k), masks.Dense(torch.rand(1, 2, 5, 9) < 0.8)).lower(
-        masks.MaskShape(2, 2, 5, 9, q.device))
-    return [(_attention, (q, k, v, None, None, leaf(2, 13), torch.rand(2, requires_grad=True), arrays, dense, code, 1.0, True, 4,
-                          0, 0, 5.0, 0.2, 7))]
 
 
 def program_masked() -> Masked:
@@ -198,16 +157,6 @@ def statistics(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     rows = torch.tensor([q.shape[2] - 1, -1]) if q.shape[2] else torch.zeros(0, dtype=torch.int64)
     lse, entropy, _ = ops.attention_row_statistics(q, k, **options)
     return lse, entropy, ops.attention_column_sums(q, k, **options), ops.attention_rows(q, k, rows, **options)
-
-
-def statistics_samples() -> list[Sample]:
-    shared = (torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.arange(18).view(2, 9) % 3 > 0, torch.randn(1, 4, 5, 9), 0.3, True, 4)
-    plain = (*shared[:2], None, None, *shared[4:])
-    rows = torch.tensor([[0, 4, -1], [1, 1, 2]])
-    return [(native_row_statistics, (*shared, True)), (native_row_statistics, (*plain, False)),
-            (native_column_sums, (*shared, torch.zeros(2, 4, 5), torch.randn(2, 4, 5))),
-            (native_column_sums, (*plain, torch.zeros(2, 4, 5), None)),
-            (native_rows, (*shared, rows)), (native_rows, (*plain, rows))]
 
 
 def statistics_masked() -> Masked:
@@ -265,16 +214,6 @@ def reduce(x: Tensor, metric: Tensor) -> tuple[Tensor, ...]:
     return merged, sizes, ops.unmerge_tokens(merged, matching), rows, ops.scatter_tokens(rows, best.indices, x.shape[1])
 
 
-def reduce_samples() -> list[Sample]:
-    x, index, weights = leaf(2, 9, 5), torch.randint(-1, 9, (2, 9)), torch.rand(2, 9)
-    moves: list[Sample] = [sample for w in (None, weights)
-                           for sample in ((native_scatter, (x, index, w, 9)), (native_gather, (x, index, w)))]
-    return [(native_match, (torch.randn(2, 3, 9, 4), 3, 1, 0)), (native_match, (torch.randn(2, 9, 4), 3, 0, 2)),
-            (native_select, (torch.randn(2, 9), torch.tensor([3, 0]), None, weights > 0.5)),
-            (native_merge_weights, (index.clamp(min=0), weights, 9, True)),
-            (native_merge_weights, (index.clamp(min=0), None, 9, False)), *moves]
-
-
 def reduce_masked() -> Masked:
     """Nothing of the second sequence may be kept, and two tokens of the first weigh nothing."""
     valid, score = torch.tensor([[True] * 7, [False] * 7]), torch.randn(2, 7)
@@ -313,13 +252,6 @@ def sigmoid_pairs(x: Tensor, y: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, .
     return ops.contrastive_sigmoid(x, y, s, b, groups_x=ids[0], groups_y=ids[1], negative_weight=0.5)
 
 
-def pair_samples(loss: str) -> list[Sample]:
-    bias = torch.tensor(-1.0, requires_grad=True) if loss == "sigmoid" else None
-    scale = torch.tensor(1.0, requires_grad=True)
-    return [(native_pair_loss, (loss, leaf(5, 8), leaf(7, 8), scale, bias, *ids, 2, *ids, None, None, None, [1.0, 0.0, 0.0, 9.0, 1.0],
-                                [False, ids[0] is not None, True])) for ids in ((None, None), (torch.arange(5), torch.arange(7)))]
-
-
 def softmax_masked() -> Masked:
     """Rows 1 and 3 have no positive: no value, and their embedding gets no gradient from their own values."""
     gx, gy = torch.tensor([0, 9, 1, 8, 2]), torch.tensor([0, 1, 2, 0])
@@ -350,11 +282,6 @@ def late(v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return ops.late_interaction(v, w, mask_v=lengths(*v.shape[:2]), mask_w=lengths(*w.shape[:2]))
 
 
-def late_samples() -> list[Sample]:
-    v, w = leaf(3, 5, 8), leaf(4, 6, 8)
-    return [(native_late_interaction, (v, w, *given, True)) for given in ((None, None), (torch.rand(3, 5) < 0.7, torch.rand(4, 6) < 0.7))]
-
-
 def late_masked() -> Masked:
     mask = torch.tensor([[True] * 4, [False] * 4, [True, False, True, False]])
     first = torch.tensor([False, True, False])[:, None]
@@ -376,13 +303,6 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
                                      chunk=7 * len(weight)).loss,)
 
 
-def cross_entropy_samples() -> list[Sample]:
-    hidden, weight, bias, labels = leaf(6, 5), leaf(9, 5), leaf(9), torch.tensor([0, 8, -1, 3, 3, -1])
-    options = (0.1, 1e-3, 0.0, 20, torch.float32, True)
-    return [(chunked_cross_entropy, (hidden, weight, bias, labels, torch.rand(6), *options, True, True, True)),
-            (chunked_cross_entropy, (hidden, weight, None, labels, None, *options, False, False, False))]
-
-
 def cross_entropy_masked() -> Masked:
     labels = torch.tensor([3, -100, 0, -100, 8])
     rows = labels < 0
@@ -396,15 +316,6 @@ def cross_entropy_masked() -> Masked:
 def distillation(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
     return (ops.linear_distillation(hidden, weight, teacher_logits=teacher, bias=bias, divergence="js", temperature=1.5,
                                     mask=torch.arange(len(hidden)) % 4 > 0, chunk=7 * len(weight)),)
-
-
-def distillation_samples() -> list[Sample]:
-    hidden, weight, bias, mask = leaf(6, 5), leaf(9, 5), leaf(9), torch.arange(6) > 1
-    options = (1.5, 0.3, 0.0, 0.0, 20, torch.float32, torch.float32, True)
-    return [(chunked_distillation, (hidden, weight, bias, [torch.randn(6, 7), torch.randn(8, 7)], mask, torch.rand(6), "factors", "js",
-                                    *options, True, True, True)),
-            (chunked_distillation, (hidden, weight, None, [torch.randn(6, 9)], None, None, "logits", "forward", *options, False, False,
-                                    False))]
 
 
 def distillation_masked() -> Masked:
@@ -421,11 +332,6 @@ def distillation_masked() -> Masked:
 
 def align(cost: Tensor) -> tuple[Tensor, ...]:
     return (ops.sequence_alignment(cost, gamma=0.5),)
-
-
-def align_samples() -> list[Sample]:
-    return [(native_alignment, (leaf(3, 4, 5), torch.tensor([4, 2, 1]), torch.tensor([5, 3, 5]), 0.5)),
-            (native_alignment, (leaf(3, 4, 5), None, None, 0.0))]
 
 
 def align_masked() -> Masked:
@@ -448,13 +354,6 @@ def decay(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor) -> tuple
     return ops.linear_decay(q, k, v, rate, state=state, key_mask=lengths(q.shape[0], q.shape[2]))
 
 
-def decay_samples() -> list[Sample]:
-    q, k, v, rate, state = (t.float().requires_grad_() for t in decays(1, 2, 20, 4, 6))
-    keep, run = torch.rand(1, 20) < 0.8, torch.zeros(1, 20, dtype=torch.int32)
-    return [(native_linear_decay, (q, k, v, rate, state, keep, run, 16, 0)),
-            (native_linear_decay, (q, k, v, rate, None, None, None, 16, 2))]
-
-
 def decay_masked() -> Masked:
     mask = torch.tensor([[False] * 7, [True] * 5 + [False] * 2])
     gone = ~mask[:, None, :, None]
@@ -472,12 +371,6 @@ def scans(b: int, n: int, c: int, s: int) -> list[Tensor]:
 
 def scan(x: Tensor, delta: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor, state: Tensor) -> tuple[Tensor, ...]:
     return ops.ssm_scan(x, delta, rate, b, c, skip, state=state, key_mask=lengths(*x.shape[:2]))
-
-
-def scan_samples() -> list[Sample]:
-    inputs = [t.float().requires_grad_() for t in scans(1, 70, 5, 3)]
-    return [(native_ssm_scan, (*inputs, torch.rand(1, 70) < 0.8, torch.zeros(1, 70, dtype=torch.int32))),
-            (native_ssm_scan, (*inputs[:6], None, None, None))]
 
 
 def scan_masked() -> Masked:
@@ -505,12 +398,6 @@ def select(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return ops.block_sparse_attention(q, k, v, blocks), torch.where(places, blocks.index, -1), blocks.count, scored
 
 
-def select_samples() -> list[Sample]:
-    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 5)
-    return [(native_select_hierarchical, (q, k, 4, 4, 2, 6, 3, 2, 1)), (native_select_hierarchical, (q, k, 100, 32, 1, 0, 0, 1, 0)),
-            (native_block_sparse, (q, k, v, torch.arange(3).int().expand(2, 4, 3, 3), torch.ones(2, 4, 3).int(), 4, 2, 0.3))]
-
-
 def select_masked() -> Masked:
     """The first block of queries lists nothing."""
     index = torch.tensor([[-1, -1], [0, 1], [1, 4]], dtype=torch.int32).expand(1, 2, 3, 2).contiguous()
@@ -527,56 +414,55 @@ CONTRACTS: dict[str, Contract] = {
     "attention": Contract(
         ("attention",), attend, heads,
         ((1, 1, 1, 1, 1, 1, 1), (2, 2, 1, 0, 3, 4, 4), (2, 2, 1, 3, 0, 4, 4), (0, 2, 1, 3, 3, 4, 4), (3, 2, 2, 31, 37, 7, 5)),
-        (2, 4, 2, 6, 9, 8, 6), (2, 4, 2, 150, 290, 32, 16), attend_samples, attend_masked),
+        (2, 4, 2, 6, 9, 8, 6), (2, 4, 2, 150, 290, 32, 16), attend_masked),
     "attention, program": Contract(
         ("attention",), attend_program, heads_and_slopes,
         ((1, 1, 1, 1, 1, 1, 1), (2, 2, 1, 0, 3, 4, 4), (2, 2, 1, 3, 0, 4, 4), (0, 2, 1, 3, 3, 4, 4), (3, 2, 2, 31, 37, 7, 5)),
-        (2, 4, 2, 6, 9, 8, 6), (2, 4, 2, 150, 290, 32, 16), program_samples, program_masked),
+        (2, 4, 2, 6, 9, 8, 6), (2, 4, 2, 150, 290, 32, 16), program_masked),
     "attention, packed": Contract(
         ("attention",), attend_packed, packed, ((0, 2, 1, 4), (1, 1, 1, 1), (2, 2, 1, 3), (61, 3, 1, 7)), (12, 4, 2, 8), (401, 4, 2, 32),
-        list, packed_masked, exports="the starts of sequences are read; export a padded batch"),
+        packed_masked, exports="the starts of sequences are read; export a padded batch"),
     "statistics": Contract(
         ("attention_row_statistics", "attention_column_sums", "attention_rows"), statistics, qk,
         ((1, 1, 1, 1, 1, 1), (2, 2, 1, 0, 3, 4), (2, 2, 1, 3, 0, 4), (0, 2, 1, 3, 3, 4), (3, 2, 2, 31, 37, 7)),
-        (2, 4, 2, 6, 9, 8), (2, 4, 2, 300, 290, 32), statistics_samples, statistics_masked, trains=False),
+        (2, 4, 2, 6, 9, 8), (2, 4, 2, 300, 290, 32), statistics_masked, trains=False),
     "merge_attention": Contract(
         ("merge_attention",), merge, parts, ((1, 1, 1, 1), (0, 2, 3, 4), (1, 2, 0, 4), (2, 1, 3, 0), (2, 3, 31, 17)), (1, 2, 5, 8),
-        (2, 4, 150, 33), lambda: [(native_merge, ([leaf(1, 2, 5, 8), leaf(1, 2, 5, 8)], [leaf(1, 2, 5), leaf(1, 2, 5)]))], merge_masked),
+        (2, 4, 150, 33), merge_masked),
     "window_attention": Contract(
         ("window_attention",), attend_windows, maps,
         ((0, 3, 3, 1, 4), (1, 0, 3, 1, 4), (1, 1, 1, 1, 1), (2, 7, 11, 2, 5)), (2, 5, 6, 2, 8), (3, 18, 14, 3, 16),
-        lambda: [(native_window_attention, (leaf(2, 5, 6, 48), torch.rand(2, requires_grad=True), leaf(49, 2), [4, 4], [2, 1]))],
         "every position sees itself", loose=(1, 2)),
     "tokens": Contract(
         ("bipartite_match", "merge_weights", "scatter_rows", "gather_rows", "select_top"), reduce, tokens,
-        ((0, 3, 4), (1, 1, 1), (2, 2, 3), (2, 3, 8), (2, 61, 37)), (2, 16, 8), (2, 197, 70), reduce_samples, reduce_masked),
+        ((0, 3, 4), (1, 1, 1), (2, 2, 3), (2, 3, 8), (2, 61, 37)), (2, 16, 8), (2, 197, 70), reduce_masked),
     "contrastive_softmax": Contract(
         ("pair_loss",), softmax_pairs, pairs, ((0, 4, 4), (4, 0, 4), (1, 1, 1), (31, 37, 7)), (6, 5, 8), (300, 170, 48),
-        lambda: pair_samples("softmax"), softmax_masked, loose=(4,)),
+        softmax_masked, loose=(4,)),
     "contrastive_sigmoid": Contract(
         ("pair_loss",), sigmoid_pairs, lambda *shape: [*pairs(*shape), torch.tensor(-2.0, dtype=torch.float64)],
-        ((0, 4, 4), (4, 0, 4), (1, 1, 1), (31, 37, 7)), (6, 5, 8), (300, 170, 48), lambda: pair_samples("sigmoid"), sigmoid_masked,
+        ((0, 4, 4), (4, 0, 4), (1, 1, 1), (31, 37, 7)), (6, 5, 8), (300, 170, 48), sigmoid_masked,
         loose=(4, 5)),
     "late_interaction": Contract(
         ("late_interaction",), late, sides, ((0, 3, 2, 3, 4), (2, 0, 3, 4, 8), (1, 1, 1, 1, 1), (3, 13, 5, 17, 7)), (3, 5, 4, 6, 8),
-        (8, 49, 7, 30, 64), late_samples, late_masked),
+        (8, 49, 7, 30, 64), late_masked),
     "linear_cross_entropy": Contract(
         ("linear_cross_entropy",), cross_entropy, vocabulary, ((0, 3, 5), (1, 1, 1), (5, 7, 2), (31, 13, 61)), (7, 5, 11), (64, 32, 1031),
-        cross_entropy_samples, cross_entropy_masked, same_bits=False),
+        cross_entropy_masked, same_bits=False),
     "linear_distillation": Contract(
         ("linear_distillation",), distillation, lambda n, c, v: [*vocabulary(n, c, v), *drawn((n, v))],
-        ((0, 3, 5), (1, 1, 1), (5, 7, 2), (31, 13, 61)), (7, 5, 11), (64, 32, 1031), distillation_samples, distillation_masked,
+        ((0, 3, 5), (1, 1, 1), (5, 7, 2), (31, 13, 61)), (7, 5, 11), (64, 32, 1031), distillation_masked,
         same_bits=False),
     "sequence_alignment": Contract(
         ("sequence_alignment",), align, lambda *shape: drawn(shape), ((0, 3, 3), (2, 0, 3), (1, 1, 1), (5, 7, 11), (17, 2, 13)), (3, 4, 5),
-        (19, 31, 23), align_samples, align_masked),
+        (19, 31, 23), align_masked),
     "linear_decay": Contract(
         ("linear_decay",), decay, decays, ((0, 2, 3, 4, 4), (2, 1, 0, 4, 4), (1, 1, 1, 1, 1), (2, 3, 67, 7, 11)), (2, 2, 9, 4, 6),
-        (2, 3, 200, 24, 33), decay_samples, decay_masked, loose=(5,)),
+        (2, 3, 200, 24, 33), decay_masked, loose=(5,)),
     "ssm_scan": Contract(
-        ("ssm_scan",), scan, scans, ((0, 3, 2, 2), (1, 1, 1, 1), (2, 67, 7, 5)), (2, 9, 4, 3), (2, 150, 50, 16), scan_samples, scan_masked),
+        ("ssm_scan",), scan, scans, ((0, 3, 2, 2), (1, 1, 1, 1), (2, 67, 7, 5)), (2, 9, 4, 3), (2, 150, 50, 16), scan_masked),
     "selection": Contract(
         ("select_hierarchical", "block_sparse_attention"), select, quarters,
         ((0, 2, 1, 3, 3, 4), (1, 2, 1, 0, 5, 4), (1, 2, 1, 5, 0, 4), (1, 1, 1, 1, 1, 1), (2, 4, 2, 31, 61, 7)), (1, 2, 1, 9, 40, 8),
-        (2, 4, 2, 100, 300, 24), select_samples, select_masked, trains=False),
+        (2, 4, 2, 100, 300, 24), select_masked, trains=False),
 }

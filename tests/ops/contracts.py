@@ -45,7 +45,7 @@ class Contract:
     operators: torch's names of what is behind it. masked: or why no row can be empty.
     trains: whether there are gradients. loose: results (outputs, then gradients) that are what is left of large terms of either
     sign: the gradients of scales, and of a decay, sum i <q_i, dq_i> - sum j <k_j, dk_j>.
-    exports: why not, if not. same_bits: false where the products are torch's, which sums in another order for other
+    same_bits: false where the products are torch's, which sums in another order for other
     strides or numbers of threads.
     """
 
@@ -58,7 +58,6 @@ class Contract:
     masked: Callable[[], Masked] | str
     trains: bool = True
     loose: tuple[int, ...] = ()
-    exports: str = ""
     same_bits: bool = True
 
 
@@ -421,7 +420,7 @@ CONTRACTS: dict[str, Contract] = {
         (2, 4, 2, 6, 9, 8, 6), (2, 4, 2, 150, 290, 32, 16), program_masked),
     "attention, packed": Contract(
         ("attention",), attend_packed, packed, ((0, 2, 1, 4), (1, 1, 1, 1), (2, 2, 1, 3), (61, 3, 1, 7)), (12, 4, 2, 8), (401, 4, 2, 32),
-        packed_masked, exports="the starts of sequences are read; export a padded batch"),
+        packed_masked),
     "statistics": Contract(
         ("attention_row_statistics", "attention_column_sums", "attention_rows"), statistics, qk,
         ((1, 1, 1, 1, 1, 1), (2, 2, 1, 0, 3, 4), (2, 2, 1, 3, 0, 4), (0, 2, 1, 3, 3, 4), (3, 2, 2, 31, 37, 7)),

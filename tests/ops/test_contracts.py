@@ -79,18 +79,13 @@ class Recorder(TorchFunctionMode):
 
 @every
 def test_passes_opcheck(contract: Contract) -> None:
-    """Of every operator the first call that is made: by the call itself, and by that with empty rows."""
-    found = set()
-    case = None if isinstance(contract.masked, str) else contract.masked()
-    others = [] if case is None else [(case.call, case.inputs)]
-    for call, inputs in [(contract.call, contract.make(*contract.usual)), *others]:
-        leaves = [t.float().requires_grad_(contract.trains) for t in inputs]
-        with Recorder() as recorder, ops.backend("native"):
-            call(*leaves)
-        for operator, arguments in recorder.calls.items():
-            torch.library.opcheck(operator, arguments)
-            found.add(operator._schema.name.removeprefix("vlm::"))
-    assert found == set(contract.operators)
+    """Every operator on the first call that is made of it."""
+    leaves = [t.requires_grad_(contract.trains) for t in narrow(contract, contract.usual)]
+    with Recorder() as recorder, ops.backend("native"):
+        contract.call(*leaves)
+    for operator, arguments in recorder.calls.items():
+        torch.library.opcheck(operator, arguments)
+    assert {operator._schema.name.removeprefix("vlm::") for operator in recorder.calls} == set(contract.operators)
 
 
 @every
@@ -150,7 +145,7 @@ def bits(contract: Contract, one: list[Tensor], other: list[Tensor]) -> None:
 @every
 def test_bits_do_not_depend_on_the_thread_count(contract: Contract) -> None:
     inputs, found = narrow(contract, contract.large), []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3) if contract.same_bits else (1, 2):
         torch.set_num_threads(threads)
         found.append(results(contract, inputs, "native"))
     for other in found[1:]:

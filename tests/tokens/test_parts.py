@@ -65,6 +65,23 @@ def test_core_select_kept_sets_are_nested_and_ragged_batches_are_their_rows():
             assert late[row] == sorted(late[row])
 
 
+@pytest.mark.parametrize("keep", [{"kind": "sigmoid", "k": 1.0, "budget": 0.6}, {"kind": "table", "ratios": [1, 0.7, 0.4, 0.2]}],
+                         ids=["sigmoid", "table"])  # fmt: skip
+@torch.no_grad()
+def test_vision_token_search_kept_sets_are_nested_and_keep_their_positions(keep):
+    model = reducing({"keep": keep, "score": {"kind": "attention-from-rows", "norm": "previous-layer"}, "apply": {"positions": "keep"}})
+    output = model.encode(batch(), {"text": frozenset({f"hidden:{layer}" for layer in range(5)})})["text"]
+    layouts = [output.layout_of(layer) for layer in range(1, 5)]
+    sets = [kept(layout) for layout in layouts]
+    assert len(sets[0][0]) > len(sets[-1][0])
+    for early, late in pairwise(sets):
+        for row in range(4):
+            assert set(late[row]) <= set(early[row])
+    for layout, own in zip(layouts, sets):
+        for row in range(4):
+            assert layout.position[row, layout.mask[row]].tolist() == own[row]  # rotary positions are those of before
+
+
 @torch.no_grad()
 def test_core_select_a_threshold_keeps_another_number_of_every_picture():
     pre = [{"score": {"kind": "norm"}, "select": {"kind": "threshold", "times": 1.05}}]

@@ -14,6 +14,12 @@ void check(const AttentionProblem& p) {
     if (n < 0) throw std::invalid_argument("attention statistics: negative size");
   if (p.key_heads == 0 || p.query_heads % p.key_heads != 0)
     throw std::invalid_argument("attention statistics: query heads are not a multiple of key heads");
+  if (p.softcap < 0.0f) throw std::invalid_argument("attention statistics: the soft cap is negative");
+  if (p.temperature != nullptr || p.drop_below != 0)
+    throw std::invalid_argument("attention statistics: neither the cosine score nor dropout is taken");
+  if (p.relative != nullptr && p.grid_columns > 0 &&
+      (p.queries != p.keys || p.grid_rows * p.grid_columns != p.queries))
+    throw std::invalid_argument("attention statistics: the grid of the relative bias does not fit queries and keys");
 }
 
 template <class Call>

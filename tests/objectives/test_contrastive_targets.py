@@ -204,7 +204,7 @@ def test_core_siglip_a_teachers_likeliest_pairs():
 
 def test_likeliest_does_not_depend_on_the_chunk():
     x, y = torch.randn(13, 5), torch.randn(7, 5)
-    index, products = ops.likeliest(x, y, 3)
+    index, _ = ops.likeliest(x, y, 3)
     assert torch.equal(index, (x @ y.T).topk(3, 1).indices)
     assert torch.equal(ops.likeliest(x, y, 3, chunk=8)[0], index)
     assert ops.likeliest(x, y, 99)[0].shape == (13, 7)

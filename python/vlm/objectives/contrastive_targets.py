@@ -20,7 +20,8 @@ def numbers_of(batch: Batch, stream: str | None, sample_index: Tensor) -> Tensor
     if stream is None:
         return torch.ones(len(sample_index))
     rows = batch[stream]
-    numbers = torch.zeros(int(torch.cat([rows.sample_index, sample_index]).max()) + 1 if len(sample_index) else 0)
+    known = torch.cat([rows.sample_index, sample_index])
+    numbers = torch.zeros(int(known.max()) + 1 if len(known) else 0, device=sample_index.device)
     numbers[rows.sample_index[rows.mask]] = rows.values[rows.mask].to(numbers)
     return numbers[sample_index]
 

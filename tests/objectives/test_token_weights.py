@@ -6,7 +6,19 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from tests.objectives.test_token_ce import packed
-from tests.objectives.toys import CLOCK, Expanding, apply, batch_of, engine_of, gradients, logits_by_hand, loss_of, mixed_batch, pictures, tokens
+from tests.objectives.toys import (
+    CLOCK,
+    Expanding,
+    apply,
+    batch_of,
+    engine_of,
+    gradients,
+    logits_by_hand,
+    loss_of,
+    mixed_batch,
+    pictures,
+    tokens,
+)
 from vlm.objectives import BuildContext, DistillOptions, TokenCrossEntropyOptions
 from vlm.types import Context, Features, Labels, SingleProcess, Views
 from vlm.types.layout import IGNORE

@@ -83,7 +83,7 @@ def test_random_programs_with_what_else_a_call_may_say(seed: int, count: int, n:
     if causal:
         allow = allow & (torch.arange(m) <= torch.arange(n)[:, None] + m - n)
     q, k = tensors(2, 4, 2, n, m, 8, draw)
-    options = {"softcap": 1.5 if cap else None, "temperature": 0.5}
+    options: dict[str, Any] = {"softcap": 1.5 if cap else None, "temperature": 0.5}
     check(q, k, matrix(q, k, allow, **options), mask=program, causal=causal, key_mask=key_mask, **options)
 
 
@@ -223,4 +223,4 @@ def test_what_does_not_fit_is_named() -> None:
     for options, message in (({"softcap": 0.0}, "softcap is 0.0"), ({"mask": masks.Segments(torch.zeros(1, 7, dtype=torch.long))}, "do not fit 5"),
                              ({"bias": Alibi(torch.ones(3))}, "one number for each of 1 heads")):
         with ops.backend("native"), pytest.raises(ValueError, match=message):
-            ops.attention_row_statistics(q, q, **options)  # type: ignore[arg-type]
+            ops.attention_row_statistics(q, q, **options)

@@ -16,21 +16,26 @@ struct Case {
   bool causal;
   int64_t offset;
   bool mask, bias;
+  bool program = false;  // a window, a mask of each head, a bias of each head by position, a soft cap
   std::string name() const {
     return "B" + std::to_string(batch) + " H" + std::to_string(query_heads) + "/" + std::to_string(key_heads) + " N" +
            std::to_string(queries) + " M" + std::to_string(keys) + " D" + std::to_string(width) + " causal" +
-           std::to_string(causal) + " mask" + std::to_string(mask) + " bias" + std::to_string(bias);
+           std::to_string(causal) + " mask" + std::to_string(mask) + " bias" + std::to_string(bias) +
+           " program" + std::to_string(program);
   }
 };
 
-constexpr int64_t gap = 3;
+constexpr int64_t gap = 3, window = 90;
+constexpr float cap = 1.5f;
 
 // q and k lie in [B, N, H, D] order with a gap after each row; masked keys and queries of weight 0 hold NaN.
 struct Tensors {
   Case c;
   float scale;
   std::vector<float> q, k, bias, weights;
-  std::vector<uint8_t> mask;
+  std::vector<uint8_t> mask, allow;
+  std::vector<float> relative;
+  std::vector<MaskAtom> atoms;
   std::vector<int64_t> rows;
   std::vector<float> lse, entropy, sums, chosen;
   std::vector<int64_t> best;
@@ -42,6 +47,13 @@ struct Tensors {
     k = numbers.normal(c.batch * c.keys * c.key_heads * (c.width + gap));
     weights = numbers.normal(c.batch * c.query_heads * c.queries);
     if (c.bias) bias = numbers.normal(c.queries * c.keys);
+    if (c.program) {
+      relative = numbers.normal(c.query_heads * (c.queries + c.keys - 1));
+      allow.resize(c.query_heads * c.queries * c.keys);
+      for (uint8_t& x : allow) x = numbers.below(8) > 0;
+      atoms.push_back({AtomKind::local_band, {c.keys - c.queries, window, window, 0}, nullptr, 0, 0, 0, nullptr, 0, 0});
+      atoms.push_back({AtomKind::dense, {0, 0, 0, 0}, allow.data(), 0, c.queries * c.keys, c.keys, nullptr, 0, 0});
+    }
     if (c.mask) {
       mask.resize(c.batch * c.keys);
       for (int64_t b = 0; b < c.batch; ++b)
@@ -83,6 +95,12 @@ struct Tensors {
     p.key_mask = c.mask ? mask.data() : nullptr;
     p.key_mask_stride = c.keys;
     if (c.bias) p.bias = {bias.data(), 0, 0, c.keys};
+    if (!c.program) return p;
+    p.atoms = atoms.data();
+    p.atom_count = static_cast<int64_t>(atoms.size());
+    p.softcap = cap;
+    p.relative = relative.data();
+    p.relative_head_stride = c.queries + c.keys - 1;
     return p;
   }
   void run(int threads) {
@@ -103,10 +121,15 @@ void compare(const Case& c) {
         double top = -INFINITY, total = 0.0, spread = 0.0;
         for (int64_t j = 0; j < c.keys; ++j) {
           if ((c.causal && j > i + c.offset) || (c.mask && !t.mask[b * c.keys + j])) continue;
+          if (c.program && std::abs(i + c.keys - c.queries - j) > window) continue;
+          if (c.program && !t.allow[(h * c.queries + i) * c.keys + j]) continue;
           double dot = 0.0;
           for (int64_t e = 0; e < c.width; ++e)
             dot += double(t.q[t.query_at(b, h, i) + e]) * t.k[t.key_at(b, h / (c.query_heads / c.key_heads), j) + e];
-          s[j] = dot * t.scale + (c.bias ? t.bias[i * c.keys + j] : 0.0);
+          dot *= t.scale;
+          if (c.program)
+            dot = cap * std::tanh(dot / cap) + t.relative[h * (c.queries + c.keys - 1) + c.queries - 1 - i + j];
+          s[j] = dot + (c.bias ? t.bias[i * c.keys + j] : 0.0);
           top = std::fmax(top, s[j]);
         }
         for (int64_t j = 0; j < c.keys; ++j) total += top == -INFINITY ? 0.0 : std::exp(s[j] - top);
@@ -258,6 +281,9 @@ int main(int argc, char** argv) {
       for (bool bias : {false, true})
         for (bool causal : {false, true}) compare({2, 4, 2, 59, 261, 16, causal, 202, mask, bias});
     compare({1, 2, 2, 130, 70, 32, true, -60, false, false});  // empty rows
+    for (bool mask : {false, true})
+      for (bool bias : {false, true}) compare({2, 4, 2, 59, 261, 16, mask, 202, mask, bias, true});
+    compare({1, 2, 1, 97, 300, 17, false, 0, false, false, true});
     compare({2, 8, 8, 300, 300, 32, true, 0, true, false});    // several threads at work
     for (int64_t parts : {1, 2, 5})
       for (int64_t width : {0, 1, 15, 16, 33}) merge(parts, 7, width);

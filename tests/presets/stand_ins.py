@@ -42,7 +42,10 @@ def small(key, models, *overrides):
             given.append('model.tokens.keep={kind="stages", layers=[1], ratios=[0.5]}')
         if tokens is not None and any(step.needs_grid for step in tokens.pre):  # and a tower of one block no block before it
             given.append('model.tokens.pre=[{score={kind="attention-received", layer=-1}, select={kind="top-k", ratio=0.5}}]')
-    elif preset.start.model is None:  # one that is to be given a model
+    if preset.data.text.captions is not None:  # a text tower as short as that above
+        given.append("data.text.captions=16")
+    given += [f"objectives.{o.name}.layer=2" for o in preset.objectives if o.kind == "sequence-align"]  # the last of two
+    if preset.model is None and preset.start.model is None:  # one that is to be given a model
         given.append(f'start.model="{models["clip-tiny"]}"')
     preset, resolved = load_preset(key, [*given, *overrides])
     resolved = with_bases(resolved, models)

@@ -107,7 +107,8 @@ class Plan:
             raise DataError(
                 "a random crop has another shape, so other tiles", where="data.image.augment", remedy='set it to "none"'
             )
-        captions = reads.tokenizer is not None and not self.conversations
+        beside = options.text.captions
+        captions = reads.tokenizer is not None and (not self.conversations or beside is not None)
         length = options.text.length if options.packer is None else options.packer.length
         self.encoder = None
         if self.conversations and reads.tokenizer is not None:
@@ -116,7 +117,7 @@ class Plan:
             )
         self.shape = Shape(
             sides,
-            options.text.length if captions else None,
+            (beside or options.text.length) if captions else None,
             self.conversations,
             grouped=options.group_by is not None,
             labelled=options.label is not None,

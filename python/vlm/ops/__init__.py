@@ -9,6 +9,7 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.attention_varlen import attention_varlen
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.contrastive_listed import likeliest
 from vlm.ops.contrastive_matrix import contrastive_matrices
 from vlm.ops.contrastive_pairs import Teacher
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
@@ -109,6 +110,7 @@ __all__ = [
     "gather_tokens",
     "late_interaction",
     "late_interaction_reference",
+    "likeliest",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_decay",

@@ -15,13 +15,17 @@ from torch import Tensor
 
 from vlm.config.options import Options
 from vlm.ops import attention_column_sums, attention_lse, attention_pagerank, gather_tokens, select_top
+from vlm.tokens.attention_merge import AttentionMergeOptions
+from vlm.tokens.learned import BernoulliOptions, GumbelHardOptions, LearnedScoreOptions, LearnedStep
 from vlm.tokens.merging import merge_down
 from vlm.tokens.schedule import exact
 from vlm.tokens.score import ScoringBlock, rows_first
 from vlm.tokens.score_options import (
     NormScoreOptions,
     RandomScoreOptions,
+    UniformGridScoreOptions,
     UniformScoreOptions,
+    grid_order,
     norms,
     random_order,
     uniform_order,
@@ -118,7 +122,13 @@ class TowerPageRankOptions(TowerScore):
 
 
 PreScore = Annotated[
-    TowerAttentionOptions | TowerPageRankOptions | NormScoreOptions | RandomScoreOptions | UniformScoreOptions,
+    TowerAttentionOptions
+    | TowerPageRankOptions
+    | NormScoreOptions
+    | RandomScoreOptions
+    | UniformScoreOptions
+    | UniformGridScoreOptions
+    | LearnedScoreOptions,
     Field(discriminator="kind"),
 ]
 
@@ -175,18 +185,34 @@ class PreStepOptions(Options):
 
     score: PreScore | None = Field(None, description="what speaks for a token; merging has none")
     select: Annotated[
-        TopShareOptions | RowsOptions | ThresholdShareOptions | MergeDownOptions, Field(discriminator="kind")
+        TopShareOptions | RowsOptions | ThresholdShareOptions | MergeDownOptions | GumbelHardOptions | BernoulliOptions,
+        Field(discriminator="kind"),
     ]
-    apply: Annotated[PickOptions | BlendOptions, Field(discriminator="kind")] = PickOptions()
+    apply: Annotated[PickOptions | BlendOptions | AttentionMergeOptions, Field(discriminator="kind")] = PickOptions()
 
     @model_validator(mode="after")
     def _fits(self) -> PreStepOptions:
         merges = isinstance(self.select, MergeDownOptions)
         if merges != isinstance(self.apply, BlendOptions):
-            raise ValueError('select "bipartite" goes with apply "merge", every other select with "gather"')
+            raise ValueError('select "bipartite" goes with apply "merge", and no other select does')
         if merges == (self.score is not None):
             raise ValueError("merging takes no score" if merges else f'select "{self.select.kind}" needs a score')
+        if isinstance(self.select, GumbelHardOptions | BernoulliOptions) != isinstance(self.score, LearnedScoreOptions):
+            raise ValueError('score "learned-mlp" goes with select "gumbel-hard" or "bernoulli", and no other does')
+        if isinstance(self.apply, AttentionMergeOptions) and not self.learned:
+            raise ValueError('apply "attention-merge" needs score "learned-mlp"')
         return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has weights of its own: `build` makes them, and `reduce` is not asked."""
+        return isinstance(self.score, LearnedScoreOptions)
+
+    def build(self, width: int) -> LearnedStep | None:
+        """The module of a learned step over tokens of so many channels; None for any other. Raises ValueError where they do not fit."""
+        if not isinstance(self.select, GumbelHardOptions | BernoulliOptions):
+            return None
+        return LearnedStep(width, self.select, self.apply if isinstance(self.apply, AttentionMergeOptions) else None)
 
     @property
     def needs_grid(self) -> bool:
@@ -198,7 +224,7 @@ class PreStepOptions(Options):
         select = self.select
         if isinstance(select, MergeDownOptions):
             return max(1, exact(select.keep).numerator * tokens // exact(select.keep).denominator)
-        if isinstance(select, ThresholdShareOptions):
+        if isinstance(select, ThresholdShareOptions | GumbelHardOptions | BernoulliOptions):
             return tokens
         if isinstance(select, RowsOptions):
             columns = columns or int(tokens**0.5 + 0.5)
@@ -218,7 +244,9 @@ class PreStepOptions(Options):
             return norms(x, score.best)
         if isinstance(score, RandomScoreOptions):
             return random_order(number, score.seed)
-        return None if score is None else uniform_order(number)
+        if isinstance(score, UniformGridScoreOptions):
+            return grid_order(number, score.columns)
+        return uniform_order(number) if isinstance(score, UniformScoreOptions) else None
 
     def reduce(self, x: Tensor, view: TowerView | None, columns: int | None) -> tuple[Tensor, Tensor | None]:
         """x [P, N, C] -> (tokens [P, K, C], mask [P, K] where pictures keep different numbers, else None)."""

@@ -14,7 +14,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vlm.config.options import Options
-from vlm.ops import attention_column_sums, attention_lse, attention_pagerank, gather_tokens, select_top
+from vlm.ops import (
+    adaptive_pool,
+    attention_column_sums,
+    attention_lse,
+    attention_pagerank,
+    gather_tokens,
+    select_top,
+    stride_pool,
+)
 from vlm.tokens.attention_merge import AttentionMergeOptions
 from vlm.tokens.learned import BernoulliOptions, GumbelHardOptions, LearnedScoreOptions, LearnedStep
 from vlm.tokens.merging import merge_down
@@ -166,6 +174,38 @@ class MergeDownOptions(Options):
     metric: Literal["tokens"] = Field("tokens", description="tokens: cosine of the tokens themselves")
 
 
+class PoolOptions(Options):
+    """The grid of a picture's tokens, pooled to a smaller one: by a stride, or to a shape whatever its own (core-pool)."""
+
+    kind: Literal["pool"] = "pool"
+    method: Literal["average", "max", "bilinear"] = Field("average", description="of the tokens of a window; bilinear: the grid resized")
+    stride: int | None = Field(None, ge=1, description="side of a window; the last ones may be smaller")
+    shape: tuple[int, int] | None = Field(None, description="rows and columns that are left, by adaptive averages (pllava, infmllm)")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> PoolOptions:
+        if (self.stride is None) == (self.shape is None):
+            raise ValueError("expected either stride or shape")
+        if self.shape is not None and (self.method != "average" or min(self.shape) < 1):
+            raise ValueError('shape goes with method "average", and is at least 1 x 1')
+        return self
+
+    def left(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that are left."""
+        if self.stride is None:
+            assert self.shape is not None
+            return self.shape
+        return -(-rows // self.stride), -(-columns // self.stride)
+
+    def pooled(self, x: Tensor, columns: int) -> Tensor:
+        """x [P, N, C] over a grid of so many columns -> [P, K, C]."""
+        grid = x.unflatten(1, (-1, columns))
+        if self.stride is not None:
+            return stride_pool(grid, self.stride, kind=self.method).flatten(1, 2)
+        assert self.shape is not None
+        return adaptive_pool(grid, self.shape).flatten(1, 2)
+
+
 class PickOptions(Options):
     """The chosen tokens, in their order."""
 
@@ -185,7 +225,7 @@ class PreStepOptions(Options):
 
     score: PreScore | None = Field(None, description="what speaks for a token; merging has none")
     select: Annotated[
-        TopShareOptions | RowsOptions | ThresholdShareOptions | MergeDownOptions | GumbelHardOptions | BernoulliOptions,
+        TopShareOptions | RowsOptions | ThresholdShareOptions | MergeDownOptions | GumbelHardOptions | BernoulliOptions | PoolOptions,
         Field(discriminator="kind"),
     ]
     apply: Annotated[PickOptions | BlendOptions | AttentionMergeOptions, Field(discriminator="kind")] = PickOptions()
@@ -195,8 +235,9 @@ class PreStepOptions(Options):
         merges = isinstance(self.select, MergeDownOptions)
         if merges != isinstance(self.apply, BlendOptions):
             raise ValueError('select "bipartite" goes with apply "merge", and no other select does')
-        if merges == (self.score is not None):
-            raise ValueError("merging takes no score" if merges else f'select "{self.select.kind}" needs a score')
+        scoreless = merges or isinstance(self.select, PoolOptions)
+        if scoreless == (self.score is not None):
+            raise ValueError("merging and pooling take no score" if scoreless else f'select "{self.select.kind}" needs a score')
         if isinstance(self.select, GumbelHardOptions | BernoulliOptions) != isinstance(self.score, LearnedScoreOptions):
             raise ValueError('score "learned-mlp" goes with select "gumbel-hard" or "bernoulli", and no other does')
         if isinstance(self.apply, AttentionMergeOptions) and not self.learned:
@@ -217,7 +258,7 @@ class PreStepOptions(Options):
     @property
     def needs_grid(self) -> bool:
         """Whether tokens must be the tower's patches, one by one."""
-        return isinstance(self.score, TowerScore) or isinstance(self.select, RowsOptions)
+        return isinstance(self.score, TowerScore) or isinstance(self.select, RowsOptions | PoolOptions)
 
     def count(self, tokens: int, columns: int | None = None) -> int:
         """Tokens that are left of `tokens`, at most. columns: of the grid; default: a square one's."""
@@ -226,6 +267,10 @@ class PreStepOptions(Options):
             return max(1, exact(select.keep).numerator * tokens // exact(select.keep).denominator)
         if isinstance(select, ThresholdShareOptions | GumbelHardOptions | BernoulliOptions):
             return tokens
+        if isinstance(select, PoolOptions):
+            columns = columns or int(tokens**0.5 + 0.5)
+            rows, columns = select.left(tokens // columns, columns)
+            return rows * columns
         if isinstance(select, RowsOptions):
             columns = columns or int(tokens**0.5 + 0.5)
             left = rounded(select.ratio, tokens)
@@ -254,6 +299,8 @@ class PreStepOptions(Options):
         if isinstance(select, MergeDownOptions):
             assert isinstance(apply, BlendOptions)
             return merge_down(x, self.count(x.shape[1]), weighting=apply.weighting, order=apply.order), None
+        if isinstance(select, PoolOptions):
+            return select.pooled(x, columns or int(x.shape[1] ** 0.5 + 0.5)), None
         score = self.scores(x, view)
         assert score is not None
         if isinstance(select, ThresholdShareOptions):

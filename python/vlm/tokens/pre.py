@@ -5,13 +5,14 @@ P pictures, N tokens of a picture, K kept ones, C width, H heads. Sources: fopru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.config.options import Options
 from vlm.ops import (
@@ -312,6 +313,29 @@ class PreStepOptions(Options):
         if isinstance(select, RowsOptions):
             return gather_tokens(x, best_rows(score, count, columns or int(x.shape[1] ** 0.5 + 0.5))), None
         return gather_tokens(x, select_top(score, count).indices), None
+
+
+def learned_steps(steps: Sequence[PreStepOptions], width: int) -> nn.ModuleDict:
+    """The modules of learned steps over tokens of so many channels, by number of the step. Raises ValueError where they do not fit."""
+    made = {str(number): step.build(width) for number, step in enumerate(steps)}
+    return nn.ModuleDict({number: module for number, module in made.items() if module is not None})
+
+
+def run_steps(
+    steps: Sequence[PreStepOptions], learned: nn.ModuleDict, x: Tensor, mask: Tensor | None, view: TowerView | None, columns: int | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [P, N, C], mask [P, N] or None, through all steps -> (tokens [P, K, C], mask [P, K] or None, penalty of the share that
+    learned steps keep [P], None without such a step). Raises ValueError for a step that reads masked tokens."""
+    penalty: Tensor | None = None
+    for number, step in enumerate(steps):
+        if mask is not None:
+            raise ValueError("tokens.pre reads tokens that are all valid, and those of this connector or step are masked")
+        if str(number) in learned:
+            x, mask, own = learned[str(number)](x)
+            penalty = own if penalty is None else penalty + own
+        else:
+            x, mask = step.reduce(x, view if number == 0 else None, columns)
+    return x, mask, penalty
 
 
 def best_rows(score: Tensor, count: int, columns: int) -> Tensor:

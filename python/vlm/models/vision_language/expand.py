@@ -251,3 +251,9 @@ def mean_of_samples(values: Tensor, stream: Pictures, samples: int) -> Tensor:
     zeros = values.new_zeros(samples)
     counts = zeros.index_add(0, stream.sample_index, valid)
     return zeros.index_add(0, stream.sample_index, torch.where(stream.mask, values, 0.0)) / counts.clamp(min=1)
+
+
+def kept_share(before: Layout, after: Layout) -> Tensor:
+    """[n]: share of the visual positions of each row that are left, 1 for a row without any."""
+    counts = [((part.modality == int(Modality.IMAGE)) & part.mask).sum(1).float() for part in (before, after)]
+    return torch.where(counts[0] > 0, counts[1] / counts[0].clamp(min=1), 1.0)

@@ -31,6 +31,7 @@ from vlm.models.vision_language.expand import (
     beside,
     divided,
     expand,
+    kept_share,
     mean_of_samples,
     place_pictures,
 )
@@ -46,12 +47,12 @@ from vlm.models.vision_language.parts import connector_of, copy_into, language_o
 from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import Tiling
-from vlm.tokens import TokensOptions, TowerScore, TowerView
+from vlm.tokens import TokensOptions, TowerScore, TowerView, learned_steps, run_steps
 from vlm.tokens.tiler import TilerOptions
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
 from vlm.types.export import ExportPart
-from vlm.types.layout import Layout, Modality
+from vlm.types.layout import Layout
 from vlm.types.outputs import Wanted
 
 IMAGE = "<image>"
@@ -224,9 +225,7 @@ class VisionLanguageModel(Model):
             read = next(iter(options.towers.values())).tokens
             if self.connector.count(read) != read:
                 raise ValueError(f"tokens.pre.0 reads patches, and the connector makes {self.connector.count(read)} tokens of {read}")
-        steps = options.tokens.pre if options.tokens is not None else []
-        made = {str(number): step.build(options.language.width) for number, step in enumerate(steps)}
-        self.reducers = nn.ModuleDict({number: step for number, step in made.items() if step is not None})
+        self.reducers = learned_steps([] if options.tokens is None else options.tokens.pre, options.language.width)
         self.language = LanguageModel(options.language, vocabulary)
         self.cross = nn.ModuleDict()
         if isinstance(options.fusion, CrossAttentionOptions | HybridOptions):
@@ -310,17 +309,7 @@ class VisionLanguageModel(Model):
             x = vision.post_norm(run.x) if tower.norm else run.x
             parts.append(x[:, 1:] if tower.class_token and tower.drop_class else x)
         out: tuple[Tensor, Tensor | None] = self.connector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], None)
-        grid, penalty = self.options.grid, None
-        for number, step in enumerate(pre):
-            if out[1] is not None:
-                raise ValueError("tokens.pre reads tokens that are all valid, and those of this connector or step are masked")
-            if str(number) in self.reducers:
-                reduced = self.reducers[str(number)](out[0])
-                out, penalty = (reduced.tokens, reduced.mask), reduced.penalty if penalty is None else penalty + reduced.penalty
-            else:
-                out = step.reduce(out[0], view, None if grid is None else grid[1])
-            view = None
-        return *out, penalty
+        return run_steps(pre, self.reducers, *out, view, None if self.options.grid is None else self.options.grid[1])
 
     def _visual(self, streams: Mapping[str, Pictures], samples: int) -> Visual:
         """streams: tower -> its pictures, rows of all corresponding; a tower without a stream: no pictures."""
@@ -384,7 +373,7 @@ class VisionLanguageModel(Model):
                 del seen[source]  # owners of another shared stream are others
             output = self.language.outputs(result, stream, fields)
             if "statistics" in fields:
-                found = {"kept_share": _kept_share(before, result.layout)}
+                found = {"kept_share": kept_share(before, result.layout)}
                 if penalty is not None:
                     found["ratio_penalty"] = penalty[stream.sample_index]
                 output = replace(output, statistics=found)
@@ -465,8 +454,3 @@ class VisionLanguageModel(Model):
         except ValueError as error:
             raise RequestError(f"{name}: {error}") from error
         copy_into(mine, state, name)
-
-
-def _kept_share(before: Layout, after: Layout) -> Tensor:
-    counts = [((part.modality == int(Modality.IMAGE)) & part.mask).sum(1).float() for part in (before, after)]
-    return torch.where(counts[0] > 0, counts[1] / counts[0].clamp(min=1), 1.0)

@@ -166,7 +166,7 @@ class MixturePart(Options):
 class DataOptions(Options):
     """The `[data]` table."""
 
-    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, scenes: or digits:")
+    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, scenes:, digits: or clips:")
     val: str | None = Field(None, description="evaluation data, an address like source")
     mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
     where: Where = Field({}, description="samples to keep: field = pattern, or patterns of which one must fit")

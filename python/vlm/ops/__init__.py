@@ -59,6 +59,7 @@ from vlm.ops.tokens_pool import (
     progressive_pool,
 )
 from vlm.ops.tokens_select import Selection, select_rows, select_threshold, select_top
+from vlm.ops.tokens_stride import StridePool, repeat_frames, stride_pool
 from vlm.ops.vocabulary import CrossEntropy, linear_cross_entropy
 from vlm.ops.vocabulary_distillation import linear_distillation
 from vlm.ops.vocabulary_reference import linear_cross_entropy_reference, linear_distillation_reference
@@ -83,6 +84,7 @@ __all__ = [
     "RowStatistics",
     "Selection",
     "ShuffleOrder",
+    "StridePool",
     "Teacher",
     "adaptive_pool",
     "attention",
@@ -128,6 +130,7 @@ __all__ = [
     "pixel_unshuffle_tokens",
     "pooling_matrix",
     "progressive_pool",
+    "repeat_frames",
     "ring_contrastive",
     "scatter_tokens",
     "select_hierarchical",
@@ -140,6 +143,7 @@ __all__ = [
     "sequence_alignment_reference",
     "ssm_scan",
     "ssm_scan_reference",
+    "stride_pool",
     "take_tokens",
     "unmerge_tokens",
     "window_attention",

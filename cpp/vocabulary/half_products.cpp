@@ -9,7 +9,8 @@ namespace vlm {
 namespace VLM_LEVEL {
 namespace {
 
-constexpr int64_t PARTS = 8;  // partial sums of dh
+constexpr int64_t PARTS = 8, PART_TILES = 8;  // partial sums of dh: at most so many, each of at least so many tiles
+constexpr int64_t BLOCK = 256;  // rows that meet a tile at once: their panels stay in the cache
 
 // C [M, N] (+)= A B where C has no room beyond N: the last incomplete vector goes through `spare` [M, W].
 template <class A>
@@ -28,10 +29,6 @@ void multiply_exactly(int64_t M, int64_t N, int64_t K, const float* a, int64_t g
     }
 }
 
-void fill_zero(float* at, int64_t count) {
-  for (int64_t e = 0; e < count; ++e) at[e] = 0.0f;
-}
-
 struct GradientPlan {
   const HalfProductGradients& call;
   int64_t tiles, parts, part_tiles, row_pairs, stride;
@@ -44,39 +41,43 @@ struct GradientPlan {
         stride(round_up(larger(c.width, 1), W)),
         want_hidden(c.d_hidden.data != nullptr),
         want_weight(c.d_weight.data != nullptr) {
-    part_tiles = larger(1, (tiles + PARTS - 1) / PARTS);
+    part_tiles = larger(PART_TILES, (tiles + PARTS - 1) / PARTS);
     parts = (tiles + part_tiles - 1) / part_tiles;
   }
   int64_t hidden_room() const { return want_weight ? row_pairs * round_up(call.width, NR) : 0; }
   int64_t part_room() const { return want_hidden ? call.rows * stride : 0; }
-  // Of a worker: the tile of g in either form, the tile of `weight` as panels, the spare columns.
-  int64_t columns_room() const { return want_weight ? round_up(row_pairs * LDS, W) : 0; }
-  int64_t rows_room() const { return want_hidden ? round_up(call.rows * (LDS / 2), W) : 0; }
+  // Of a worker: a block of g in either form, the tile of `weight` as panels, the spare columns.
+  int64_t columns_room() const { return want_weight ? BLOCK / 2 * LDS : 0; }
+  int64_t rows_room() const { return want_hidden ? BLOCK * (LDS / 2) : 0; }
   int64_t weight_room() const { return want_hidden ? pairs(BC) * round_up(call.width, NR) : 0; }
   int64_t worker_room() const { return columns_room() + rows_room() + weight_room() + BC * NR; }
 };
 
-void gradient_tile(const GradientPlan& s, int64_t tile, const float* hidden, float* part, float* work) {
+void gradient_tile(const GradientPlan& s, int64_t tile, const float* hidden, float* part, bool first_of_part,
+                   float* work) {
   const HalfProductGradients& c = s.call;
   const int64_t first = tile * BC, n = smaller(BC, c.ids - first);
   float *columns = work, *rows = columns + s.columns_room(), *weight = rows + s.rows_room();
   float* spare = weight + s.weight_room();
-  const float* g = c.gradient.data + first;
-  if (s.want_weight) {
-    for (int64_t i = 0; i < c.rows; i += 2) {
-      const float* row = g + i * c.gradient.row_stride;
-      round_two_rows(row, i + 1 < c.rows ? row + c.gradient.row_stride : nullptr, n, columns + i / 2 * LDS);
-    }
-    multiply_exactly<PairTileColumns>(n, c.width, s.row_pairs, columns, MR, hidden, NR * s.row_pairs,
-                                      c.d_weight.data + first * c.d_weight.row_stride, c.d_weight.row_stride, true,
-                                      spare);
-  }
-  if (s.want_hidden) {
-    for (int64_t i = 0; i < c.rows; ++i) round_row(g + i * c.gradient.row_stride, n, rows + i * (LDS / 2));
+  if (s.want_hidden)
     pack_pairs_plain(c.weight.data + first * c.weight.row_stride, c.weight.row_stride, n, c.width, nullptr, weight,
                      NR * pairs(BC));
-    multiply_pairs<PairTileRows>(c.rows, c.width, pairs(n), rows, MR * (LDS / 2), weight, NR * pairs(BC), part,
-                                 s.stride, 1.0f, true);
+  for (int64_t i0 = 0; i0 < c.rows; i0 += BLOCK) {
+    const int64_t height = smaller(BLOCK, c.rows - i0), stride = c.gradient.row_stride;
+    const float* block = c.gradient.data + i0 * stride + first;
+    if (s.want_weight) {
+      for (int64_t i = 0; i < height; i += 2)
+        round_two_rows(block + i * stride, i + 1 < height ? block + (i + 1) * stride : nullptr, n,
+                       columns + i / 2 * LDS);
+      multiply_exactly<PairTileColumns>(n, c.width, pairs(height), columns, MR, hidden + i0 / 2 * NR, NR * s.row_pairs,
+                                        c.d_weight.data + first * c.d_weight.row_stride, c.d_weight.row_stride, true,
+                                        spare);
+    }
+    if (s.want_hidden) {
+      for (int64_t i = 0; i < height; ++i) round_row(block + i * stride, n, rows + i * (LDS / 2));
+      multiply_pairs<PairTileRows>(height, c.width, pairs(n), rows, MR * (LDS / 2), weight, NR * pairs(BC),
+                                   part + i0 * s.stride, s.stride, 1.0f, !first_of_part);
+    }
   }
 }
 
@@ -110,9 +111,9 @@ void product_gradients(const HalfProductGradients& call, int threads) {
                      NR * plan.row_pairs);
   parallel_for(plan.parts, 1, threads, [&](int64_t k, int64_t, int worker) {
     float* part = parts.data + k * plan.part_room();
-    fill_zero(part, plan.part_room());
-    for (int64_t tile = k * plan.part_tiles; tile < smaller((k + 1) * plan.part_tiles, plan.tiles); ++tile)
-      gradient_tile(plan, tile, hidden.data, part, memory.data + worker * plan.worker_room());
+    const int64_t first = k * plan.part_tiles, last = smaller(first + plan.part_tiles, plan.tiles);
+    for (int64_t tile = first; tile < last; ++tile)
+      gradient_tile(plan, tile, hidden.data, part, tile == first, memory.data + worker * plan.worker_room());
   });
   if (!plan.want_hidden) return;
   parallel_for(call.rows, 16, threads, [&](int64_t begin, int64_t end, int) {

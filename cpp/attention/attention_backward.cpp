@@ -181,7 +181,8 @@ void collect_relative(const AttentionProgram& program, const float* gradients, i
 }
 
 // P (dropped, for dV) and the gradient of the product q k (for dQ and dK) of a group of queries and a tile, in the
-// columns that any query of the block sees. The gradients of the biases are taken on the way, before the slope of the cap.
+// columns that any query of the block sees. The gradients of the biases are taken on the way, before the slope of the
+// cap.
 void score_group(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h,
                  int64_t i0, int64_t g, int64_t height, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth,
                  Columns block, float* weights, float* gradients) {

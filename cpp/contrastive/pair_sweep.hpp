@@ -39,7 +39,8 @@ class Operands {
       : p(problem), x(rows_of(problem.x, problem.half)), y(rows_of(problem.y, problem.half)),
         teacher(problem.teacher.x.data != nullptr),
         groups(problem.half ? 0 : packed_rows_room(problem.rows, problem.width)),
-        panels(panels_room(BC, steps(problem.width))), teacher_panels(teacher ? panels_room(BC, problem.teacher.width) : 0) {
+        panels(panels_room(BC, steps(problem.width))),
+        teacher_panels(teacher ? panels_room(BC, problem.teacher.width) : 0) {
     if (p.half) return;
     parallel_for((p.rows + MR - 1) / MR, 16, threads, [&](int64_t begin, int64_t end, int) {
       const int64_t first = begin * MR, last = smaller(end * MR, p.rows);

@@ -1,5 +1,5 @@
-// What a unit computes with: float32 numbers at most levels, bfloat16 storage at level avx512_bf16 (VLM_BFLOAT16), where
-// the same drivers are compiled once more. Per-level code.
+// What a unit computes with: float32 numbers at most levels, bfloat16 storage at level avx512_bf16 (VLM_BFLOAT16),
+// where the same drivers are compiled once more. Per-level code.
 //
 // A step is what a product takes of K at once: one number, or a word of two. Packed operands are counted in steps of
 // four bytes each either way, and addressed as floats.

@@ -97,7 +97,7 @@ VLM_INLINE PairTile pair_tile_for(int64_t rows) {
   return tiles[rows - 1];
 }
 
-// C[M, round_up(N, W)] = factor A B, or += A B if accumulate. Words are addressed as floats: nothing reads them as such.
+// C[M, round_up(N, W)] = factor A B, or += A B if accumulate. Words are addressed as floats, and never read as such.
 // group_stride: words between groups of MR rows of A; panel_stride: words between panels of B.
 template <class A>
 static void multiply_pairs(int64_t M, int64_t N, int64_t K, const float* a, int64_t group_stride, const float* b,
@@ -170,17 +170,17 @@ static void pack_pairs_plain(const Bfloat16* source, int64_t stride, int64_t row
 }
 
 // A row of a tile for PairTileRows: `count` numbers, then zeros up to a multiple of W.
+VLM_INLINE __m256i rounded(vf v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
 VLM_INLINE void round_row(const float* row, int64_t count, float* to) {
   for (int64_t c = 0; c < count; c += W)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c / 2), (__m256i)_mm512_cvtneps_pbh((__m512)load_first(row + c, count - c)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c / 2), rounded(load_first(row + c, count - c)));
 }
 
 // Likewise two rows for PairTileColumns; the second one may be null for zeros.
 VLM_INLINE void round_two_rows(const float* even, const float* odd, int64_t count, float* to) {
   for (int64_t c = 0; c < count; c += W) {
-    const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)load_first(even + c, count - c));
-    const __m256i high = odd == nullptr ? _mm256_setzero_si256()
-                                        : (__m256i)_mm512_cvtneps_pbh((__m512)load_first(odd + c, count - c));
+    const __m256i low = rounded(load_first(even + c, count - c));
+    const __m256i high = odd == nullptr ? _mm256_setzero_si256() : rounded(load_first(odd + c, count - c));
     store(to + c, pair_up(low, high));
   }
 }

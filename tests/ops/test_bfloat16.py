@@ -177,11 +177,12 @@ def test_contrastive_sigmoid_targets_and_threads(level: str) -> None:
     teacher = ops.Teacher(torch.randn(140, 8) / 3, torch.randn(290, 8) / 3, share=0.4)
 
     def call(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        given = {"exclude_x": exclude[0], "exclude_y": exclude[1]}
         wide = torch.promote_types(x.dtype, torch.float32)
         known = ops.Teacher(teacher.x.to(wide), teacher.y.to(wide), share=0.4)
-        return (*ops.contrastive_sigmoid(x, y, s.to(wide), bias.to(wide), teacher=known, **given),
-                *ops.contrastive_softmax(x, y, s.to(wide), teacher=known, smoothing=0.1, **given))
+        return (*ops.contrastive_sigmoid(x, y, s.to(wide), bias.to(wide), teacher=known,
+                                          exclude_x=exclude[0], exclude_y=exclude[1]),
+                *ops.contrastive_softmax(x, y, s.to(wide), teacher=known, smoothing=0.1,
+                                          exclude_x=exclude[0], exclude_y=exclude[1]))
 
     exact = results(call, [x, y], torch.float64, "torch")
     torch.set_num_threads(1)
@@ -234,8 +235,8 @@ def test_vocabulary_gives_either_gradient_alone(wants: tuple[bool, bool], level:
     labels = torch.randint(0, 300, (40,))
     both = [t.clone().requires_grad_() for t in (hidden, weight)]
     some = [t.clone().requires_grad_(want) for t, want in zip((hidden, weight), wants)]
-    ops.linear_cross_entropy(*both, labels, reduction="sum").loss.backward()
-    ops.linear_cross_entropy(*some, labels, reduction="sum").loss.backward()
+    ops.linear_cross_entropy(both[0], both[1], labels, reduction="sum").loss.backward()
+    ops.linear_cross_entropy(some[0], some[1], labels, reduction="sum").loss.backward()
     for a, b, want in zip(both, some, wants):
         assert (b.grad is not None) == want
         if want:

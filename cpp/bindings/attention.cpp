@@ -32,6 +32,7 @@ struct Extras {
   double dropout = 0.0;
   uint32_t drop_below = 0;
   uint64_t seed = 0;
+  bool half = false;
 
   explicit Extras(const py::dict& given) {
     for (const auto& [key, value] : given) {
@@ -50,6 +51,8 @@ struct Extras {
         drop_below = py::cast<uint32_t>(value);
       else if (name == "seed")
         seed = py::cast<uint64_t>(value);
+      else if (name == "half")
+        half = py::cast<bool>(value);
       else
         throw std::invalid_argument("attention: unknown extra '" + name + "'");
     }
@@ -65,6 +68,7 @@ struct Extras {
     p.drop_below = drop_below;
     p.keep_share = static_cast<float>(1.0 - dropout);
     p.seed = seed;
+    p.half = half;
     p.temperature = address<const float>(temperature[0]);
     p.temperature_stride = temperature[1];
   }

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "core/kernel_table.hpp"
+#include "core/half_table.hpp"
 
 namespace vlm {
 namespace {
@@ -99,15 +99,21 @@ PairTargets view(const Targets& t, const PairProblem& p) {
 
 void pair_forward(PairLoss loss, const PairForward& call, int threads) {
   const Targets targets = prepare(call.problem);
+  const bool softmax = loss == PairLoss::softmax;
   const KernelTable& kernels = active_kernels();
-  const auto run = loss == PairLoss::softmax ? kernels.softmax_pair_forward : kernels.sigmoid_pair_forward;
+  const HalfKernels* half = call.problem.half ? active_half_kernels() : nullptr;
+  auto run = softmax ? kernels.softmax_pair_forward : kernels.sigmoid_pair_forward;
+  if (half != nullptr) run = softmax ? half->softmax_pair_forward : half->sigmoid_pair_forward;
   run(call, view(targets, call.problem), std::max(threads, 1));
 }
 
 void pair_backward(PairLoss loss, const PairBackward& call, int threads) {
   const Targets targets = prepare(call.problem);
+  const bool softmax = loss == PairLoss::softmax;
   const KernelTable& kernels = active_kernels();
-  const auto run = loss == PairLoss::softmax ? kernels.softmax_pair_backward : kernels.sigmoid_pair_backward;
+  const HalfKernels* half = call.problem.half ? active_half_kernels() : nullptr;
+  auto run = softmax ? kernels.softmax_pair_backward : kernels.sigmoid_pair_backward;
+  if (half != nullptr) run = softmax ? half->softmax_pair_backward : half->sigmoid_pair_backward;
   run(call, view(targets, call.problem), std::max(threads, 1));
 }
 

@@ -20,7 +20,9 @@
 //
 // Backward takes the gradients of the numbers 0 to 3 (sigmoid: 0) and writes those of x, y, log(scale) and bias. Logits
 // are recomputed. The statistics may be those of a larger problem of which these rows and columns are a part.
-// Numerics: float32 products and sums inside a tile; sums across tiles that feed one scalar are in double.
+// Numerics: float32 products and sums inside a tile; sums across tiles that feed one scalar are in double. With `half`
+// at a level that multiplies bfloat16 (vlm/level.hpp) x and y are multiplied as they are, and the gradients of the
+// logits are rounded to bfloat16 before they meet them; elsewhere x and y are widened first.
 // The work is cut by shape alone, so the bits of the result do not depend on the number of threads.
 // Extra memory: a packed copy of x (of bfloat16 input: of 8 x 14 rows for each thread), of 256 columns, O(R + C)
 // statistics for each of at most 32 row chunks, and in the backward a [256, E] block for each chunk.

@@ -1,6 +1,7 @@
 // The tensor core attention kernel against a float64 oracle on the same bf16 numbers.
 #include <stdexcept>
 
+#include "../attention_oracle.hpp"
 #include "emulated.hpp"
 #include "vlm/cuda.hpp"
 
@@ -14,6 +15,7 @@ struct Case {
   bool causal;
   int64_t offset;
   bool mask, bias;
+  bool window = false;  // of 40 keys back and 3 ahead
   std::string name() const {
     return "B" + std::to_string(batch) + " H" + std::to_string(query_heads) + "/" + std::to_string(key_heads) + " N" +
            std::to_string(queries) + " M" + std::to_string(keys) + " D" + std::to_string(width) + " V" +
@@ -30,6 +32,7 @@ struct Tensors {
   std::vector<uint8_t> mask;
   std::vector<float> bias, lse;
   std::vector<double> exact, exact_lse;
+  MaskAtom window{AtomKind::local_band, {0, 40, 3, 0}, nullptr, 0, 0, 0, nullptr, 0, 0};
 
   explicit Tensors(const Case& c_) : c(c_) {
     Numbers numbers(5);
@@ -52,37 +55,38 @@ struct Tensors {
       }
     }
     if (c.bias) bias = numbers.normal(c.query_heads * c.queries * c.keys);
+    window.n[0] = c.offset;
     solve();
   }
 
-  bool allowed(int64_t b, int64_t i, int64_t j) const {
-    return (!c.causal || j <= i + c.offset) && (!c.mask || mask[b * c.keys + j]);
-  }
-  void solve() {
-    exact.assign(c.batch * c.query_heads * c.queries * c.value_width, 0.0);
-    exact_lse.assign(c.batch * c.query_heads * c.queries, -INFINITY);
-    for (int64_t row = 0; row < int64_t(exact_lse.size()); ++row) {
-      const int64_t i = row % c.queries, h = row / c.queries % c.query_heads, b = row / c.queries / c.query_heads;
-      const int64_t key_head = b * c.key_heads + h / (c.query_heads / c.key_heads);
-      double sum = 0.0;
-      for (int64_t j = 0; j < c.keys; ++j) {
-        if (!allowed(b, i, j)) continue;
-        double dot = 0.0;
-        for (int64_t e = 0; e < c.width; ++e)
-          dot += double(cuda::float_of_bf16(q[row * stride_of(c.width) + e])) *
-                 cuda::float_of_bf16(k[(key_head * c.keys + j) * stride_of(c.width) + e]);
-        const double weight = std::exp(dot * scale() + (c.bias ? bias[(h * c.queries + i) * c.keys + j] : 0.0f));
-        sum += weight;
-        for (int64_t e = 0; e < c.value_width; ++e)
-          exact[row * c.value_width + e] +=
-              weight * cuda::float_of_bf16(v[(key_head * c.keys + j) * stride_of(c.value_width) + e]);
-      }
-      if (sum == 0.0) continue;
-      exact_lse[row] = std::log(sum);
-      for (int64_t e = 0; e < c.value_width; ++e) exact[row * c.value_width + e] /= sum;
-    }
+  void solve() {  // on the same numbers in float32
+    const auto wide = [](const std::vector<uint16_t>& t) {
+      std::vector<float> values;
+      for (uint16_t bits : t) values.push_back(cuda::float_of_bf16(bits));
+      return values;
+    };
+    const std::vector<float> fq = wide(q), fk = wide(k), fv = wide(v);
+    const auto view = [](const std::vector<float>& t, int64_t heads, int64_t length, int64_t stride) {
+      return Heads{t.data(), heads * length * stride, length * stride, stride};
+    };
+    AttentionBackward call{};
+    call.problem = problem();
+    call.problem.q = view(fq, c.query_heads, c.queries, stride_of(c.width));
+    call.problem.k = view(fk, c.key_heads, c.keys, stride_of(c.width));
+    call.problem.v = view(fv, c.key_heads, c.keys, stride_of(c.value_width));
+    AttentionAnswer answer = attention_oracle(call);
+    exact = answer.out;
+    exact_lse = answer.lse;
   }
   float scale() const { return 1.0f / std::sqrt(float(c.width)); }
+
+  AttentionProblem problem() const {
+    Heads b{nullptr, 0, 0, 0};
+    if (c.bias) b = {bias.data(), 0, c.queries * c.keys, c.keys};
+    const Heads none{nullptr, 0, 0, 0};
+    return {c.batch, c.query_heads, c.key_heads, c.queries, c.keys, c.width, c.value_width, none, none, none, scale(),
+            c.causal, c.offset, c.mask ? mask.data() : nullptr, c.keys, b, &window, c.window ? 1 : 0};
+  }
 
   void run() {
     const auto view = [](const std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t stride) {
@@ -90,18 +94,15 @@ struct Tensors {
     };
     out.assign(exact.size(), 0x7fff);
     lse.assign(exact_lse.size(), NAN);
-    Heads b{nullptr, 0, 0, 0};
-    if (c.bias) b = {bias.data(), 0, c.queries * c.keys, c.keys};
-    const Heads none{nullptr, 0, 0, 0};
+    std::vector<uint8_t> covers(cuda::attention_forward_workspace(problem()), 77);
     cuda::attention_forward_bf16(
-        {{c.batch, c.query_heads, c.key_heads, c.queries, c.keys, c.width, c.value_width, none, none, none, scale(),
-          c.causal, c.offset, c.mask ? mask.data() : nullptr, c.keys, b},
+        {problem(),
          view(q, c.query_heads, c.queries, stride_of(c.width)),
          view(k, c.key_heads, c.keys, stride_of(c.width)),
          view(v, c.key_heads, c.keys, stride_of(c.value_width)),
          {out.data(), c.query_heads * c.queries * c.value_width, c.queries * c.value_width, c.value_width},
          lse.data()},
-        nullptr);
+        covers.data(), nullptr);
   }
   std::vector<float> result() const {
     std::vector<float> values;
@@ -131,7 +132,8 @@ int main() {
     compare({1, 2, 1, 63, 65, 64, 64, true, 2, true, false});
     compare({2, 2, 1, 65, 64, 33, 21, true, -1, true, true});
     compare({1, 1, 1, 20, 130, 128, 72, false, 0, false, true});
-    const Tensors small(Case{1, 1, 1, 64, 200, 16, 16, true, 136, true, false});
+    compare({1, 2, 1, 130, 150, 16, 24, false, 20, true, false, true});
+    const Tensors small(Case{1, 1, 1, 64, 200, 16, 16, true, 136, true, false, true});
     every_barrier_is_needed("attention bf16", [&] {
       Tensors t = small;
       t.run();

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "vlm/attention.hpp"
+#include "vlm/tokens.hpp"
 #include "vlm/view.hpp"
 
 namespace vlm::cuda {
@@ -164,19 +165,21 @@ struct LinearDecay {
 
 void linear_decay(const LinearDecay& call, void* stream);
 
-// ---- token selection
+// ---- token reduction
 //
-// The counts[b] best candidates of each row and every entry of `always`, as ascending indices padded with -1. A
-// candidate is valid and not in `always`. Equal scores: the lowest index. NaN counts as -inf.
-struct TokenSelect {
-  int64_t batch, length;
-  const float* scores;            // [batch, length], contiguous
-  const int64_t* counts;          // [batch]
-  const uint8_t *valid, *always;  // [batch, length], contiguous, or null: all valid, none always in
-  int64_t* index;                 // [batch, length], contiguous
-  int64_t* found;                 // [batch]
-};
+// Calls are those of vlm/tokens.hpp, with arrays on the device. Indices there are trusted: values are not checked.
+using vlm::MatchOrder;
+using vlm::TokenGather;
+using vlm::TokenMatch;
+using vlm::TokenScatter;
+using vlm::TokenSelect;
+using vlm::TokenWeights;
 
+int64_t token_match_workspace(const TokenMatch& call);
+void token_match(const TokenMatch& call, void* workspace, void* stream);
 void token_select(const TokenSelect& call, void* stream);
+void token_gather(const TokenGather& call, void* stream);  // elements of 1, 2, 4 or 8 bytes
+void token_scatter(const TokenScatter& call, void* stream);
+void token_weights(const TokenWeights& call, void* stream);
 
 }  // namespace vlm::cuda

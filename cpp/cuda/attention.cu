@@ -3,6 +3,8 @@
 #include "cuda/attention_columns.cuh"
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_mma.cuh"
+#include "cuda/attention_mma_backward.cuh"
+#include "cuda/attention_relative.cuh"
 
 namespace vlm::cuda {
 namespace {
@@ -72,6 +74,18 @@ void attention_forward_bf16(const AttentionForwardBf16& given, void* workspace, 
   launch_attention_mma<128>(call, mask, stream);
 }
 
+void attention_backward_bf16(const AttentionBackwardBf16& given, void* workspace, void* stream) {
+  const AttentionBackwardBf16 call = checked_call(given);
+  const int steps = width_steps(call.problem);
+  require(steps < 4, "attention: the bf16 kernel takes widths of at most 128");
+  for (const HalfHeads& t : {call.q, call.k, call.v, call.dout}) check_rows(t);
+  float* delta = static_cast<float*>(workspace);
+  void* covers = static_cast<char*>(workspace) + delta_bytes(call.problem);
+  const MaskProgram mask = prepared_mask(call.problem, covers, stream);
+  if (steps == 1) return launch_attention_mma_backward<64>(call, mask, delta, stream);
+  launch_attention_mma_backward<128>(call, mask, delta, stream);
+}
+
 void attention_forward(const AttentionForward& given, void* workspace, void* stream) {
   const AttentionForward call = checked_call(given);
   const MaskProgram mask = prepared_mask(call.problem, workspace, stream);
@@ -86,18 +100,23 @@ void attention_backward(const AttentionBackward& given, void* workspace, void* s
   const AttentionBackward call = checked_call(given);
   const AttentionProblem& p = call.problem;
   require(given.problem.relative == nullptr || call.dbias == nullptr, "attention: a bias that is not there");
-  require(call.drelative == nullptr && call.dtemperature == nullptr,
-          "attention: CUDA kernels give no gradient of relative positions or temperatures");
+  require(given.problem.relative != nullptr || call.drelative == nullptr, "attention: a table that is not there");
+  require(call.dtemperature == nullptr, "attention: CUDA kernels give no gradient of temperatures");
   require(call.dbias == nullptr || ((call.bias_batch == 1 || call.bias_batch == p.batch) &&
                                     (call.bias_heads == 1 || call.bias_heads == p.query_heads) &&
                                     (call.bias_rows == 1 || call.bias_rows == p.queries)),
           "attention: extents of the bias gradient do not fit");
   float* delta = static_cast<float*>(workspace);
   const MaskProgram mask = prepared_mask(p, static_cast<char*>(workspace) + delta_bytes(p), stream);
+  const int64_t tables = p.relative_head_stride == 0 ? 1 : p.query_heads;
+  const auto run = [&](auto backward, auto relative) {
+    backward(call, mask, delta, stream);
+    if (call.drelative != nullptr) relative(call, mask, delta, tables, stream);
+  };
   switch (width_steps(p)) {
-    case 1: return launch_attention_backward<1>(call, mask, delta, stream);
-    case 2: return launch_attention_backward<2>(call, mask, delta, stream);
-    default: return launch_attention_backward<4>(call, mask, delta, stream);
+    case 1: return run(launch_attention_backward<1>, launch_attention_relative<1>);
+    case 2: return run(launch_attention_backward<2>, launch_attention_relative<2>);
+    default: return run(launch_attention_backward<4>, launch_attention_relative<4>);
   }
 }
 

@@ -27,12 +27,16 @@ VLM_DEVICE uint16_t* chunk_at(uint16_t* tile, int row, int column) {
   return tile + row * W + ((column / 8) ^ (row % 8)) * 8;
 }
 
-// Starts the copy of 64 rows; what does not exist becomes 0.
-template <int W, class Exists>
+VLM_BOTH uint16_t* head_of(const MutableHalfHeads& t, int64_t b, int64_t h) {
+  return t.data + b * t.batch_stride + h * t.head_stride;
+}
+
+// Starts the copy of `rows` rows; what does not exist becomes 0.
+template <int W, int rows, class Exists>
 VLM_DEVICE void fetch_tile(uint16_t* to, const uint16_t* from, int64_t row_stride, int64_t count, int64_t width,
                            Exists exists) {
 #pragma unroll 4
-  for (int at = threadIdx.x; at < 64 * W / 8; at += MmaShape<W>::threads) {
+  for (int at = threadIdx.x; at < rows * W / 8; at += MmaShape<W>::threads) {
     const int row = at / (W / 8), column = at % (W / 8) * 8;
     int bytes = 0;
     if (row < count && column < width && exists(row)) bytes = int(smaller(width - column, int64_t(8))) * 2;
@@ -75,14 +79,14 @@ __global__ void __launch_bounds__(MmaShape<W>::threads, 2)
 
   const auto fetch = [&](int stage, int64_t j0) {
     const auto exists = [&](int row) { return mask.exists(j0 + row); };
-    fetch_tile<W>(keys_at + stage * Shape::tile, head_of(call.k, b, g) + j0 * call.k.row_stride, call.k.row_stride,
-                  p.keys - j0, p.width, exists);
-    fetch_tile<W>(values_at + stage * Shape::tile, head_of(call.v, b, g) + j0 * call.v.row_stride, call.v.row_stride,
-                  p.keys - j0, p.value_width, exists);
+    fetch_tile<W, Shape::keys>(keys_at + stage * Shape::tile, head_of(call.k, b, g) + j0 * call.k.row_stride,
+                               call.k.row_stride, p.keys - j0, p.width, exists);
+    fetch_tile<W, Shape::keys>(values_at + stage * Shape::tile, head_of(call.v, b, g) + j0 * call.v.row_stride,
+                               call.v.row_stride, p.keys - j0, p.value_width, exists);
   };
 
-  fetch_tile<W>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, i1 - i0, p.width,
-                [](int) { return true; });
+  fetch_tile<W, Shape::queries>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, i1 - i0,
+                                p.width, [](int) { return true; });
   copy_commit();
   copy_wait<0>();
   __syncthreads();

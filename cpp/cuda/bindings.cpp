@@ -119,7 +119,8 @@ void register_attention(py::module_& m) {
          int64_t causal_offset, Flat key_mask, const View& bias, const View& out, uintptr_t lse, const View& dout,
          uintptr_t dlse, const View& dq, const View& dk, const View& dv, uintptr_t dbias,
          const std::array<int64_t, 3>& bias_sizes, uintptr_t workspace, uintptr_t stream,
-         const std::vector<Atom>& atoms, Relative relative) {
+         const std::vector<Atom>& atoms, Relative relative,
+         uintptr_t drelative) {
         const Extras extras(atoms, relative);
         const AttentionProblem plain = problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, bias);
         const cuda::AttentionBackward call{extras.with(plain),
@@ -133,7 +134,8 @@ void register_attention(py::module_& m) {
                                            address<float>(dbias),
                                            bias_sizes[0],
                                            bias_sizes[1],
-                                           bias_sizes[2]};
+                                           bias_sizes[2],
+                                           address<float>(drelative)};
         py::gil_scoped_release release;
         cuda::attention_backward(call, address<void>(workspace), address<void>(stream));
       },
@@ -141,7 +143,7 @@ void register_attention(py::module_& m) {
       py::arg("causal_offset"), py::arg("key_mask"), py::arg("bias"), py::arg("out"), py::arg("lse"), py::arg("dout"),
       py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"), py::arg("bias_sizes"),
       py::arg("workspace"), py::arg("stream"), py::arg("atoms") = std::vector<Atom>{},
-      py::arg("relative") = Relative{0, 0},
+      py::arg("relative") = Relative{0, 0}, py::arg("drelative") = 0,
       "Gradients of exact attention; see attention_workspace.");
 }
 

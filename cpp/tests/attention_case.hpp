@@ -32,8 +32,8 @@ struct AttentionTensors {
   std::vector<float> q, k, v, bias, dout, dlse;
   std::vector<uint8_t> mask;
   std::vector<MaskAtom> atoms;  // of whoever sets them
-  std::vector<float> relative;  // [query_heads, queries + keys - 1], likewise
-  std::vector<float> out, lse, dq, dk, dv, dbias, sums;
+  std::vector<float> relative;  // [query_heads or 1, queries + keys - 1], of give_table
+  std::vector<float> out, lse, dq, dk, dv, dbias, drelative, sums;
   int64_t bias_batch, bias_heads, bias_rows;
   float scale;
 
@@ -63,6 +63,10 @@ struct AttentionTensors {
     if (c.bias && c.keys > 2) bias[1] = -INFINITY;
     forget();
   }
+  void give_table(std::vector<float> table) {
+    relative = std::move(table);
+    forget();
+  }
   void forget() {  // results start as NaN
     const float nan = std::numeric_limits<float>::quiet_NaN();
     out.assign(c.batch * c.query_heads * c.queries * c.value_width, nan);
@@ -71,6 +75,7 @@ struct AttentionTensors {
     dk.assign(c.batch * c.key_heads * c.keys * c.width, nan);
     dv.assign(c.batch * c.key_heads * c.keys * c.value_width, nan);
     dbias.assign(bias.size(), nan);
+    drelative.assign(relative.size(), nan);
     sums.assign(c.batch * c.query_heads * c.keys, nan);
   }
   static int64_t at(int64_t b, int64_t n, int64_t h, int64_t length, int64_t heads, int64_t width) {
@@ -95,7 +100,8 @@ struct AttentionTensors {
             c.mask ? mask.data() : nullptr, c.keys, b, atoms.data(), static_cast<int64_t>(atoms.size())};
     if (relative.empty()) return p;
     p.relative = relative.data();
-    p.relative_head_stride = c.queries + c.keys - 1;
+    const int64_t places = c.queries + c.keys - 1;
+    p.relative_head_stride = static_cast<int64_t>(relative.size()) > places ? places : 0;
     return p;
   }
   AttentionForward forward() {
@@ -108,19 +114,20 @@ struct AttentionTensors {
             plain<MutableHeads>(to.dq, c.query_heads, c.queries, c.width),
             plain<MutableHeads>(to.dk, c.key_heads, c.keys, c.width),
             plain<MutableHeads>(to.dv, c.key_heads, c.keys, c.value_width),
-            c.bias ? to.dbias.data() : nullptr, bias_batch, bias_heads, bias_rows};
+            c.bias ? to.dbias.data() : nullptr, bias_batch, bias_heads, bias_rows,
+            relative.empty() ? nullptr : to.drelative.data()};
   }
 };
 
 inline bool same_results(const AttentionTensors& a, const AttentionTensors& b) {
   return same_bits(a.out, b.out) && same_bits(a.lse, b.lse) && same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) &&
-         same_bits(a.dv, b.dv) && same_bits(a.dbias, b.dbias);
+         same_bits(a.dv, b.dv) && same_bits(a.dbias, b.dbias) && same_bits(a.drelative, b.drelative);
 }
 
 inline bool close_to(const AttentionTensors& t, const AttentionAnswer& o) {
   return error_between(t.out, o.out) <= 2e-6 && error_between(t.lse, o.lse) <= 2e-6 &&
          error_between(t.dq, o.dq) <= 1e-5 && error_between(t.dk, o.dk) <= 1e-5 && error_between(t.dv, o.dv) <= 1e-5 &&
-         error_between(t.dbias, o.dbias) <= 1e-5;
+         error_between(t.dbias, o.dbias) <= 1e-5 && error_between(t.drelative, o.drelative) <= 1e-5;
 }
 
 inline void check_close_to(const AttentionTensors& t, const AttentionAnswer& o, const std::string& name) {
@@ -130,6 +137,7 @@ inline void check_close_to(const AttentionTensors& t, const AttentionAnswer& o, 
   check_close(t.dk, o.dk, 1e-5, name + " dk");
   check_close(t.dv, o.dv, 1e-5, name + " dv");
   check_close(t.dbias, o.dbias, 1e-5, name + " dbias");
+  check_close(t.drelative, o.drelative, 1e-5, name + " drelative");
 }
 
 }  // namespace vlm::test

@@ -20,8 +20,8 @@ namespace vlm::cuda {
 //
 // The problem is that of vlm/attention.hpp, with arrays on the device; D and V at most 256. The mask atoms themselves
 // (`atoms`, at most 8) lie on the host, what they point to on the device, and is trusted: values are not checked.
-// `relative` is taken without a grid and without a bias (ALiBi is such a table), and has no gradient here. Softcap,
-// temperature and dropout are refused.
+// `relative` is taken without a grid and without a bias; ALiBi is such a table. Softcap, temperature and dropout are
+// refused.
 using vlm::AttentionBackward;
 using vlm::AttentionForward;
 using vlm::AttentionProblem;
@@ -58,6 +58,20 @@ struct AttentionForwardBf16 {
 
 // The workspace is that of attention_forward.
 void attention_forward_bf16(const AttentionForwardBf16& call, void* workspace, void* stream);
+
+// Gradients in bf16, each rounded once; probabilities and their gradients are rounded to bf16 for their products. A
+// bias or a table has no gradient here. The workspace is that of attention_backward; rows of dout are aligned like those
+// of q.
+struct AttentionBackwardBf16 {
+  AttentionProblem problem;  // as above
+  HalfHeads q, k, v, out;
+  const float* lse;
+  HalfHeads dout;
+  const float* dlse;  // contiguous like lse, or null for zero
+  MutableHalfHeads dq, dk, dv;
+};
+
+void attention_backward_bf16(const AttentionBackwardBf16& call, void* workspace, void* stream);
 
 // ---- column sums of attention
 //

@@ -91,17 +91,19 @@ void skipped_tiles_are_not_read() {
   check_close_to(t, o, "NaN in skipped tiles");
 }
 
-// ALiBi with documents, and one table for each head.
+// ALiBi with documents: a table for each head, or one for all.
 void relative_positions() {
-  for (int64_t n : {1, 33, 70}) {
+  for (int64_t n : {1, 33, 70, 140}) {
     const int64_t m = n + 20;
     Numbers r(3);
     Arrays arrays;
     const int32_t *q = arrays.keep(ids_of_batch(r, n, 3, false)), *k = arrays.keep(ids_of_batch(r, m, 3, false));
     AttentionTensors t = tensors(n, m, {{AtomKind::ids, {0, 0, 0, 0}, q, n, 0, 0, k, m, 0}}, true);
-    for (int64_t h = 0; h < heads; ++h)
+    std::vector<float> table;
+    for (int64_t h = 0; h < (n == 33 ? 1 : heads); ++h)
       for (int64_t at = 0; at < n + m - 1; ++at)  // key - query = at - (n - 1)
-        t.relative.push_back(-std::fabs(float(at - (n - 1) - (m - n))) * (h == 0 ? 0.25f : 0.0625f));
+        table.push_back(-std::fabs(float(at - (n - 1) - (m - n))) * (h == 0 ? 0.25f : 0.0625f));
+    t.give_table(table);
     const AttentionAnswer o = attention_oracle(t.backward());
     in_every_mode([&](const std::string& mode) {
       run_attention(t);
@@ -152,6 +154,16 @@ int main() {
     AttentionTensors small(AttentionCase{1, 2, 1, 130, 130, 8, 8, false, 0, 0, 8 + 2});
     small.atoms = {plain(AtomKind::local_band, 0, 70, 5)};
     const AttentionOracle exact = oracle(small);
+    AttentionTensors wide = small;
+    wide.c.bias = 0;
+    wide.bias.clear();
+    wide.give_table(Numbers(2).normal(heads * (2 * 130 - 1)));
+    const AttentionOracle with_table = oracle(wide);
+    every_barrier_is_needed("attention with a table", [&] {
+      AttentionTensors t = wide;
+      run_attention(t);
+      return close(t, with_table);
+    });
     every_barrier_is_needed("masked attention", [&] {
       AttentionTensors t = small;
       run_attention(t);

@@ -147,7 +147,9 @@ int main() {
     merge_conserves();
     weights();
     refused("too many merges", [] { run_match(Metric(1, 1, 5, 4, 1), 3, 0, MatchOrder::position); });
-    refused("a negative size", [] { cuda::token_weights({1, -1, 1, nullptr, nullptr, true, nullptr, nullptr}, nullptr); });
+    refused("a negative size", [] {
+      cuda::token_weights({1, -1, 1, nullptr, nullptr, true, nullptr, nullptr}, nullptr);
+    });
     refused("elements of 3 bytes", [] {
       cuda::token_gather({1, 1, 1, 1, nullptr, 1, 1, 3, nullptr, nullptr, nullptr}, nullptr);
     });

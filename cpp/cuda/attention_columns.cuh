@@ -11,7 +11,7 @@ constexpr std::size_t columns_shared_bytes =
     ((BackwardShape<T>::own + BackwardShape<T>::other) * row_room<T> + BackwardShape<T>::KeyBits::words);
 
 template <int T>
-__global__ void __launch_bounds__(TILE_THREADS, 1)
+__global__ void __launch_bounds__(TILE_THREADS, 2)
     attention_columns_kernel(AttentionColumnSums call, const __grid_constant__ MaskProgram program) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;

@@ -60,8 +60,8 @@ struct AttentionForwardBf16 {
 void attention_forward_bf16(const AttentionForwardBf16& call, void* workspace, void* stream);
 
 // Gradients in bf16, each rounded once; probabilities and their gradients are rounded to bf16 for their products. A
-// bias or a table has no gradient here. The workspace is that of attention_backward; rows of dout are aligned like those
-// of q.
+// bias or a table has no gradient here. The workspace is that of attention_backward; rows of dout are aligned like
+// those of q.
 struct AttentionBackwardBf16 {
   AttentionProblem problem;  // as above
   HalfHeads q, k, v, out;

@@ -10,11 +10,14 @@ namespace vlm::cuda {
 
 template <int W>
 struct MmaBackwardShape {
-  static constexpr int threads = MmaShape<W>::threads, own = 64, other = W == 64 ? 64 : 32, tile = other * W;
-  using KeyBits = PairBits<other, own>;  // of a block that owns keys
-  using QueryBits = PairBits<own, other>;
-  static constexpr std::size_t shared_bytes =
-      sizeof(uint16_t) * (2 * own * W + 4 * tile) + sizeof(uint32_t) * KeyBits::words;
+  // Rows of a tile of the other side. A block that owns keys holds two gradients: wide rows leave room for few scores.
+  static constexpr int threads = MmaShape<W>::threads, own = 64, queries = W == 64 ? 64 : 16, keys = W == 64 ? 64 : 32;
+  using KeyBits = PairBits<queries, own>;  // of a block that owns keys
+  using QueryBits = PairBits<own, keys>;
+  static constexpr std::size_t keys_shared =
+      sizeof(uint16_t) * (2 * own + 4 * queries) * W + sizeof(uint32_t) * KeyBits::words;
+  static constexpr std::size_t queries_shared =
+      sizeof(uint16_t) * (2 * own + 4 * keys) * W + sizeof(uint32_t) * QueryBits::words;
 };
 
 // delta_i = <dout_i, out_i> - dlse_i, a warp for each row.
@@ -39,7 +42,7 @@ template <int W, int N>
 VLM_DEVICE void mma_products(uint16_t* own, uint16_t* other, float (&s)[N / 8][4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   clear(s);
-#pragma unroll
+#pragma unroll(W == 64 ? 4 : 1)  // addresses of eight steps would not fit the registers
   for (int k = 0; k < W / 16; ++k) {
     uint32_t left[4];
     load_matrices<false>(left, chunk_at<W>(own, 16 * warp + lane % 16, 16 * k + lane / 16 * 8));
@@ -89,12 +92,12 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
     attention_mma_keys_kernel(AttentionBackwardBf16 call, const __grid_constant__ MaskProgram program,
                               const float* delta) {
   using Shape = MmaBackwardShape<W>;
-  constexpr int N = Shape::other;
+  constexpr int N = Shape::queries, TILE = N * W;
   VLM_DYN_SMEM(uint16_t, key);
   uint16_t* value = key + Shape::own * W;
   uint16_t* queries_at = value + Shape::own * W;
-  uint16_t* douts_at = queries_at + 2 * Shape::tile;
-  typename Shape::KeyBits bits{reinterpret_cast<uint32_t*>(douts_at + 2 * Shape::tile), false};
+  uint16_t* douts_at = queries_at + 2 * TILE;
+  typename Shape::KeyBits bits{reinterpret_cast<uint32_t*>(douts_at + 2 * TILE), false};
 
   const AttentionProblem& p = call.problem;
   const int64_t tiles = pieces(p.keys, Shape::own), head = blockIdx.x / tiles, group = p.query_heads / p.key_heads;
@@ -116,9 +119,9 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
   const auto fetch = [&](int stage, int64_t at) {
     const int64_t h = g * group + at / query_tiles, i0 = at % query_tiles * N;
     const auto every = [](int) { return true; };
-    fetch_tile<W, N>(queries_at + stage * Shape::tile, head_of(call.q, b, h) + i0 * call.q.row_stride,
+    fetch_tile<W, N>(queries_at + stage * TILE, head_of(call.q, b, h) + i0 * call.q.row_stride,
                      call.q.row_stride, p.queries - i0, p.width, every);
-    fetch_tile<W, N>(douts_at + stage * Shape::tile, head_of(call.dout, b, h) + i0 * call.dout.row_stride,
+    fetch_tile<W, N>(douts_at + stage * TILE, head_of(call.dout, b, h) + i0 * call.dout.row_stride,
                      call.dout.row_stride, p.queries - i0, p.value_width, every);
   };
 
@@ -130,6 +133,12 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
   float dk[W / 8][4], dv[W / 8][4];
   clear(dk);
   clear(dv);
+  bool there[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t j = j0 + 16 * warp + lane / 4 + 8 * r;
+    there[r] = j < p.keys && keys.exists(j);
+  }
   int stage = 0;
   int64_t at = next(0);
   if (at < end) fetch(0, at);
@@ -137,15 +146,17 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
   while (at < end) {
     const int64_t after = next(at + 1), h = g * group + at / query_tiles, i0 = at % query_tiles * N;
     const HeadMask mask{program, b, h};
-    const int64_t first_row = (b * p.query_heads + h) * p.queries;
+    const int64_t first_row = (b * p.query_heads + h) * p.queries + i0;
+    const float *lses = call.lse + first_row, *shifts = delta + first_row;
+    const int count = int(smaller(p.queries - i0, int64_t(N)));
     const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
     if (after < end) fetch(1 - stage, after);
     copy_commit();
     bits.template fill<Shape::threads>(mask, mask.cover(i0, smaller(i0 + N, p.queries), j0, j1), i0, j0);
     copy_wait<1>();
     __syncthreads();
-    uint16_t* query = queries_at + stage * Shape::tile;
-    uint16_t* dout = douts_at + stage * Shape::tile;
+    uint16_t* query = queries_at + stage * TILE;
+    uint16_t* dout = douts_at + stage * TILE;
 
     float s[N / 8][4], gradient[N / 8][4];
     mma_products<W, N>(key, query, s);
@@ -155,12 +166,10 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int key_at = 16 * warp + lane / 4 + 8 * (e / 2), query_at = 8 * n + 2 * (lane % 4) + e % 2;
-        const int64_t i = i0 + query_at, j = j0 + key_at;
-        const bool allowed =
-            i < p.queries && j < p.keys && mask.exists(j) && bits.allows(query_at, key_at);
-        const float lse = allowed ? call.lse[first_row + i] : minus_infinity();
-        s[n][e] = probability(p, allowed, bias, i, j, s[n][e], lse);
-        gradient[n][e] = s[n][e] == 0.0f ? 0.0f : s[n][e] * (gradient[n][e] - delta[first_row + i]);
+        const bool allowed = query_at < count && there[e / 2] && bits.allows(query_at, key_at);
+        const float lse = allowed ? lses[query_at] : minus_infinity();
+        s[n][e] = probability(p, allowed, bias, i0 + query_at, j0 + key_at, s[n][e], lse);
+        gradient[n][e] = s[n][e] == 0.0f ? 0.0f : s[n][e] * (gradient[n][e] - shifts[query_at]);
       }
     mma_add<W, N>(dv, s, dout);
     mma_add<W, N>(dk, gradient, query);
@@ -182,12 +191,12 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
     attention_mma_queries_kernel(AttentionBackwardBf16 call, const __grid_constant__ MaskProgram program,
                                  const float* delta) {
   using Shape = MmaBackwardShape<W>;
-  constexpr int N = Shape::other;
+  constexpr int N = Shape::keys, TILE = N * W;
   VLM_DYN_SMEM(uint16_t, query);
   uint16_t* dout = query + Shape::own * W;
   uint16_t* keys_at = dout + Shape::own * W;
-  uint16_t* values_at = keys_at + 2 * Shape::tile;
-  typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(values_at + 2 * Shape::tile), false};
+  uint16_t* values_at = keys_at + 2 * TILE;
+  typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(values_at + 2 * TILE), false};
 
   const AttentionProblem& p = call.problem;
   const int64_t tiles = pieces(p.queries, Shape::own), head = blockIdx.x / tiles;
@@ -198,9 +207,9 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto fetch = [&](int stage, int64_t j0) {
     const auto exists = [&](int row) { return mask.exists(j0 + row); };
-    fetch_tile<W, N>(keys_at + stage * Shape::tile, head_of(call.k, b, g) + j0 * call.k.row_stride,
+    fetch_tile<W, N>(keys_at + stage * TILE, head_of(call.k, b, g) + j0 * call.k.row_stride,
                      call.k.row_stride, p.keys - j0, p.width, exists);
-    fetch_tile<W, N>(values_at + stage * Shape::tile, head_of(call.v, b, g) + j0 * call.v.row_stride,
+    fetch_tile<W, N>(values_at + stage * TILE, head_of(call.v, b, g) + j0 * call.v.row_stride,
                      call.v.row_stride, p.keys - j0, p.value_width, exists);
   };
   const auto every = [](int) { return true; };
@@ -227,8 +236,8 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
     bits.template fill<Shape::threads>(mask, mask.cover(i0, i1, j0, smaller(j0 + N, p.keys)), i0, j0);
     copy_wait<1>();
     __syncthreads();
-    uint16_t* key = keys_at + stage * Shape::tile;
-    uint16_t* value = values_at + stage * Shape::tile;
+    uint16_t* key = keys_at + stage * TILE;
+    uint16_t* value = values_at + stage * TILE;
 
     float s[N / 8][4], gradient[N / 8][4];
     mma_products<W, N>(query, key, s);
@@ -267,10 +276,10 @@ void launch_attention_mma_backward(const AttentionBackwardBf16& call, const Mask
     VLM_LAUNCH(attention_delta_bf16_kernel, {blocks(pieces(rows, TILE_THREADS / 32))}, {TILE_THREADS}, 0, stream, call,
                delta);
   if (key_blocks > 0)
-    VLM_LAUNCH(attention_mma_keys_kernel<W>, {blocks(key_blocks)}, {Shape::threads}, Shape::shared_bytes, stream, call,
+    VLM_LAUNCH(attention_mma_keys_kernel<W>, {blocks(key_blocks)}, {Shape::threads}, Shape::keys_shared, stream, call,
                mask, delta);
   if (query_blocks > 0)
-    VLM_LAUNCH(attention_mma_queries_kernel<W>, {blocks(query_blocks)}, {Shape::threads}, Shape::shared_bytes, stream,
+    VLM_LAUNCH(attention_mma_queries_kernel<W>, {blocks(query_blocks)}, {Shape::threads}, Shape::queries_shared, stream,
                call, mask, delta);
 }
 

@@ -132,7 +132,7 @@ struct HeadMask {
   VLM_BOTH bool exists(int64_t j) const {
     return of.key_mask == nullptr || of.key_mask[b * of.key_mask_stride + j] != 0;
   }
-  // i0 and j0 are multiples of 32; i1 and j1 as well, or the last ones.
+  // "Partial" may be said of a part of a tile of 32 x 32 that is really full or empty.
   VLM_BOTH Cover cover(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
     if (of.covers == nullptr) return of.causal_cover(i0, i1, j0, j1);
     const int64_t across = pieces(of.keys, COVER_TILE);

@@ -54,7 +54,7 @@ def kernel_name(symbol: str) -> str:
     name, rest = symbol[start:start + int(length[0])], symbol[start + int(length[0]):]
     if not rest.startswith("I"):
         return name
-    arguments = re.findall(r"L(?:i|NS0_\d+\w+?E)(\d+)E", rest.split("EEv")[0] + "E")
+    arguments = re.findall(r"L(?:[ib]|NS0_\d+\w+?E)(\d+)E", rest.split("EEv")[0] + "E")
     return f"{name}<{', '.join(arguments)}>"
 
 

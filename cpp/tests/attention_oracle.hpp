@@ -22,10 +22,12 @@ inline bool atom_allows(const MaskAtom& t, int64_t b, int64_t h, int64_t i, int6
     case AtomKind::prefix: return j < a[0] || d >= 0;
     case AtomKind::lambda: return d >= 0 && (d < t.n[1] || j < t.n[2]);
     case AtomKind::spans: return d >= 0 || (a[i] == key_array[j] && a[i] >= 0);
-    case AtomKind::ids: return a[i] == key_array[j] || (t.n[0] && key_array[j] == t.n[1]) || (t.n[2] && a[i] == t.n[3]);
+    case AtomKind::ids:
+      return a[i] == key_array[j] || (t.n[0] && key_array[j] == t.n[1]) || (t.n[2] && a[i] == t.n[3]);
     case AtomKind::rows: return a[2 * i] <= j && j < a[2 * i + 1];
     case AtomKind::global: return a[i] != 0 || key_array[j] != 0;
-    case AtomKind::dense: return static_cast<const uint8_t*>(t.a)[b * t.a_batch + h * t.a_head + i * t.a_row + j] != 0;
+    case AtomKind::dense:
+      return static_cast<const uint8_t*>(t.a)[b * t.a_batch + h * t.a_head + i * t.a_row + j] != 0;
     case AtomKind::blocks: {
       const int64_t block = i / t.n[0];
       const int32_t* list = a + h * t.a_head + block * t.n[2];
@@ -171,10 +173,7 @@ inline AttentionAnswer attention_oracle(const AttentionBackward& call) {
           const double ds = probability * (dp - delta), dx = ds * s[j].slope * p.scale;
           if (!o.dbias.empty())
             o.dbias[(((call.bias_batch == 1 ? 0 : b) * call.bias_heads + (call.bias_heads == 1 ? 0 : h)) *
-                         call.bias_rows +
-                     (call.bias_rows == 1 ? 0 : i)) *
-                        p.keys +
-                    j] += ds;
+                         call.bias_rows + (call.bias_rows == 1 ? 0 : i)) * p.keys + j] += ds;
           if (!o.drelative.empty())
             o.drelative[(p.relative_head_stride == 0 ? 0 : h) * relative_length(p) + relative_index(p, i, j)] += ds;
           if (!o.dtemperature.empty()) o.dtemperature[p.temperature_stride == 0 ? 0 : h] += dx * s[j].cosine;

@@ -1,9 +1,5 @@
 // Exact attention against a float64 oracle that holds every score.
-#include <limits>
-#include <stdexcept>
-
-#include "attention_oracle.hpp"
-#include "check.hpp"
+#include "attention_case.hpp"
 #include "vlm/attention.hpp"
 
 using namespace vlm;
@@ -11,114 +7,19 @@ using namespace vlm::test;
 
 namespace {
 
-struct Case {
-  int64_t batch, query_heads, key_heads, queries, keys, width, value_width;
-  bool causal;
-  int64_t offset;
-  int mask;                             // 0 none, 1 random keys, 2 the first sequence has none
-  int bias;                             // 0 none, else bit 1 batch, 2 heads, 4 rows are full (8 set: bias exists)
-  std::string name() const {
-    std::string text = "B" + std::to_string(batch) + " H" + std::to_string(query_heads) + "/" +
-                       std::to_string(key_heads) + " N" + std::to_string(queries) + " M" + std::to_string(keys) +
-                       " D" + std::to_string(width) + " V" + std::to_string(value_width);
-    return text + " causal" + std::to_string(causal) + " mask" + std::to_string(mask) + " bias" + std::to_string(bias);
-  }
-};
+void run_attention(AttentionTensors& t, int threads) {
+  attention_forward(t.forward(), threads);
+  attention_backward(t.backward(), threads);
+}
 
-// Everything a call reads and writes. Inputs lie in [B, N, H, D] order with a gap after each row.
-struct Tensors {
-  Case c;
-  int64_t gap = 3;
-  std::vector<float> q, k, v, bias, dout, dlse;
-  std::vector<uint8_t> mask;
-  std::vector<float> out, lse, dq, dk, dv, dbias;
-  int64_t bias_batch = 1, bias_heads = 1, bias_rows = 1;
-  float scale;
-
-  Tensors(const Case& c_, uint64_t seed) : c(c_), scale(1.0f / std::sqrt(float(c_.width))) {
-    Numbers numbers(seed);
-    q = numbers.normal(c.batch * c.queries * c.query_heads * (c.width + gap));
-    k = numbers.normal(c.batch * c.keys * c.key_heads * (c.width + gap));
-    v = numbers.normal(c.batch * c.keys * c.key_heads * (c.value_width + gap));
-    dout = numbers.normal(c.batch * c.query_heads * c.queries * c.value_width);
-    dlse = numbers.normal(c.batch * c.query_heads * c.queries);
-    if (c.mask) {
-      mask.resize(c.batch * c.keys);
-      for (int64_t b = 0; b < c.batch; ++b)
-        for (int64_t j = 0; j < c.keys; ++j) mask[b * c.keys + j] = !(c.mask == 2 && b == 0) && numbers.below(3) > 0;
-      const float nan = std::numeric_limits<float>::quiet_NaN();
-      for (int64_t b = 0; b < c.batch; ++b)
-        for (int64_t j = 0; j < c.keys; ++j)
-          for (int64_t h = 0; h < c.key_heads; ++h) {
-            if (mask[b * c.keys + j]) continue;
-            for (int64_t e = 0; e < c.width; ++e) k[at(b, j, h, c.keys, c.key_heads, c.width) + e] = nan;
-            for (int64_t e = 0; e < c.value_width; ++e) v[at(b, j, h, c.keys, c.key_heads, c.value_width) + e] = nan;
-          }
-    }
-    if (c.bias) {
-      bias_batch = c.bias & 1 ? c.batch : 1;
-      bias_heads = c.bias & 2 ? c.query_heads : 1;
-      bias_rows = c.bias & 4 ? c.queries : 1;
-      bias = numbers.normal(bias_batch * bias_heads * bias_rows * c.keys);
-    }
-    out.resize(c.batch * c.query_heads * c.queries * c.value_width);
-    lse.resize(c.batch * c.query_heads * c.queries);
-    dq.resize(c.batch * c.query_heads * c.queries * c.width);
-    dk.resize(c.batch * c.key_heads * c.keys * c.width);
-    dv.resize(c.batch * c.key_heads * c.keys * c.value_width);
-    dbias.resize(bias.size());
-  }
-  int64_t at(int64_t b, int64_t n, int64_t h, int64_t length, int64_t heads, int64_t width) const {
-    return ((b * length + n) * heads + h) * (width + gap);
-  }
-  Heads inside(const std::vector<float>& t, int64_t length, int64_t heads, int64_t width) const {
-    return {t.data(), length * heads * (width + gap), width + gap, heads * (width + gap)};
-  }
-  template <class View, class T>
-  static View plain(T& t, int64_t heads, int64_t length, int64_t width) {
-    return {t.data(), heads * length * width, length * width, width};
-  }
-  AttentionProblem problem() const {
-    Heads b{nullptr, 0, 0, 0};
-    if (c.bias)
-      b = {bias.data(), c.bias & 1 ? bias_heads * bias_rows * c.keys : 0, c.bias & 2 ? bias_rows * c.keys : 0,
-           c.bias & 4 ? c.keys : 0};
-    return {c.batch, c.query_heads, c.key_heads, c.queries, c.keys, c.width, c.value_width,
-            inside(q, c.queries, c.query_heads, c.width), inside(k, c.keys, c.key_heads, c.width),
-            inside(v, c.keys, c.key_heads, c.value_width), scale, c.causal, c.offset,
-            c.mask ? mask.data() : nullptr, c.keys, b};
-  }
-  AttentionBackward call() {
-    return {problem(), plain<Heads>(out, c.query_heads, c.queries, c.value_width), lse.data(),
-            plain<Heads>(dout, c.query_heads, c.queries, c.value_width), dlse.data(),
-            plain<MutableHeads>(dq, c.query_heads, c.queries, c.width),
-            plain<MutableHeads>(dk, c.key_heads, c.keys, c.width),
-            plain<MutableHeads>(dv, c.key_heads, c.keys, c.value_width),
-            c.bias ? dbias.data() : nullptr, bias_batch, bias_heads, bias_rows};
-  }
-  void run(int threads) {
-    attention_forward({problem(), plain<MutableHeads>(out, c.query_heads, c.queries, c.value_width), lse.data()},
-                      threads);
-    attention_backward(call(), threads);
-  }
-};
-
-void compare(const Case& c) {
-  Tensors t(c, 7);
-  t.run(1);
-  const AttentionAnswer o = attention_oracle(t.call());
-  check_close(t.out, o.out, 2e-6, c.name() + " out");
-  check_close(t.lse, o.lse, 2e-6, c.name() + " lse");
-  check_close(t.dq, o.dq, 1e-5, c.name() + " dq");
-  check_close(t.dk, o.dk, 1e-5, c.name() + " dk");
-  check_close(t.dv, o.dv, 1e-5, c.name() + " dv");
-  check_close(t.dbias, o.dbias, 1e-5, c.name() + " dbias");
+void compare(const AttentionCase& c) {
+  AttentionTensors t(c);
+  run_attention(t, 1);
+  check_close_to(t, attention_oracle(t.backward()), c.name());
   for (int threads : {2, 5}) {
-    Tensors other(c, 7);
-    other.run(threads);
-    check(same_bits(t.out, other.out) && same_bits(t.lse, other.lse) && same_bits(t.dq, other.dq) &&
-              same_bits(t.dk, other.dk) && same_bits(t.dv, other.dv) && same_bits(t.dbias, other.dbias),
-          c.name() + ": bits differ with " + std::to_string(threads) + " threads");
+    AttentionTensors other(c);
+    run_attention(other, threads);
+    check(same_results(t, other), c.name() + ": bits differ with " + std::to_string(threads) + " threads");
   }
 }
 

@@ -25,14 +25,14 @@ void compare(const AttentionCase& c) {
 
 // Temperatures that lie apart, are shared, or are 0: the gradient of each is that of its own head.
 void temperatures(int64_t stride) {
-  Tensors t({2, 4, 2, 21, 33, 12, 8, true, 12, 1, 0}, 7);
+  AttentionTensors t({2, 4, 2, 21, 33, 12, 8, true, 12, 1, 0});
   const std::vector<float> temperature{0.0f, 5.0f, -1.5f, 5.0f, 0.7f, 5.0f, 2.0f};
   std::vector<float> gradient(stride == 0 ? 1 : 4);
-  AttentionBackward call = t.call();
+  AttentionBackward call = t.backward();
   call.problem.temperature = temperature.data() + (stride == 0 ? 2 : 0);
   call.problem.temperature_stride = stride;
   call.dtemperature = gradient.data();
-  attention_forward({call.problem, Tensors::plain<MutableHeads>(t.out, 4, 21, 8), t.lse.data()}, 1);
+  attention_forward({call.problem, AttentionTensors::plain<MutableHeads>(t.out, 4, 21, 8), t.lse.data()}, 1);
   attention_backward(call, 2);
   const AttentionAnswer o = attention_oracle(call);
   check_close(t.out, o.out, 2e-6, "temperature out");
@@ -48,12 +48,12 @@ void far_offsets() {
 }
 
 void what_does_not_fit_is_refused() {
-  Tensors t({1, 2, 1, 4, 6, 3, 3, false, 0, 0, 0}, 7);
+  AttentionTensors t({1, 2, 1, 4, 6, 3, 3, false, 0, 0, 0});
   const auto refused = [&](const char* what, auto spoil) {
     AttentionProblem p = t.problem();
     spoil(p);
     try {
-      attention_forward({p, Tensors::plain<MutableHeads>(t.out, 2, 4, 3), t.lse.data()}, 1);
+      attention_forward({p, AttentionTensors::plain<MutableHeads>(t.out, 2, 4, 3), t.lse.data()}, 1);
       check(false, std::string(what) + " was taken");
     } catch (const std::invalid_argument&) {
     }

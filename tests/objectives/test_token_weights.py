@@ -82,7 +82,7 @@ def test_core_ce_weights_count_within_a_term_or_between_terms(per, name):
             groups.setdefault(key, []).append((weight, ce, sample))
     means = [sum(w * ce for w, ce, _ in g) / sum(w for w, _, _ in g) for g in groups.values()]
     between = [1.0 if name == "importance" and per != "token" else g[0][0] for g in groups.values()]
-    expected = sum(m * b for m, b in zip(means, between)) / sum(between)
+    expected = (sum(m * b for m, b in zip(means, between)) / sum(between)).detach()
     assert float(loss_of(terms).detach()) == pytest.approx(float(expected), abs=1e-12)
     assert float(terms.scalars["nats"]) == pytest.approx(float(expected), abs=1e-12)
     if per == "sample":

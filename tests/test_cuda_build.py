@@ -1,6 +1,6 @@
 """The CUDA sources compile for sm_80, sm_90 and sm_100, without spills and within the registers that the docs state.
 
-The bounds are those of the table in docs/kernels/cuda.md; a kernel that is missing there fails. Takes about 10 s of nvcc for each
+The bounds are those of the table in docs/kernels/cuda.md; a kernel that is missing there fails. Takes 10 to 40 s of nvcc for each
 source, hence `long`; skipped without nvcc.
 `python tests/test_cuda_build.py` prints the table as measured.
 """

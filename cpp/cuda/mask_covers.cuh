@@ -39,6 +39,8 @@ inline MaskProgram mask_program(const AttentionProblem& p) {
   m.key_mask = p.key_mask, m.key_mask_stride = p.key_mask_stride;
   m.global = -1;
   require(p.atom_count >= 0 && p.atom_count <= MAX_ATOMS, "attention: CUDA kernels take at most 8 mask atoms");
+  require(p.atom_count == 0 || (p.queries < INT32_MAX && p.keys < INT32_MAX),
+          "attention: over 2^31 tokens under a mask");
   const int64_t tiles = pieces(p.queries, COVER_TILE) * pieces(p.keys, COVER_TILE);
   bool by_batch = false, by_head = false;
   for (int64_t t = 0; t < p.atom_count; ++t) {

@@ -20,6 +20,12 @@ VLM_BOTH bool is_local(AtomKind kind) {
 
 VLM_BOTH int32_t int_at(const void* array, int64_t at) { return static_cast<const int32_t*>(array)[at]; }
 
+// Which piece of `size` holds `at`, both not negative; 32 bits, because a division of 64 takes many registers.
+// Sequences are shorter than 2^31, so that what is cut here lies beyond their ends.
+VLM_BOTH uint32_t piece_of(int64_t at, int64_t size) {
+  return uint32_t(smaller(at, int64_t(INT32_MAX))) / uint32_t(smaller(size, int64_t(INT32_MAX)));
+}
+
 // Whether one atom allows one pair; `global` allows every pair here.
 VLM_BOTH bool atom_allows(const MaskAtom& atom, int64_t b, int64_t h, int64_t i, int64_t j) {
   const int64_t d = i + atom.n[0] - j;
@@ -28,7 +34,7 @@ VLM_BOTH bool atom_allows(const MaskAtom& atom, int64_t b, int64_t h, int64_t i,
     case AtomKind::local_band: return d <= atom.n[1] && -d <= atom.n[2];
     case AtomKind::block_causal: {
       const int64_t position = i + atom.n[0];
-      return position >= 0 && position / atom.n[1] >= j / atom.n[1];
+      return position >= 0 && piece_of(position, atom.n[1]) >= piece_of(j, atom.n[1]);
     }
     case AtomKind::prefix: return d >= 0 || j < int_at(atom.a, b * atom.a_batch);
     case AtomKind::lambda: return d >= 0 && (d < atom.n[1] || j < atom.n[2]);
@@ -47,8 +53,8 @@ VLM_BOTH bool atom_allows(const MaskAtom& atom, int64_t b, int64_t h, int64_t i,
     case AtomKind::dense:
       return static_cast<const uint8_t*>(atom.a)[b * atom.a_batch + h * atom.a_head + i * atom.a_row + j] != 0;
     case AtomKind::blocks: {
-      const int64_t e = i / atom.n[0], listed = b * atom.a_batch + h * atom.a_head + e * atom.n[2];
-      const int64_t block = j / atom.n[1];
+      const int64_t e = piece_of(i, atom.n[0]), listed = b * atom.a_batch + h * atom.a_head + e * atom.n[2];
+      const int64_t block = piece_of(j, atom.n[1]);
       const int32_t count = int_at(atom.b, b * atom.b_batch + h * atom.b_head + e);
       for (int32_t s = 0; s < count; ++s)
         if (int_at(atom.a, listed + s) == block) return true;
@@ -69,8 +75,8 @@ VLM_BOTH Cover atom_cover(const MaskAtom& atom, int64_t b, int64_t i0, int64_t i
       return -least <= atom.n[2] && most <= atom.n[1] ? Cover::full : Cover::partial;
     case AtomKind::block_causal: {
       const int64_t first = i0 + atom.n[0], last = i1 - 1 + atom.n[0], size = atom.n[1];
-      if (last < 0 || last / size < j0 / size) return Cover::skip;
-      return first >= 0 && first / size >= (j1 - 1) / size ? Cover::full : Cover::partial;
+      if (last < 0 || piece_of(last, size) < piece_of(j0, size)) return Cover::skip;
+      return first >= 0 && piece_of(first, size) >= piece_of(j1 - 1, size) ? Cover::full : Cover::partial;
     }
     case AtomKind::prefix: {
       const int32_t length = int_at(atom.a, b * atom.a_batch);

@@ -1,4 +1,6 @@
 // Exact attention against a float64 oracle that holds every score.
+#include <stdexcept>
+
 #include "attention_case.hpp"
 #include "vlm/attention.hpp"
 

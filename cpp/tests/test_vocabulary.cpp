@@ -49,11 +49,11 @@ void compare(CrossEntropyCase given) {
   CrossEntropyCase plain = given, full = given;
   plain.run(false, 1);
   full.run(true, 1);
-  check_close(full.loss, o.loss, 1e-6, name + " loss");
-  check_close(full.log_p, o.log_p, 1e-6, name + " log p");
-  check_close(full.lse, o.lse, 1e-6, name + " lse");
+  check_close(full.loss, loss, 1e-6, name + " loss");
+  check_close(full.log_p, log_p, 1e-6, name + " log p");
+  check_close(full.lse, lse, 1e-6, name + " lse");
   check_close(full.chunk, gradient, 2e-6, name + " gradient (and the gaps between rows)");
-  check_close(plain.loss, o.loss, 1e-6, name + " loss without gradient");
+  check_close(plain.loss, loss, 1e-6, name + " loss without gradient");
   for (int threads : {2, 5}) {
     CrossEntropyCase other = given;
     other.run(true, threads);

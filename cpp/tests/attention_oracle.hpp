@@ -42,7 +42,7 @@ inline bool is_local(AtomKind kind) {
 }
 
 inline bool allowed(const AttentionProblem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  if (p.causal && j > i + p.causal_offset) return false;
+  if (p.causal && j - i > p.causal_offset) return false;
   if (p.key_mask != nullptr && p.key_mask[b * p.key_mask_stride + j] == 0) return false;
   bool open = false;
   for (int64_t t = 0; t < p.atom_count; ++t)

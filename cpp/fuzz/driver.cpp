@@ -63,6 +63,14 @@ void keep_input() {
   put(2, "\n", 1);
 }
 
+}  // namespace
+
+// The undefined-behaviour sanitizer of GCC, which has callbacks of its own, calls this before it ends the program.
+extern "C" __attribute__((visibility("default"))) void __ubsan_on_report();
+extern "C" void __ubsan_on_report() { keep_input(); }
+
+namespace {
+
 void on_signal(int number) {
   keep_input();
   signal(number, SIG_DFL);

@@ -82,7 +82,7 @@ struct Sequence {
 };
 
 Sequence sequence_of(const LinearScan& p, int64_t b, int64_t h, int64_t e0) {
-  const int64_t start = p.reverse ? p.length - 1 : 0, sign = p.reverse ? -1 : 1;
+  const int64_t start = p.reverse && p.length > 0 ? p.length - 1 : 0, sign = p.reverse ? -1 : 1;
   const auto at = [&](const Heads& x) {
     return x.data + b * x.batch_stride + h * x.head_stride + start * x.row_stride;
   };

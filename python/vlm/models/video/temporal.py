@@ -68,7 +68,7 @@ class Integration(nn.Module):
             raise ValueError(f"integration.heads is {heads}, expected a divisor of the {width} channels of a frame's vector")
         shape = {"width": width, "depth": options.layers, "heads": heads, "ffn_width": 4 * width}
         self.trunk = Trunk(TrunkOptions(**shape, activation=tower.activation, norm_eps=tower.norm_eps))
-        self.positions = nn.Parameter(torch.randn(frames, width) * width**-0.5) if options.positions else None
+        self.positions = nn.Parameter(torch.randn(frames, width) * 0.3) if options.positions else None
 
     def forward(self, vectors: Tensor, clips: Clips) -> Tensor:
         """vectors [n, E] of frames -> [B, E]."""

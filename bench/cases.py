@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from vlm import ops
 from vlm.bench.alignment import ALIGNMENT_CASES
 from vlm.bench.attention import ATTENTION_CASES
+from vlm.bench.bfloat16 import BFLOAT16_CASES
 from vlm.bench.case import PEER_MEMORY_LIMIT, Arm, Case, Work, with_backend
 from vlm.bench.contrastive import CONTRASTIVE_CASES, DENSE, contrastive
 from vlm.bench.decoder import DECODER_CASES
@@ -70,6 +71,7 @@ CASES: tuple[Case, ...] = (
         for length in (256, 1024, 4096)
     ),
     *ATTENTION_CASES,
+    *BFLOAT16_CASES,
     *CONTRASTIVE_CASES,
     *DECODER_CASES,
     *LONGFORMER_CASES,

@@ -1,6 +1,6 @@
 """The CUDA sources compile for sm_80, sm_90 and sm_100, without spills and within the registers that the docs state.
 
-The bounds are those of the table in docs/kernels/cuda.md; a kernel that is missing there fails. Takes about 10 s of nvcc for each
+The bounds are those of the table in docs/kernels/cuda.md; a kernel that is missing there fails. Takes 10 to 40 s of nvcc for each
 source, hence `long`; skipped without nvcc.
 `python tests/test_cuda_build.py` prints the table as measured.
 """
@@ -54,7 +54,7 @@ def kernel_name(symbol: str) -> str:
     name, rest = symbol[start:start + int(length[0])], symbol[start + int(length[0]):]
     if not rest.startswith("I"):
         return name
-    arguments = re.findall(r"L(?:i|NS0_\d+\w+?E)(\d+)E", rest.split("EEv")[0] + "E")
+    arguments = re.findall(r"L(?:[ib]|NS0_\d+\w+?E)(\d+)E", rest.split("EEv")[0] + "E")
     return f"{name}<{', '.join(arguments)}>"
 
 

@@ -4,28 +4,27 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "attention/problem_checks.hpp"
+#include "core/half_table.hpp"
 #include "core/kernel_table.hpp"
 
 namespace vlm {
 namespace {
 
 void check(const AttentionProblem& p) {
-  for (int64_t n : {p.batch, p.query_heads, p.key_heads, p.queries, p.keys, p.width, p.value_width})
-    if (n < 0) throw std::invalid_argument("attention: negative size");
-  if (p.key_heads == 0 || p.query_heads % p.key_heads != 0)
-    throw std::invalid_argument("attention: query heads are not a multiple of key heads");
-  if (p.softcap < 0.0f) throw std::invalid_argument("attention: the soft cap is negative");
-  if (p.keep_share <= 0.0f) throw std::invalid_argument("attention: dropout leaves nothing");
-  if (p.relative != nullptr && p.grid_columns > 0 &&
-      (p.queries != p.keys || p.grid_rows * p.grid_columns != p.queries))
-    throw std::invalid_argument("attention: the grid of the relative bias does not fit queries and keys");
+  check_problem(p, "attention");
+  if (p.half && p.temperature != nullptr)
+    throw std::invalid_argument("attention: the cosine score is not computed in bfloat16");
+  if (p.half && active_half_kernels() == nullptr)
+    throw std::invalid_argument("attention: the level in force does not multiply bfloat16");
 }
 
 }  // namespace
 
 void attention_forward(const AttentionForward& call, int threads) {
   check(call.problem);
-  active_kernels().attention_forward(call, std::max(threads, 1));
+  const auto run = call.problem.half ? active_half_kernels()->attention_forward : active_kernels().attention_forward;
+  run(call, std::max(threads, 1));
 }
 
 void attention_backward(const AttentionBackward& call, int threads) {
@@ -35,7 +34,8 @@ void attention_backward(const AttentionBackward& call, int threads) {
                                 (call.bias_heads != 1 && call.bias_heads != p.query_heads) ||
                                 (call.bias_rows != 1 && call.bias_rows != p.queries)))
     throw std::invalid_argument("attention: extents of the bias gradient do not fit");
-  active_kernels().attention_backward(call, std::max(threads, 1));
+  const auto run = p.half ? active_half_kernels()->attention_backward : active_kernels().attention_backward;
+  run(call, std::max(threads, 1));
 }
 
 }  // namespace vlm

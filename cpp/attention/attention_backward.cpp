@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t BLOCK_QUERIES = W == 16 ? 8 * MR : 16 * MR;
 constexpr int64_t WANTED_TASKS = 16;
+constexpr int64_t TILE_QUERIES = ROUNDS ? MR : BLOCK_QUERIES;  // rows of a score tile before it is rounded
 
 struct Plan {
   const AttentionBackward& call;
@@ -66,7 +67,9 @@ struct Worker {
   float *query, *dout;                       // of a query block, in groups of MR
   float *plain_query, *plain_dout;           // the same as panels
   float *dq;                                 // [BLOCK_QUERIES, width]
-  float *weights, *gradients;                // score tiles P and dS, [BLOCK_QUERIES, LDS]
+  float *weights, *gradients;                // score tiles P and dS, [TILE_QUERIES, LDS]
+  float *weight_columns, *gradient_columns;  // the same of the whole block as left operands, where those are copies
+  float *gradient_rows;
   float *lse, *delta;                        // [BLOCK_QUERIES]
   float *slope;                              // [BC], derivative of the cap
   float *row_factor;                         // [BLOCK_QUERIES], for the cosine
@@ -82,18 +85,21 @@ struct Worker {
     const int64_t n = s.chunk_tiles, D = s.p.width, V = s.p.value_width;
     Worker unused;
     Worker& to = w == nullptr ? unused : *w;
-    take(&to.keys, n * D * BC);
-    take(&to.values, n * V * BC);
-    take(&to.plain_keys, n * round_up(D, NR) * BC);
+    take(&to.keys, n * steps(D) * BC);
+    take(&to.values, n * steps(V) * BC);
+    take(&to.plain_keys, n * round_up(D, NR) * steps(BC));
     take(&to.dk, n * BC * s.width);
     take(&to.dv, n * BC * s.value_width);
-    take(&to.query, BLOCK_QUERIES * D);
-    take(&to.dout, BLOCK_QUERIES * V);
-    take(&to.plain_query, BLOCK_QUERIES * round_up(D, NR));
-    take(&to.plain_dout, BLOCK_QUERIES * round_up(V, NR));
+    take(&to.query, BLOCK_QUERIES * steps(D));
+    take(&to.dout, BLOCK_QUERIES * steps(V));
+    take(&to.plain_query, steps(BLOCK_QUERIES) * round_up(D, NR));
+    take(&to.plain_dout, steps(BLOCK_QUERIES) * round_up(V, NR));
     take(&to.dq, BLOCK_QUERIES * s.width);
-    take(&to.weights, BLOCK_QUERIES * LDS);
-    take(&to.gradients, BLOCK_QUERIES * LDS);
+    take(&to.weights, TILE_QUERIES * LDS);
+    take(&to.gradients, TILE_QUERIES * LDS);
+    take(&to.weight_columns, tile_columns_room(BLOCK_QUERIES));
+    take(&to.gradient_columns, tile_columns_room(BLOCK_QUERIES));
+    take(&to.gradient_rows, tile_rows_room(BLOCK_QUERIES));
     take(&to.lse, BLOCK_QUERIES);
     take(&to.delta, BLOCK_QUERIES);
     take(&to.slope, BC);
@@ -114,13 +120,13 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t fi
   const int64_t slot = tile - first_tile, j0 = tile * BC, n = smaller(BC, p.keys - j0);
   if (w.packed[slot]) return;
   const uint8_t* kept = s.masks.kept(b, j0);
-  const float* k = head_of(p.k, b, key_head) + j0 * p.k.row_stride;
-  const float* v = head_of(p.v, b, key_head) + j0 * p.v.row_stride;
+  const Element* k = stored(p.k, b, key_head) + j0 * p.k.row_stride;
+  const Element* v = stored(p.v, b, key_head) + j0 * p.v.row_stride;
   const float* lengths = s.lengths.of_keys(b, key_head, j0);
-  pack_transposed(k, p.k.row_stride, n, p.width, kept, w.keys + slot * p.width * BC, lengths);
-  pack_transposed(v, p.v.row_stride, n, p.value_width, kept, w.values + slot * p.value_width * BC);
-  pack_plain(k, p.k.row_stride, n, p.width, kept, w.plain_keys + slot * round_up(p.width, NR) * BC, NR * BC,
-             lengths);
+  pack_right_transposed(k, p.k.row_stride, n, p.width, kept, w.keys + slot * steps(p.width) * BC, lengths);
+  pack_right_transposed(v, p.v.row_stride, n, p.value_width, kept, w.values + slot * steps(p.value_width) * BC);
+  pack_right(k, p.k.row_stride, n, p.width, kept, w.plain_keys + slot * round_up(p.width, NR) * steps(BC),
+             NR * steps(BC), lengths);
   w.packed[slot] = 1;
 }
 
@@ -128,16 +134,17 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t fi
 void load_queries(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t i0, int64_t rows) {
   const AttentionProblem& p = s.p;
   const AttentionBackward& c = s.call;
-  const float *q = head_of(p.q, b, h) + i0 * p.q.row_stride, *lengths = s.lengths.of_queries(b, h, i0);
+  const Element* q = stored(p.q, b, h) + i0 * p.q.row_stride;
+  const float* lengths = s.lengths.of_queries(b, h, i0);
   if (lengths != nullptr)  // heads of a group may differ in temperature: it goes into dK here
     for (int64_t r = 0; r < rows; ++r) w.row_factor[r] = lengths[r] * p.temperature[h * p.temperature_stride];
-  const float* dout = head_of(c.dout, b, h) + i0 * c.dout.row_stride;
-  const float* out = head_of(c.out, b, h) + i0 * c.out.row_stride;
-  pack_rows(q, p.q.row_stride, rows, p.width, scale_of(p, h) * log2_e, w.query, lengths);
-  pack_rows(dout, c.dout.row_stride, rows, p.value_width, 1.0f, w.dout);
-  pack_plain(q, p.q.row_stride, rows, p.width, nullptr, w.plain_query, NR * BLOCK_QUERIES,
+  const Element* dout = stored(c.dout, b, h) + i0 * c.dout.row_stride;
+  const Element* out = stored(c.out, b, h) + i0 * c.out.row_stride;
+  pack_left(q, p.q.row_stride, rows, p.width, scale_of(p, h) * log2_e, w.query, lengths);
+  pack_left(dout, c.dout.row_stride, rows, p.value_width, 1.0f, w.dout);
+  pack_right(q, p.q.row_stride, rows, p.width, nullptr, w.plain_query, NR * steps(BLOCK_QUERIES),
              lengths == nullptr ? nullptr : w.row_factor);
-  pack_plain(dout, c.dout.row_stride, rows, p.value_width, nullptr, w.plain_dout, NR * BLOCK_QUERIES);
+  pack_right(dout, c.dout.row_stride, rows, p.value_width, nullptr, w.plain_dout, NR * steps(BLOCK_QUERIES));
   const int64_t at = (b * p.query_heads + h) * p.queries + i0;
   for (int64_t r = 0; r < rows; ++r) {
     vf sum{};
@@ -173,62 +180,72 @@ void collect_relative(const AttentionProgram& program, const float* gradients, i
   });
 }
 
-// P (dropped, for dV) and the gradient of the product q k (for dQ and dK) of one block and tile, in the columns that
-// any of its queries sees. The gradients of the biases are taken on the way, before the slope of the cap.
-void score_tile(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h,
-                int64_t i0, int64_t rows, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth, Columns block) {
+// P (dropped, for dV) and the gradient of the product q k (for dQ and dK) of a group of queries and a tile, in the
+// columns that any query of the block sees. The gradients of the biases are taken on the way, before the slope of the
+// cap.
+void score_group(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h,
+                 int64_t i0, int64_t g, int64_t height, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth,
+                 Columns block, float* weights, float* gradients) {
   const AttentionProblem& p = s.p;
   const int64_t j0 = tile * BC;
   float* relative = s.relative_part(b, h, chunk);
+  const Columns seen = program.columns(i0 + g, i0 + g + height, j0, breadth, tile);
+  const int64_t n = seen.last - seen.first, j = j0 + seen.first;
+  Cover group = n == 0 ? Cover::skip : cover;
+  if (group == Cover::partial) group = program.cover(i0 + g, i0 + g + height, j, j + n, tile);
+  if (group == Cover::skip) {
+    for (int64_t r = 0; r < height; ++r) {
+      clear(weights + r * LDS, block.first, block.last);
+      clear(gradients + r * LDS, block.first, block.last);
+    }
+    return;
+  }
+  multiply_packed(height, n, p.width, w.query + g * steps(p.width),
+                  w.keys + (slot * BC + seen.first) * steps(p.width), weights + seen.first, scale_of(p, h) * log2_e);
+  multiply_packed(height, n, p.value_width, w.dout + g * steps(p.value_width),
+                  w.values + (slot * BC + seen.first) * steps(p.value_width), gradients + seen.first, 1.0f);
+  for (int64_t r = 0; r < height; ++r, weights += LDS, gradients += LDS) {
+    const int64_t i = i0 + g + r, padded = round_up(n, W);
+    float *row = weights + seen.first, *slope = gradients + seen.first;
+    finish_scores(row, n, bias_row(p.bias, b, h, i, j), program, group, i, j, w.slope);
+    const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
+    if (program.drop_below == 0) {
+      for (int64_t c = 0; c < padded; c += W) {
+        const vf weight = exp2(load(row + c) - lse);
+        store(row + c, weight);
+        store(slope + c, weight * (load(slope + c) - delta));
+      }
+    } else {
+      const uint32_t key = row_key(program.drop_key, i);
+      for (int64_t c = 0; c < padded; c += W) {
+        const vi kept = kept_lanes(key, j + c, program.drop_below);
+        const vf weight = exp2(load(row + c) - lse), factor = select(kept, splat(program.drop_scale), vf{});
+        store(row + c, weight * factor);
+        store(slope + c, weight * (load(slope + c) * factor - delta));
+      }
+    }
+    if (s.call.dbias != nullptr) collect_bias(s, slope, b, h, i, j, n);
+    if (relative != nullptr) collect_relative(program, slope, n, i, j, relative);
+    if (program.softcap != 0.0f)
+      for (int64_t c = 0; c < padded; c += W) store(slope + c, load(slope + c) * load(w.slope + c));
+    clear(weights, block.first, seen.first);
+    clear(gradients, block.first, seen.first);
+    clear(weights, seen.first + padded, block.last);
+    clear(gradients, seen.first + padded, block.last);
+  }
+}
+
+// The same of all groups, and what the products with it need.
+void score_tile(const Plan& s, Worker& w, const AttentionProgram& program, Cover cover, int64_t b, int64_t h,
+                int64_t i0, int64_t rows, int64_t chunk, int64_t slot, int64_t tile, int64_t breadth, Columns block) {
   for (int64_t g = 0; g < rows; g += MR) {
-    const int64_t height = smaller(MR, rows - g);
-    const Columns seen = program.columns(i0 + g, i0 + g + height, j0, breadth, tile);
-    const int64_t n = seen.last - seen.first, j = j0 + seen.first;
-    Cover group = n == 0 ? Cover::skip : cover;
-    if (group == Cover::partial) group = program.cover(i0 + g, i0 + g + height, j, j + n, tile);
-    float *weights = w.weights + g * LDS, *gradients = w.gradients + g * LDS;
-    if (group == Cover::skip) {
-      for (int64_t r = 0; r < height; ++r) {
-        clear(weights + r * LDS, block.first, block.last);
-        clear(gradients + r * LDS, block.first, block.last);
-      }
-      continue;
-    }
-    multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0,
-                         w.keys + slot * p.width * BC + seen.first * p.width, NR * p.width, weights + seen.first, LDS,
-                         false);
-    multiply<PackedRows>(height, n, p.value_width, w.dout + g * p.value_width, 0,
-                         w.values + slot * p.value_width * BC + seen.first * p.value_width, NR * p.value_width,
-                         gradients + seen.first, LDS, false);
-    for (int64_t r = 0; r < height; ++r, weights += LDS, gradients += LDS) {
-      const int64_t i = i0 + g + r, padded = round_up(n, W);
-      float *row = weights + seen.first, *slope = gradients + seen.first;
-      finish_scores(row, n, bias_row(p.bias, b, h, i, j), program, group, i, j, w.slope);
-      const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
-      if (program.drop_below == 0) {
-        for (int64_t c = 0; c < padded; c += W) {
-          const vf weight = exp2(load(row + c) - lse);
-          store(row + c, weight);
-          store(slope + c, weight * (load(slope + c) - delta));
-        }
-      } else {
-        const uint32_t key = row_key(program.drop_key, i);
-        for (int64_t c = 0; c < padded; c += W) {
-          const vi kept = kept_lanes(key, j + c, program.drop_below);
-          const vf weight = exp2(load(row + c) - lse), factor = select(kept, splat(program.drop_scale), vf{});
-          store(row + c, weight * factor);
-          store(slope + c, weight * (load(slope + c) * factor - delta));
-        }
-      }
-      if (s.call.dbias != nullptr) collect_bias(s, slope, b, h, i, j, n);
-      if (relative != nullptr) collect_relative(program, slope, n, i, j, relative);
-      if (program.softcap != 0.0f)
-        for (int64_t c = 0; c < padded; c += W) store(slope + c, load(slope + c) * load(w.slope + c));
-      clear(weights, block.first, seen.first);
-      clear(gradients, block.first, seen.first);
-      clear(weights, seen.first + padded, block.last);
-      clear(gradients, seen.first + padded, block.last);
-    }
+    const int64_t height = smaller(MR, rows - g), n = block.last - block.first, at = ROUNDS ? 0 : g * LDS;
+    float *weights = w.weights + at, *gradients = w.gradients + at;
+    score_group(s, w, program, cover, b, h, i0, g, height, chunk, slot, tile, breadth, block, weights, gradients);
+    if (!ROUNDS) continue;
+    as_columns(weights + block.first, height, n, w.weight_columns + g / 2 * LDS);
+    as_columns(gradients + block.first, height, n, w.gradient_columns + g / 2 * LDS);
+    as_rows(gradients + block.first, height, n, w.gradient_rows + g * (LDS / 2));
   }
 }
 
@@ -258,13 +275,17 @@ void run_head(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t chu
         loaded = true;
         need_tile(s, w, b, key_head, first_tile, tile);
         score_tile(s, w, program, cover, b, h, i0, rows, chunk, slot, tile, breadth, seen);
-        multiply<TileColumns>(n, p.value_width, rows, w.weights + seen.first, MR, w.plain_dout, NR * BLOCK_QUERIES,
-                              w.dv + (slot * BC + seen.first) * s.value_width, s.value_width, true);
-        multiply<TileColumns>(n, p.width, rows, w.gradients + seen.first, MR, w.plain_query, NR * BLOCK_QUERIES,
-                              w.dk + (slot * BC + seen.first) * s.width, s.width, true);
-        multiply<TileRows>(rows, p.width, n, w.gradients + seen.first, MR * LDS,
-                           w.plain_keys + slot * round_up(p.width, NR) * BC + seen.first * NR, NR * BC, w.dq, s.width,
-                           true);
+        // Rounded operands begin at the first column that is seen.
+        const float* weight_columns = ROUNDS ? w.weight_columns : w.weights + seen.first;
+        const float* gradient_columns = ROUNDS ? w.gradient_columns : w.gradients + seen.first;
+        const float* gradient_rows = ROUNDS ? w.gradient_rows : w.gradients + seen.first;
+        multiply_columns(n, p.value_width, rows, weight_columns, w.plain_dout, NR * steps(BLOCK_QUERIES),
+                         w.dv + (slot * BC + seen.first) * s.value_width, s.value_width, true);
+        multiply_columns(n, p.width, rows, gradient_columns, w.plain_query, NR * steps(BLOCK_QUERIES),
+                         w.dk + (slot * BC + seen.first) * s.width, s.width, true);
+        multiply_rows(rows, p.width, n, gradient_rows,
+                      w.plain_keys + slot * round_up(p.width, NR) * steps(BC) + steps(seen.first) * NR, NR * steps(BC),
+                      w.dq, s.width, true);
       }
       if (s.chunks > 1) {
         s.touched(chunk, b, h)[i0 / BLOCK_QUERIES] = loaded;
@@ -273,18 +294,18 @@ void run_head(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t chu
         for (int64_t e = 0; e < rows * s.width; e += W) store(to + e, load(w.dq + e));
       } else {
         if (!loaded) fill(w.dq, rows * s.width);
-        float* to = head_of(s.call.dq, b, h) + i0 * s.call.dq.row_stride;
+        Element* to = stored(s.call.dq, b, h) + i0 * s.call.dq.row_stride;
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t e = 0; e < p.width; e += W)
-            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * scale_of(p, h), p.width - e);
+            store_first(to + r * s.call.dq.row_stride + e, load(w.dq + r * s.width + e) * p.scale, p.width - e);
       }
     }
   }
   for (int64_t j = 0; j < keys; ++j) {
-    float* dk = head_of(s.call.dk, b, key_head) + (first_key + j) * s.call.dk.row_stride;
+    Element* dk = stored(s.call.dk, b, key_head) + (first_key + j) * s.call.dk.row_stride;
     for (int64_t e = 0; e < p.width; e += W)
       store_first(dk + e, load(w.dk + j * s.width + e) * p.scale, p.width - e);
-    float* dv = head_of(s.call.dv, b, key_head) + (first_key + j) * s.call.dv.row_stride;
+    Element* dv = stored(s.call.dv, b, key_head) + (first_key + j) * s.call.dv.row_stride;
     for (int64_t e = 0; e < p.value_width; e += W)
       store_first(dv + e, load(w.dv + j * s.value_width + e), p.value_width - e);
   }
@@ -295,33 +316,34 @@ void merge_queries(const Plan& s, int threads) {
   parallel_for(p.batch * p.query_heads * p.queries, 64, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t i = at % p.queries, head = at / p.queries;
-      float* to = head_of(s.call.dq, head / p.query_heads, head % p.query_heads) + i * s.call.dq.row_stride;
+      Element* to = stored(s.call.dq, head / p.query_heads, head % p.query_heads) + i * s.call.dq.row_stride;
       for (int64_t e = 0; e < p.width; e += W) {
         vf sum{};
         for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
           if (!s.touched(chunk, head / p.query_heads, head % p.query_heads)[i / BLOCK_QUERIES]) continue;
           sum += load(s.dq_parts + chunk * s.part_room() + at * s.width + e);
         }
-        store_first(to + e, sum * scale_of(p, head % p.query_heads), p.width - e);
+        store_first(to + e, sum * p.scale, p.width - e);
       }
     }
   });
 }
 
-// From the gradient g of a unit vector x / |x| to that of x: (g - u <u, g>) / |x|. Returns <u, g>.
-float through_length(const float* x, float inverse, int64_t width, float* g) {
+// From the gradient g of a unit vector x / |x| to that of x, times a factor: (g - u <u, g>) factor / |x|. Returns
+// <u, g>.
+float through_length(const Element* x, float inverse, int64_t width, float factor, Element* g) {
   vf sum{};
   for (int64_t e = 0; e < width; e += W) sum += load_first(x + e, width - e) * load_first(g + e, width - e);
   const float along = sum_lanes(sum) * inverse;
   for (int64_t e = 0; e < width; e += W) {
     const vf unit = load_first(x + e, width - e) * inverse;
-    store_first(g + e, (load_first(g + e, width - e) - unit * along) * inverse, width - e);
+    store_first(g + e, (load_first(g + e, width - e) - unit * along) * (inverse * factor), width - e);
   }
   return along;
 }
 
-// The cosine score: dQ and dK so far are those of unit vectors. The temperature's gradient is <u_i, g_i> / temperature
-// summed over queries and, in this order, over batch and heads.
+// The cosine score: dQ and dK so far are those of unit vectors, dQ without the temperature. So the temperature's
+// gradient is <u_i, g_i> summed over queries and, in this order, over batch and heads, also where it is 0.
 void finish_cosine(const Plan& s, int threads) {
   const AttentionProblem& p = s.p;
   Scratch memory(2 * p.batch * p.query_heads);
@@ -329,23 +351,26 @@ void finish_cosine(const Plan& s, int threads) {
   parallel_for(p.batch * p.query_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t b = at / p.query_heads, h = at % p.query_heads;
-      const float *q = head_of(p.q, b, h), *inverse = s.lengths.of_queries(b, h, 0);
-      float* dq = head_of(s.call.dq, b, h);
+      const Element* q = stored(p.q, b, h);
+      const float* inverse = s.lengths.of_queries(b, h, 0);
+      const float temperature = p.temperature[h * p.temperature_stride];
+      Element* dq = stored(s.call.dq, b, h);
       sums[at] = 0.0;
       for (int64_t i = 0; i < p.queries; ++i)
         sums[at] += static_cast<double>(
-            through_length(q + i * p.q.row_stride, inverse[i], p.width, dq + i * s.call.dq.row_stride));
+            through_length(q + i * p.q.row_stride, inverse[i], p.width, temperature, dq + i * s.call.dq.row_stride));
     }
   });
   parallel_for(p.batch * p.key_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t b = at / p.key_heads, h = at % p.key_heads;
-      const float *k = head_of(p.k, b, h), *inverse = s.lengths.of_keys(b, h, 0);
+      const Element* k = stored(p.k, b, h);
+      const float* inverse = s.lengths.of_keys(b, h, 0);
       const uint8_t* kept = s.masks.kept(b, 0);
-      float* dk = head_of(s.call.dk, b, h);
+      Element* dk = stored(s.call.dk, b, h);
       for (int64_t j = 0; j < p.keys; ++j)
         if (kept == nullptr || kept[j] != 0)
-          through_length(k + j * p.k.row_stride, inverse[j], p.width, dk + j * s.call.dk.row_stride);
+          through_length(k + j * p.k.row_stride, inverse[j], p.width, 1.0f, dk + j * s.call.dk.row_stride);
     }
   });
   if (s.call.dtemperature == nullptr) return;
@@ -354,7 +379,7 @@ void finish_cosine(const Plan& s, int threads) {
     double sum = 0.0;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t h = head; h < (shared ? p.query_heads : head + 1); ++h) sum += sums[b * p.query_heads + h];
-    s.call.dtemperature[head] = static_cast<float>(sum / static_cast<double>(p.temperature[head]));
+    s.call.dtemperature[head] = static_cast<float>(sum);
   }
 }
 

@@ -1,7 +1,8 @@
 // Exact attention forward: streaming softmax over key tiles. Compiled once per level.
 //
 // Work is (key head, query head of its group, block of queries), in this order, handed out in ranges. A worker keeps
-// the packed keys and values of the last key head it met, tile by tile as they are first needed.
+// the packed keys and values of the last key head it met, tile by tile as they are first needed. Probabilities are
+// rounded to the storage type before they meet the values; their sum is not.
 #include "attention/attention_kernels.hpp"
 #include "attention/attention_tiles.hpp"
 
@@ -17,7 +18,7 @@ struct Plan {
   KeyMasks masks;
   InverseLengths lengths;
   int64_t group, blocks;              // query heads of a key head, query blocks of a head
-  int64_t key_tile, value_tile;       // floats of a packed tile
+  int64_t key_tile, value_tile;       // steps of a packed tile
   int64_t out_stride;                 // of the accumulator
   Plan(const AttentionForward& c, int threads)
       : call(c),
@@ -26,8 +27,8 @@ struct Plan {
         lengths(c.problem, threads),
         group(p.query_heads / p.key_heads),
         blocks((p.queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES),
-        key_tile(p.width * BC),
-        value_tile(round_up(p.value_width, NR) * BC),
+        key_tile(steps(p.width) * BC),
+        value_tile(round_up(p.value_width, NR) * steps(BC)),
         out_stride(round_up(larger(p.value_width, 1), W)) {}
 };
 
@@ -38,13 +39,15 @@ struct Worker {
   float *keys, *values;   // packed tiles
   float *query;           // [BLOCK_QUERIES, width] in groups of MR
   float *scores;          // [MR, LDS]
+  float *rounded;         // the same as a left operand, if that is a copy
   float *out;             // [BLOCK_QUERIES, out_stride]
   float *top, *sum;       // [BLOCK_QUERIES], streaming softmax in units of log 2
 
   static int64_t room(const Plan& s) {
     const int64_t tiles = s.masks.tiles;
     return round_up((tiles + 3) / 4, W) + tiles * (s.key_tile + s.value_tile) +
-           round_up(BLOCK_QUERIES * s.p.width, W) + MR * LDS + BLOCK_QUERIES * (s.out_stride + 2) + W;
+           round_up(BLOCK_QUERIES * steps(s.p.width), W) + MR * LDS + tile_rows_room(MR) +
+           BLOCK_QUERIES * (s.out_stride + 2) + W;
   }
   static Worker make(const Plan& s, float* at) {
     const int64_t tiles = s.masks.tiles;
@@ -54,8 +57,9 @@ struct Worker {
     w.keys = at + round_up((tiles + 3) / 4, W);
     w.values = w.keys + tiles * s.key_tile;
     w.query = w.values + tiles * s.value_tile;
-    w.scores = w.query + round_up(BLOCK_QUERIES * s.p.width, W);
-    w.out = w.scores + MR * LDS;
+    w.scores = w.query + round_up(BLOCK_QUERIES * steps(s.p.width), W);
+    w.rounded = w.scores + MR * LDS;
+    w.out = w.rounded + tile_rows_room(MR);
     w.top = w.out + BLOCK_QUERIES * s.out_stride;
     w.sum = w.top + BLOCK_QUERIES;
     return w;
@@ -67,10 +71,10 @@ void need_tile(const Plan& s, Worker& w, int64_t b, int64_t key_head, int64_t ti
   if (w.packed[tile]) return;
   const int64_t j0 = tile * BC, n = smaller(BC, p.keys - j0);
   const uint8_t* kept = s.masks.kept(b, j0);
-  pack_transposed(head_of(p.k, b, key_head) + j0 * p.k.row_stride, p.k.row_stride, n, p.width, kept,
-                  w.keys + tile * s.key_tile, s.lengths.of_keys(b, key_head, j0));
-  pack_plain(head_of(p.v, b, key_head) + j0 * p.v.row_stride, p.v.row_stride, n, p.value_width, kept,
-             w.values + tile * s.value_tile, NR * BC);
+  pack_right_transposed(stored(p.k, b, key_head) + j0 * p.k.row_stride, p.k.row_stride, n, p.width,
+                        kept, w.keys + tile * s.key_tile, s.lengths.of_keys(b, key_head, j0));
+  pack_right(stored(p.v, b, key_head) + j0 * p.v.row_stride, p.v.row_stride, n, p.value_width, kept,
+             w.values + tile * s.value_tile, NR * steps(BC));
   w.packed[tile] = 1;
 }
 
@@ -115,7 +119,8 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
     w.head = b * p.key_heads + key_head;
     for (int64_t t = 0; t < s.masks.tiles; ++t) w.packed[t] = 0;
   }
-  pack_rows(head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, rows, p.width, scale_of(p, h) * log2_e, w.query,
+  const float factor = scale_of(p, h) * log2_e;
+  pack_left(stored(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, rows, p.width, factor, w.query,
             s.lengths.of_queries(b, h, i0));
   for (int64_t r = 0; r < rows; ++r) {
     w.top[r] = -infinity;
@@ -136,8 +141,8 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
       Cover group = cover;
       if (cover == Cover::partial) group = program.cover(i0 + g, i0 + g + height, j, j + n, tile);
       if (group == Cover::skip) continue;
-      multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0,
-                           w.keys + tile * s.key_tile + seen.first * p.width, NR * p.width, w.scores, LDS, false);
+      multiply_packed(height, n, p.width, w.query + g * steps(p.width),
+                      w.keys + tile * s.key_tile + seen.first * steps(p.width), w.scores, factor);
       for (int64_t r = 0; r < height; ++r) {
         const int64_t i = i0 + g + r;
         float* scores = w.scores + r * LDS;
@@ -145,11 +150,12 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
         stream_row(scores, n, w.top + g + r, w.sum + g + r, w.out + (g + r) * s.out_stride, s.out_stride);
         if (program.drop_below != 0) drop_row(scores, n, program, i, j);
       }
-      multiply<TileRows>(height, p.value_width, n, w.scores, 0, w.values + tile * s.value_tile + seen.first * NR,
-                         NR * BC, w.out + g * s.out_stride, s.out_stride, true);
+      multiply_rows(height, p.value_width, n, as_rows(w.scores, height, n, w.rounded),
+                    w.values + tile * s.value_tile + steps(seen.first) * NR, NR * steps(BC), w.out + g * s.out_stride,
+                    s.out_stride, true);
     }
   }
-  float* out = head_of(s.call.out, b, h) + i0 * s.call.out.row_stride;
+  Element* out = stored(s.call.out, b, h) + i0 * s.call.out.row_stride;
   float* lse = s.call.lse + (b * p.query_heads + h) * p.queries + i0;
   for (int64_t r = 0; r < rows; ++r) {
     const bool empty = w.top[r] == -infinity;

@@ -141,10 +141,13 @@ struct RowsWorker {
   float *chosen;  // [MR, width], rows as they come
   float *query;   // all rows packed in groups of MR
   float *scores;  // [MR, LDS]
+  AttentionProgram* programs;  // [heads of a group]
 
-  static int64_t stacked(const AttentionRows& c) { return c.problem.query_heads / c.problem.key_heads * c.count; }
+  static int64_t group(const AttentionRows& c) { return c.problem.query_heads / c.problem.key_heads; }
+  static int64_t stacked(const AttentionRows& c) { return group(c) * c.count; }
   static int64_t room(const AttentionRows& c) {
-    return c.problem.width * (BC + MR) + packed_rows_room(stacked(c), c.problem.width) + MR * LDS + 3 * W;
+    return c.problem.width * (BC + MR) + packed_rows_room(stacked(c), c.problem.width) + MR * LDS + 3 * W +
+           group(c) * static_cast<int64_t>(sizeof(AttentionProgram) / sizeof(float));
   }
   static RowsWorker make(const AttentionRows& c, float* at) {
     RowsWorker w;
@@ -152,6 +155,7 @@ struct RowsWorker {
     w.chosen = w.keys + c.problem.width * BC;
     w.query = w.chosen + round_up(MR * c.problem.width, W);
     w.scores = w.query + round_up(packed_rows_room(stacked(c), c.problem.width), W);
+    w.programs = reinterpret_cast<AttentionProgram*>(w.scores + MR * LDS);
     return w;
   }
 };
@@ -184,8 +188,7 @@ void run_head(const AttentionRows& call, const KeyMasks& masks, RowsWorker& w, i
   const int64_t group = p.query_heads / p.key_heads, stacked = group * call.count;
   const int64_t* rows = call.rows + b * call.count;
   float* out = call.probabilities + (b * p.query_heads + key_head * group) * call.count * p.keys;
-  // One program for the heads of a group: the statistics take no mask or bias that differs between heads but `bias`.
-  const AttentionProgram program = masks.program(p, b, key_head * group);
+  for (int64_t h = 0; h < group; ++h) w.programs[h] = masks.program(p, b, key_head * group + h);
   for (int64_t g = 0; g < stacked; g += MR) {
     const int64_t height = smaller(MR, stacked - g);
     for (int64_t r = 0; r < height; ++r) {
@@ -203,6 +206,7 @@ void run_head(const AttentionRows& call, const KeyMasks& masks, RowsWorker& w, i
       bool multiplied = false;
       for (int64_t r = 0; r < height; ++r) {
         const int64_t i = rows[(g + r) % call.count], h = key_head * group + (g + r) / call.count;
+        const AttentionProgram& program = w.programs[(g + r) / call.count];
         const Cover cover = i < 0 ? Cover::skip : program.cover(i, i + 1, j0, j0 + breadth, tile);
         float* to = out + (g + r) * p.keys + j0;
         if (cover == Cover::skip) {

@@ -5,7 +5,7 @@
 #include "core/kernel_table.hpp"
 #include "core/parallel_for.hpp"
 #include "core/random.hpp"
-#include "core/tile_gemm.hpp"
+#include "core/storage.hpp"
 #include "core/tile_program.hpp"
 #include "core/vector_math.hpp"
 
@@ -17,6 +17,14 @@ VLM_INLINE const float* head_of(const Heads& h, int64_t b, int64_t head) {
 }
 VLM_INLINE float* head_of(const MutableHeads& h, int64_t b, int64_t head) {
   return h.data + b * h.batch_stride + head * h.head_stride;
+}
+
+// Queries, keys, values, outputs and their gradients: numbers of the storage type.
+VLM_INLINE const Element* stored(const Heads& h, int64_t b, int64_t head) {
+  return reinterpret_cast<const Element*>(h.data) + b * h.batch_stride + head * h.head_stride;
+}
+VLM_INLINE Element* stored(const MutableHeads& h, int64_t b, int64_t head) {
+  return reinterpret_cast<Element*>(h.data) + b * h.batch_stride + head * h.head_stride;
 }
 
 VLM_INLINE int64_t relative_length(const AttentionProblem& p) {
@@ -119,7 +127,7 @@ struct InverseLengths {
     parallel_for(p.batch * heads, 1, threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t at = begin; at < end; ++at)
         for (int64_t i = 0; i < length; ++i) {
-          const float* row = head_of(of, at / heads, at % heads) + i * of.row_stride;
+          const Element* row = stored(of, at / heads, at % heads) + i * of.row_stride;
           vf sum{};
           for (int64_t e = 0; e < p.width; e += W) {
             const vf x = load_first(row + e, p.width - e);

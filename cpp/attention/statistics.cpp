@@ -4,16 +4,16 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "attention/problem_checks.hpp"
 #include "core/kernel_table.hpp"
 
 namespace vlm {
 namespace {
 
 void check(const AttentionProblem& p) {
-  for (int64_t n : {p.batch, p.query_heads, p.key_heads, p.queries, p.keys, p.width})
-    if (n < 0) throw std::invalid_argument("attention statistics: negative size");
-  if (p.key_heads == 0 || p.query_heads % p.key_heads != 0)
-    throw std::invalid_argument("attention statistics: query heads are not a multiple of key heads");
+  check_problem(p, "attention statistics");
+  if (p.temperature != nullptr || p.drop_below != 0)
+    throw std::invalid_argument("attention statistics: neither cosine products nor dropout");
 }
 
 template <class Call>

@@ -102,7 +102,7 @@ void attend(const WindowAttentionForward& call, const Shape& s, const Rooms& roo
 void window_attention_forward(const WindowAttentionForward& call, int threads) {
   const WindowAttentionProblem& p = call.problem;
   const Shape s = shape_of(p);
-  if (p.width == 0 || p.batch * p.rows * p.columns == 0) return;
+  if (p.batch * p.rows * p.columns == 0) return;
   Rooms none;
   const int64_t room = lay_out(s, p.width, nullptr, &none);
   parallel_for(p.heads * s.blocks, 1, threads, [&](int64_t begin, int64_t end, int) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "mask_atoms.hpp"
 
 namespace py = pybind11;
 
@@ -13,8 +14,6 @@ namespace {
 
 using Sizes = std::array<int64_t, 7>;  // batch, query heads, key heads, queries, keys, width, value width
 using View = std::array<uintptr_t, 4>;  // address, then batch, head and row stride
-using Atom = std::array<int64_t, 12>;   // kind, four numbers; address and strides (batch, head, row) of a; address and
-                                        // strides (batch, head) of b
 
 Heads input(const View& v) {
   return {address<const float>(v[0]), static_cast<int64_t>(v[1]), static_cast<int64_t>(v[2]),
@@ -22,14 +21,6 @@ Heads input(const View& v) {
 }
 MutableHeads output(const View& v) {
   return {address<float>(v[0]), static_cast<int64_t>(v[1]), static_cast<int64_t>(v[2]), static_cast<int64_t>(v[3])};
-}
-
-std::vector<MaskAtom> mask_atoms(const std::vector<Atom>& list) {
-  std::vector<MaskAtom> atoms;
-  for (const Atom& t : list)
-    atoms.push_back({static_cast<AtomKind>(t[0]), {t[1], t[2], t[3], t[4]}, address<const void>(t[5]), t[6], t[7], t[8],
-                     address<const void>(t[9]), t[10], t[11]});
-  return atoms;
 }
 
 // What a call adds to the plain problem.
@@ -41,6 +32,7 @@ struct Extras {
   double dropout = 0.0;
   uint32_t drop_below = 0;
   uint64_t seed = 0;
+  bool half = false;
 
   explicit Extras(const py::dict& given) {
     for (const auto& [key, value] : given) {
@@ -59,6 +51,8 @@ struct Extras {
         drop_below = py::cast<uint32_t>(value);
       else if (name == "seed")
         seed = py::cast<uint64_t>(value);
+      else if (name == "half")
+        half = py::cast<bool>(value);
       else
         throw std::invalid_argument("attention: unknown extra '" + name + "'");
     }
@@ -74,6 +68,7 @@ struct Extras {
     p.drop_below = drop_below;
     p.keep_share = static_cast<float>(1.0 - dropout);
     p.seed = seed;
+    p.half = half;
     p.temperature = address<const float>(temperature[0]);
     p.temperature_stride = temperature[1];
   }

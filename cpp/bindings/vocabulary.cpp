@@ -1,3 +1,4 @@
+#include "vlm/half_products.hpp"
 #include "vlm/vocabulary.hpp"
 
 #include <array>
@@ -19,6 +20,9 @@ Divergence divergence_from_name(const std::string& name) {
 }
 
 using Block = std::pair<uintptr_t, int64_t>;  // address, row stride
+
+HalfMatrix half(const Block& b) { return {address<const uint16_t>(b.first), b.second}; }
+MutableMatrix output(const Block& b) { return {address<float>(b.first), b.second}; }
 
 }  // namespace
 
@@ -67,6 +71,33 @@ void register_vocabulary(py::module_& m) {
       py::arg("rows"), py::arg("ids"), py::arg("student"), py::arg("teacher"), py::arg("factors"), py::arg("kind"),
       py::arg("temperature"), py::arg("mix"), py::arg("gradient"), py::arg("value"), py::arg("threads"),
       "Divergence of two chunks of logits; the student's becomes the gradient.");
+  m.def(
+      "product_rows",
+      [](int64_t rows, int64_t ids, int64_t width, Block hidden, Block weight, Block z, int threads) {
+        const HalfProduct call{rows, ids, width, half(hidden), half(weight), output(z)};
+        py::gil_scoped_release release;
+        product_rows(call, threads);
+      },
+      py::arg("rows"), py::arg("ids"), py::arg("width"), py::arg("hidden"), py::arg("weight"), py::arg("z"),
+      py::arg("threads"), "float32 products of bfloat16 rows; see vlm/half_products.hpp.");
+  m.def(
+      "product_gradients",
+      [](int64_t rows, int64_t ids, int64_t width, Block hidden, Block weight, Block gradient, Block d_hidden,
+         Block d_weight, int threads) {
+        const HalfProductGradients call{rows,
+                                        ids,
+                                        width,
+                                        half(hidden),
+                                        half(weight),
+                                        {address<const float>(gradient.first), gradient.second},
+                                        output(d_hidden),
+                                        output(d_weight)};
+        py::gil_scoped_release release;
+        product_gradients(call, threads);
+      },
+      py::arg("rows"), py::arg("ids"), py::arg("width"), py::arg("hidden"), py::arg("weight"), py::arg("gradient"),
+      py::arg("d_hidden"), py::arg("d_weight"), py::arg("threads"),
+      "Gradients of `product_rows`; adds to that of the weight.");
 }
 
 }  // namespace vlm::bindings

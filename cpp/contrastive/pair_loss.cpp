@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "core/kernel_table.hpp"
+#include "core/half_table.hpp"
 
 namespace vlm {
 namespace {
@@ -16,13 +16,15 @@ struct Targets {
 };
 
 void count_diagonal(const PairProblem& p, Targets& t) {
+  constexpr int64_t far = int64_t{1} << 32;  // beyond every row and column
+  const int64_t offset = std::clamp(p.row_offset, -far, far);
   for (int64_t j = 0; j < p.columns; ++j) {
     t.column_ids[j] = static_cast<int32_t>(j);
-    const int64_t i = j - p.row_offset;
+    const int64_t i = j - offset;
     t.column_count[j] = i >= 0 && i < p.rows ? 1.0f : 0.0f;
   }
   for (int64_t i = 0; i < p.rows; ++i) {
-    const int64_t j = i + p.row_offset;
+    const int64_t j = i + offset;
     const bool there = j >= 0 && j < p.columns;
     t.row_ids[i] = there ? static_cast<int32_t>(j) : -1;
     t.row_count[i] = there ? 1.0f : 0.0f;
@@ -97,15 +99,21 @@ PairTargets view(const Targets& t, const PairProblem& p) {
 
 void pair_forward(PairLoss loss, const PairForward& call, int threads) {
   const Targets targets = prepare(call.problem);
+  const bool softmax = loss == PairLoss::softmax;
   const KernelTable& kernels = active_kernels();
-  const auto run = loss == PairLoss::softmax ? kernels.softmax_pair_forward : kernels.sigmoid_pair_forward;
+  const HalfKernels* half = call.problem.half ? active_half_kernels() : nullptr;
+  auto run = softmax ? kernels.softmax_pair_forward : kernels.sigmoid_pair_forward;
+  if (half != nullptr) run = softmax ? half->softmax_pair_forward : half->sigmoid_pair_forward;
   run(call, view(targets, call.problem), std::max(threads, 1));
 }
 
 void pair_backward(PairLoss loss, const PairBackward& call, int threads) {
   const Targets targets = prepare(call.problem);
+  const bool softmax = loss == PairLoss::softmax;
   const KernelTable& kernels = active_kernels();
-  const auto run = loss == PairLoss::softmax ? kernels.softmax_pair_backward : kernels.sigmoid_pair_backward;
+  const HalfKernels* half = call.problem.half ? active_half_kernels() : nullptr;
+  auto run = softmax ? kernels.softmax_pair_backward : kernels.sigmoid_pair_backward;
+  if (half != nullptr) run = softmax ? half->softmax_pair_backward : half->sigmoid_pair_backward;
   run(call, view(targets, call.problem), std::max(threads, 1));
 }
 

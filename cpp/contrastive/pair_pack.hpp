@@ -3,7 +3,7 @@
 
 #include "core/kernel_table.hpp"
 #include "core/parallel_for.hpp"
-#include "core/tile_gemm.hpp"
+#include "core/storage.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -69,6 +69,45 @@ static void pack_as_is(const Rows& source, int64_t first, int64_t count, int64_t
       for (int64_t k = 0; k < NR; ++k)
         to[c / NR * panel_stride + r * NR + k] = c + k < c1 ? widen(from[r * source.row_stride + c + k]) : 0.0f;
 }
+
+// The two sides of the loss as operands of this level: bfloat16 as it is where the level multiplies it, and widened
+// elsewhere.
+#ifdef VLM_BFLOAT16
+
+VLM_INLINE const Element* elements(const Rows& source, int64_t first) {
+  return static_cast<const Element*>(source.data) + first * source.row_stride;
+}
+static void pack_side_rows(const Rows& source, int64_t first, int64_t rows, int64_t columns, float scale, float* to) {
+  pack_left(elements(source, first), source.row_stride, rows, columns, scale, to);
+}
+static void pack_side_panels(const Rows& source, int64_t first, int64_t count, int64_t columns, int threads,
+                             float* to) {
+  parallel_for((count + NR - 1) / NR, 1, threads, [&](int64_t panel, int64_t, int) {
+    pack_right_transposed(elements(source, first + panel * NR), source.row_stride, smaller(NR, count - panel * NR),
+                          columns, nullptr, to + panel * NR * steps(columns));
+  });
+}
+static void pack_side_as_is(const Rows& source, int64_t first, int64_t count, int64_t c0, int64_t c1, float* to,
+                            int64_t panel_stride) {
+  pack_right(elements(source, first) + c0, source.row_stride, count, c1 - c0, nullptr, to + c0 / NR * panel_stride,
+             panel_stride);
+}
+
+#else
+
+static void pack_side_rows(const Rows& source, int64_t first, int64_t rows, int64_t columns, float scale, float* to) {
+  pack_row_groups(source, first, rows, columns, scale, to);
+}
+static void pack_side_panels(const Rows& source, int64_t first, int64_t count, int64_t columns, int threads,
+                             float* to) {
+  pack_panels(source, first, count, columns, threads, to);
+}
+static void pack_side_as_is(const Rows& source, int64_t first, int64_t count, int64_t c0, int64_t c1, float* to,
+                            int64_t panel_stride) {
+  pack_as_is(source, first, count, c0, c1, to, panel_stride);
+}
+
+#endif
 
 }  // namespace VLM_LEVEL
 }  // namespace vlm

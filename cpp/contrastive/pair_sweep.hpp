@@ -39,23 +39,24 @@ class Operands {
       : p(problem), x(rows_of(problem.x, problem.half)), y(rows_of(problem.y, problem.half)),
         teacher(problem.teacher.x.data != nullptr),
         groups(problem.half ? 0 : packed_rows_room(problem.rows, problem.width)),
-        panels(panels_room(BC, problem.width)), teacher_panels(teacher ? panels_room(BC, problem.teacher.width) : 0) {
+        panels(panels_room(BC, steps(problem.width))),
+        teacher_panels(teacher ? panels_room(BC, problem.teacher.width) : 0) {
     if (p.half) return;
     parallel_for((p.rows + MR - 1) / MR, 16, threads, [&](int64_t begin, int64_t end, int) {
       const int64_t first = begin * MR, last = smaller(end * MR, p.rows);
-      pack_row_groups(x, first, last - first, p.width, p.scale, groups.data + first * p.width);
+      pack_side_rows(x, first, last - first, p.width, p.scale, groups.data + first * p.width);
     });
   }
 
   void take_columns(int64_t column, int64_t breadth, int threads) {
-    pack_panels(y, column, breadth, p.width, threads, panels.data);
+    pack_side_panels(y, column, breadth, p.width, threads, panels.data);
     if (teacher)
       pack_panels(rows_of(p.teacher.y, false), column, breadth, p.teacher.width, threads, teacher_panels.data);
   }
 
   // Work memory of one thread for `fill`.
   int64_t block_room() const {
-    return (p.half ? packed_rows_room(BLOCK_ROWS, p.width) : 0) +
+    return (p.half ? packed_rows_room(BLOCK_ROWS, steps(p.width)) : 0) +
            (teacher ? packed_rows_room(BLOCK_ROWS, p.teacher.width) : 0);
   }
 
@@ -63,11 +64,11 @@ class Operands {
   void fill(const LogitTile& t, float* block) const {
     const float* a = groups.data + t.row * p.width;
     if (p.half) {
-      pack_row_groups(x, t.row, t.height, p.width, p.scale, block);
+      pack_side_rows(x, t.row, t.height, p.width, p.scale, block);
       a = block;
-      block += packed_rows_room(BLOCK_ROWS, p.width);
+      block += packed_rows_room(BLOCK_ROWS, steps(p.width));
     }
-    multiply<PackedRows>(t.height, t.breadth, p.width, a, MR * p.width, panels.data, NR * p.width, t.data, LDS, false);
+    multiply_packed(t.height, t.breadth, p.width, a, panels.data, t.data, p.scale);
     if (!teacher) return;
     const int64_t width = p.teacher.width;
     pack_row_groups(rows_of(p.teacher.x, false), t.row, t.height, width, p.teacher.scale, block);
@@ -127,11 +128,12 @@ static void sweep_backward(const PairProblem& p, Rule& rule, bool plain, Mutable
   Operands operands(p, threads);
   const int64_t E = p.width, stride = round_up(larger(E, 1), W);
   const bool want_x = dx.data != nullptr, want_y = dy.data != nullptr;
-  const int64_t plain_y_room = want_x ? round_up(E, NR) * BC : 0;
+  const int64_t plain_y_room = want_x ? round_up(E, NR) * steps(BC) : 0;
   const int64_t dy_room = want_y ? BC * stride : 0;
   const int64_t tile_room = tiles_room(operands, plain), dx_room = want_x ? BLOCK_ROWS * stride : 0;
-  const int64_t plain_x_room = want_y ? round_up(E, NR) * BLOCK_ROWS : 0;
-  const int64_t worker_room = tile_room + dx_room + plain_x_room;
+  const int64_t plain_x_room = want_y ? round_up(E, NR) * steps(BLOCK_ROWS) : 0;
+  const int64_t rounded_room = larger(tile_rows_room(BLOCK_ROWS), tile_columns_room(BLOCK_ROWS));
+  const int64_t worker_room = tile_room + dx_room + plain_x_room + rounded_room;
   Scratch plain_y(plain_y_room), dy_parts(chunks.count * dy_room), work(threads * worker_room);
   if (want_x && p.columns == 0)
     for (int64_t i = 0; i < p.rows; ++i)
@@ -142,12 +144,13 @@ static void sweep_backward(const PairProblem& p, Rule& rule, bool plain, Mutable
     operands.take_columns(column, breadth, threads);
     if (want_x)
       parallel_for((E + NR - 1) / NR, 4, threads, [&](int64_t begin, int64_t end, int) {
-        pack_as_is(operands.y, column, breadth, begin * NR, smaller(end * NR, E), plain_y.data, NR * BC);
+        pack_side_as_is(operands.y, column, breadth, begin * NR, smaller(end * NR, E), plain_y.data, NR * steps(BC));
       });
     parallel_for(chunks.count, 1, threads, [&](int64_t chunk, int64_t, int worker) {
       float* own = work.data + worker * worker_room;
       float* dx_tile = own + tile_room;
       float* plain_x = dx_tile + dx_room;
+      float* rounded = plain_x + plain_x_room;
       const int64_t first = chunk * chunks.size, last = smaller(first + chunks.size, p.rows);
       for (int64_t row = first; row < last; row += BLOCK_ROWS) {
         const int64_t height = smaller(BLOCK_ROWS, last - row);
@@ -155,7 +158,8 @@ static void sweep_backward(const PairProblem& p, Rule& rule, bool plain, Mutable
         operands.fill(tile, own + tile_room - operands.block_room());
         rule.gradient_tile(tile);
         if (want_x) {
-          multiply<TileRows>(height, E, breadth, tile.data, MR * LDS, plain_y.data, NR * BC, dx_tile, stride, false);
+          multiply_rows(height, E, breadth, as_rows(tile.data, height, breadth, rounded), plain_y.data, NR * steps(BC),
+                        dx_tile, stride, false);
           for (int64_t r = 0; r < height; ++r) {
             float* to = dx.data + (row + r) * dx.row_stride;
             for (int64_t e = 0; e < E; e += W) {
@@ -165,9 +169,9 @@ static void sweep_backward(const PairProblem& p, Rule& rule, bool plain, Mutable
           }
         }
         if (want_y) {
-          pack_as_is(operands.x, row, height, 0, E, plain_x, NR * BLOCK_ROWS);
-          multiply<TileColumns>(breadth, E, height, tile.data, MR, plain_x, NR * BLOCK_ROWS,
-                                dy_parts.data + chunk * dy_room, stride, row > first);
+          pack_side_as_is(operands.x, row, height, 0, E, plain_x, NR * steps(BLOCK_ROWS));
+          multiply_columns(breadth, E, height, as_columns(tile.data, height, breadth, rounded), plain_x,
+                           NR * steps(BLOCK_ROWS), dy_parts.data + chunk * dy_room, stride, row > first);
         }
       }
     });

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/kernel_table.hpp"
+#include "core/half_table.hpp"
 #include "vlm/level.hpp"
 
 namespace vlm {
@@ -19,6 +19,12 @@ bool runs_here(Level level) {
     case Level::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && runs_here(Level::avx2);
+    case Level::avx512_bf16:
+#ifdef VLM_HALF
+      return __builtin_cpu_supports("avx512bf16") && runs_here(Level::avx512);
+#else
+      return false;
+#endif
   }
   return false;
 #else
@@ -28,7 +34,7 @@ bool runs_here(Level level) {
 
 const KernelTable* table_of(Level level) {
 #ifdef VLM_X86
-  if (level == Level::avx512) return &avx512::kernel_table;
+  if (level == Level::avx512 || level == Level::avx512_bf16) return &avx512::kernel_table;
   if (level == Level::avx2) return &avx2::kernel_table;
 #endif
   (void)level;
@@ -44,7 +50,7 @@ std::atomic<Level>& current() {
 
 std::vector<Level> supported_levels() {
   std::vector<Level> levels;
-  for (Level level : {Level::portable, Level::avx2, Level::avx512})
+  for (Level level : {Level::portable, Level::avx2, Level::avx512, Level::avx512_bf16})
     if (runs_here(level)) levels.push_back(level);
   return levels;
 }
@@ -70,16 +76,27 @@ const char* level_name(Level level) {
       return "avx2";
     case Level::avx512:
       return "avx512";
+    case Level::avx512_bf16:
+      return "avx512_bf16";
   }
   return "unknown";
 }
 
 Level level_from_name(const char* name) {
-  for (Level level : {Level::portable, Level::avx2, Level::avx512})
+  for (Level level : {Level::portable, Level::avx2, Level::avx512, Level::avx512_bf16})
     if (std::strcmp(name, level_name(level)) == 0) return level;
-  throw std::invalid_argument(std::string("unknown level '") + name + "'; expected portable, avx2 or avx512");
+  throw std::invalid_argument(std::string("unknown level '") + name + "'; expected portable, avx2, avx512 or avx512_bf16");
 }
 
 const KernelTable& active_kernels() { return *table_of(active_level()); }
+
+const HalfKernels* active_half_kernels() {
+#ifdef VLM_HALF
+  if (active_level() == Level::avx512_bf16) return &avx512_bf16::half_kernels;
+#endif
+  return nullptr;
+}
+
+bool multiplies_bfloat16() { return active_half_kernels() != nullptr; }
 
 }  // namespace vlm

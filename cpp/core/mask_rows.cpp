@@ -32,11 +32,12 @@ class Builder {
       if (s_.atoms[t].kind != AtomKind::global) continue;
       if (global_ != nullptr) refuse("mask: more than one global atom");
       global_ = &s_.atoms[t];
+      need(*global_, s_.queries, s_.keys);
     }
   }
 
   PreparedMask build() {
-    if (s_.causal) band({AtomKind::band, {s_.causal_offset, INT_MAX, 0, 0}, nullptr, 0, 0, 0, nullptr, 0, 0});
+    if (s_.causal) add({AtomKind::band, {s_.causal_offset, INT64_MAX, 0, 0}, nullptr, 0, 0, 0, nullptr, 0, 0});
     for (int64_t t = 0; t < s_.count; ++t) add(s_.atoms[t]);
     if (hard_.on) publish(hard_.ranges, hard_.batched, 1, false);
     if (local_.on) publish(local_.ranges, local_.batched, 1, true);
@@ -57,22 +58,42 @@ class Builder {
   const MaskAtom* global_ = nullptr;
   Folded hard_, local_;
 
-  void add(const MaskAtom& atom) {
+  // Sums and products of a position with the numbers of an atom must stay within int64. An offset beyond all positions
+  // says no more than `far`, a distance beyond all positions and offsets no more than four times that.
+  static MaskAtom within_reach(MaskAtom atom) {
+    constexpr int64_t far = int64_t{1} << 32;
+    if (atom.kind == AtomKind::blocks || atom.kind == AtomKind::ids) return atom;
+    atom.n[0] = std::clamp(atom.n[0], -far, far);
+    for (int k = 1; k < 4; ++k) atom.n[k] = std::clamp(atom.n[k], -4 * far, 4 * far);
+    return atom;
+  }
+
+  // Arrays of no element may be null.
+  void need(const MaskAtom& atom, int64_t of_first, int64_t of_second) const {
+    if ((atom.a == nullptr && s_.batch > 0 && of_first > 0) || (atom.b == nullptr && s_.batch > 0 && of_second > 0))
+      refuse("mask: an atom lacks an array");
+  }
+
+  void add(const MaskAtom& given) {
+    const MaskAtom atom = within_reach(given);
     switch (atom.kind) {
       case AtomKind::band:
       case AtomKind::local_band: return band(atom);
       case AtomKind::block_causal: return block_causal(atom);
-      case AtomKind::prefix: return prefix(atom);
+      case AtomKind::prefix: return need(atom, 1, 0), prefix(atom);
       case AtomKind::lambda: return lambda(atom);
-      case AtomKind::spans: return spans(atom);
-      case AtomKind::ids: return ids(atom);
-      case AtomKind::rows: return rows(atom);
+      case AtomKind::spans: return need(atom, s_.queries, s_.keys), spans(atom);
+      case AtomKind::ids: return need(atom, s_.queries, s_.keys), ids(atom);
+      case AtomKind::rows: return need(atom, s_.queries, 0), rows(atom);
       case AtomKind::global: return global(atom);
-      case AtomKind::dense: return dense(atom);
+      case AtomKind::dense: return need(atom, s_.heads * s_.queries * s_.keys, 0), dense(atom);
       case AtomKind::blocks: return blocks(atom);
     }
     refuse("mask: unknown kind of atom");
   }
+
+  // Of an array with this stride of batches.
+  int64_t copies(int64_t batch_stride) const { return batch_stride != 0 ? s_.batch : std::min<int64_t>(s_.batch, 1); }
 
   int32_t clip(int64_t j) const { return static_cast<int32_t>(std::clamp<int64_t>(j, 0, s_.keys)); }
   bool is_local(bool local) const { return local && global_ != nullptr; }
@@ -237,7 +258,7 @@ class Builder {
                 int64_t offset) {
     if (out_.id_count == max_id_tables) refuse("mask: too many atoms of scattered ids");
     const int64_t padded = (s_.keys + 15) / 16 * 16;
-    const int64_t query_batches = atom.a_batch != 0 ? s_.batch : 1, key_batches = atom.b_batch != 0 ? s_.batch : 1;
+    const int64_t query_batches = copies(atom.a_batch), key_batches = copies(atom.b_batch);
     std::vector<int32_t> queries(query_batches * s_.queries), keys(key_batches * padded, INT_MIN);
     // A span id below 0 is no span: make the two sides differ.
     for (int64_t b = 0; b < query_batches; ++b)
@@ -274,7 +295,7 @@ class Builder {
   }
 
   void global(const MaskAtom& atom) {
-    const int64_t padded = (s_.keys + 15) / 16 * 16, batches = atom.b_batch != 0 ? s_.batch : 1;
+    const int64_t padded = (s_.keys + 15) / 16 * 16, batches = copies(atom.b_batch);
     std::vector<int32_t> lanes(batches * padded, 0);
     for (int64_t b = 0; b < batches; ++b)
       for (int64_t j = 0; j < s_.keys; ++j)
@@ -293,9 +314,14 @@ class Builder {
     if (out_.block_count == max_block_tables) refuse("mask: too many block lists");
     const int64_t query_block = atom.n[0], key_block = atom.n[1], slots = atom.n[2], entries = atom.n[3];
     if (query_block <= 0 || key_block <= 0) refuse("mask: block size must be positive");
-    if (entries * query_block < s_.queries) refuse("mask: block lists do not cover all queries");
-    const int64_t key_blocks = (s_.keys + key_block - 1) / key_block;
-    const int64_t batches = atom.a_batch != 0 ? s_.batch : 1, heads = atom.a_head != 0 ? s_.heads : 1;
+    if (slots < 0) refuse("mask: negative slots of a block list");
+    if (entries < s_.queries / query_block + (s_.queries % query_block != 0))
+      refuse("mask: block lists do not cover all queries");
+    need(atom, s_.heads * s_.queries * slots, s_.heads * s_.queries);
+    const int64_t key_blocks = s_.keys / key_block + (s_.keys % key_block != 0);
+    // Lists may be shared where counts are not, and the other way round.
+    const int64_t batches = atom.a_batch != 0 || atom.b_batch != 0 ? s_.batch : std::min<int64_t>(s_.batch, 1);
+    const int64_t heads = atom.a_head != 0 || atom.b_head != 0 ? s_.heads : std::min<int64_t>(s_.heads, 1);
     std::vector<int32_t> ranges, sorted;
     std::vector<int64_t> starts;
     for (int64_t b = 0; b < batches; ++b)
@@ -310,7 +336,9 @@ class Builder {
           if (!sorted.empty() && (sorted.front() < 0 || sorted.back() >= key_blocks))
             refuse("mask: a listed key block does not exist");
           for (int32_t block : sorted) {
-            const int32_t lo = clip(block * key_block), hi = clip((block + 1) * key_block);
+            // A listed block begins at a key, so only its end could lie beyond int64.
+            const int64_t first = block * key_block;
+            const int32_t lo = clip(first), hi = clip(first + std::min(key_block, s_.keys));
             if (static_cast<int64_t>(ranges.size()) / 2 > starts.back() && ranges.back() >= lo)
               ranges.back() = hi;
             else

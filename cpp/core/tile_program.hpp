@@ -15,8 +15,6 @@
 namespace vlm {
 namespace VLM_LEVEL {
 
-enum class Cover : uint8_t { skip = 0, partial = 1, full = 2 };
-
 VLM_INLINE Cover both(Cover a, Cover b) { return a < b ? a : b; }
 
 struct Columns {  // of a tile, [first, last)

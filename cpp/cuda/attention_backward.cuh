@@ -13,7 +13,10 @@ template <int T>
 struct BackwardShape {
   static constexpr int R = T == 4 ? 2 : 4, C = 2, own = 16 * R, other = 16 * C, room = row_room<T>;
   static constexpr int weight_room = other + 4;
-  static constexpr std::size_t shared_bytes = sizeof(float) * (2 * (own + other) * room + own * weight_room);
+  using KeyBits = PairBits<other, own>;  // of a block that owns keys
+  using QueryBits = PairBits<own, other>;
+  static constexpr std::size_t shared_bytes =
+      sizeof(float) * (2 * (own + other) * room + own * weight_room + KeyBits::words);
 };
 
 // delta_i = <dout_i, out_i> - dlse_i, a warp for each row.
@@ -32,14 +35,15 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_delta_kernel(Attent
 }
 
 // Probability of a pair from its product; 0 for removed pairs and rows without any key.
-VLM_DEVICE float probability(const AttentionProblem& p, const MaskProgram& mask, const float* bias, bool key_exists,
-                             int64_t i, int64_t j, float product, float lse) {
-  const float s = logit(p, mask, bias, key_exists, i, j, product);
+VLM_DEVICE float probability(const AttentionProblem& p, bool allowed, const float* bias, int64_t i, int64_t j,
+                             float product, float lse) {
+  const float s = logit(p, allowed, bias, i, j, product);
   return s == minus_infinity() || lse == minus_infinity() ? 0.0f : expf(s - lse);
 }
 
 template <int T>
-__global__ void __launch_bounds__(TILE_THREADS, 1) attention_keys_kernel(AttentionBackward call, const float* delta) {
+__global__ void __launch_bounds__(TILE_THREADS, 1)
+    attention_keys_kernel(AttentionBackward call, const __grid_constant__ MaskProgram program, const float* delta) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;
   VLM_DYN_SMEM(float, key);
@@ -47,13 +51,14 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_keys_kernel(Attenti
   float* query = value + Shape::own * Shape::room;
   float* dout = query + Shape::other * Shape::room;
   float* weight = dout + Shape::other * Shape::room;
+  typename Shape::KeyBits bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false};
 
   const AttentionProblem& p = call.problem;
   const int64_t tiles = pieces(p.keys, Shape::own), head = blockIdx.x / tiles, group = p.query_heads / p.key_heads;
   const int64_t b = head / p.key_heads, g = head % p.key_heads;
   const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys);
-  const MaskProgram mask = mask_of(p, b);
-  const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+  const HeadMask keys{program, b, g};  // for the key mask alone
+  const auto exists = [&](int row) { return keys.exists(j0 + row); };
   load_tile<T>(key, Shape::own, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
   load_tile<T>(value, Shape::own, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width,
                exists);
@@ -61,24 +66,27 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_keys_kernel(Attenti
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t j = j0 + thread_row() * R + r;
-    there[r] = j < p.keys && mask.keys.exists(j);
+    there[r] = j < p.keys && keys.exists(j);
   }
   Accumulator<R, T> dk, dv;
   dk.clear();
   dv.clear();
-  const bool any_key = __syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::own)) > 0;
+  const bool any_key = __syncthreads_count(my_key_exists(keys, j0, p.keys, Shape::own)) > 0;
 
   for (int64_t h = g * group; any_key && h < (g + 1) * group; ++h) {
     const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
     const int64_t first_row = (b * p.query_heads + h) * p.queries;
+    const HeadMask mask{program, b, h};
     for (int64_t i0 = 0; i0 < p.queries; i0 += Shape::other) {
       const int64_t i1 = smaller(i0 + Shape::other, p.queries);
-      if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+      const Cover cover = mask.cover(i0, i1, j0, j1);
+      if (cover == Cover::skip) continue;
       __syncthreads();
       load_tile<T>(query, Shape::other, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
                    always);
       load_tile<T>(dout, Shape::other, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride,
                    i1 - i0, p.value_width, always);
+      bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
       __syncthreads();
       float s[R][C], gradient[R][C];
       clear(s);
@@ -92,7 +100,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_keys_kernel(Attenti
         const float shift = i < i1 ? delta[first_row + i] : 0.0f;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          s[r][c] = probability(p, mask, bias, there[r], i, j0 + thread_row() * R + r, s[r][c], lse);
+          const bool allowed = there[r] && bits.allows(thread_column() + 16 * c, thread_row() * R + r);
+          s[r][c] = probability(p, allowed, bias, i, j0 + thread_row() * R + r, s[r][c], lse);
           gradient[r][c] = s[r][c] == 0.0f ? 0.0f : s[r][c] * (gradient[r][c] - shift);
         }
       }
@@ -115,10 +124,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_keys_kernel(Attenti
 }
 
 // The gradient of the logits of one tile, [16 R queries, 16 C keys], from tiles in shared memory.
-template <int R, int C>
-VLM_DEVICE void logit_gradient(const AttentionBackward& call, const float* delta, const MaskProgram& mask, int64_t b,
-                               int64_t h, int64_t i0, int64_t j0, const float* query, const float* dout,
+template <int R, int C, class Bits>
+VLM_DEVICE void logit_gradient(const AttentionBackward& call, const float* delta, const HeadMask& mask,
+                               const Bits& bits, int64_t i0, int64_t j0, const float* query, const float* dout,
                                const float* key, const float* value, int room, float (&gradient)[R][C]) {
+  const int64_t b = mask.b, h = mask.h;
   const AttentionProblem& p = call.problem;
   const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
   float s[R][C];
@@ -133,16 +143,17 @@ VLM_DEVICE void logit_gradient(const AttentionBackward& call, const float* delta
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const int64_t j = j0 + thread_column() + 16 * c;
-      const bool there = j < p.keys && mask.keys.exists(j);
-      const float weight = probability(p, mask, bias, there, i, j, s[r][c], lse);
+      const bool allowed =
+          j < p.keys && mask.exists(j) && bits.allows(thread_row() * R + r, thread_column() + 16 * c);
+      const float weight = probability(p, allowed, bias, i, j, s[r][c], lse);
       gradient[r][c] = weight == 0.0f ? 0.0f : weight * (gradient[r][c] - shift);
     }
   }
 }
 
 template <int T>
-__global__ void __launch_bounds__(TILE_THREADS, 1) attention_queries_kernel(AttentionBackward call,
-                                                                            const float* delta) {
+__global__ void __launch_bounds__(TILE_THREADS, 1)
+    attention_queries_kernel(AttentionBackward call, const __grid_constant__ MaskProgram program, const float* delta) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;
   VLM_DYN_SMEM(float, query);
@@ -150,12 +161,13 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_queries_kernel(Atte
   float* key = dout + Shape::own * Shape::room;
   float* value = key + Shape::other * Shape::room;
   float* weight = value + Shape::other * Shape::room;
+  typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false};
 
   const AttentionProblem& p = call.problem;
   const int64_t tiles = pieces(p.queries, Shape::own), head = blockIdx.x / tiles;
   const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
   const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::own, i1 = smaller(i0 + Shape::own, p.queries);
-  const MaskProgram mask = mask_of(p, b);
+  const HeadMask mask{program, b, h};
   load_tile<T>(query, Shape::own, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width, always);
   load_tile<T>(dout, Shape::own, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride, i1 - i0,
                p.value_width, always);
@@ -163,15 +175,17 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_queries_kernel(Atte
   dq.clear();
   for (int64_t j0 = 0; j0 < p.keys; j0 += Shape::other) {
     const int64_t j1 = smaller(j0 + Shape::other, p.keys);
-    if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+    const Cover cover = mask.cover(i0, i1, j0, j1);
+    if (cover == Cover::skip) continue;
     if (__syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::other)) == 0) continue;
-    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+    const auto exists = [&](int row) { return mask.exists(j0 + row); };
     load_tile<T>(key, Shape::other, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
     load_tile<T>(value, Shape::other, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width,
                  exists);
+    bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
     __syncthreads();
     float gradient[R][C];
-    logit_gradient(call, delta, mask, b, h, i0, j0, query, dout, key, value, Shape::room, gradient);
+    logit_gradient(call, delta, mask, bits, i0, j0, query, dout, key, value, Shape::room, gradient);
     put_scores(weight, Shape::weight_room, gradient);
     __syncwarp();
     dq.add_product(weight, Shape::weight_room, key, Shape::other);
@@ -185,7 +199,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_queries_kernel(Atte
 
 // A block owns a tile [own, other] of the bias, or all rows of `other` columns where the bias has one row.
 template <int T>
-__global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(AttentionBackward call, const float* delta) {
+__global__ void __launch_bounds__(TILE_THREADS, 1)
+    attention_bias_kernel(AttentionBackward call, const __grid_constant__ MaskProgram program, const float* delta) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;
   VLM_DYN_SMEM(float, query);
@@ -193,6 +208,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(Attenti
   float* key = dout + Shape::own * Shape::room;
   float* value = key + Shape::other * Shape::room;
   float* weight = value + Shape::other * Shape::room;
+  typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false};
 
   const AttentionProblem& p = call.problem;
   const bool one_row = call.bias_rows == 1;
@@ -208,13 +224,14 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(Attenti
   float sum[R][C];
   clear(sum);
   for (int64_t b = b0; b < b1; ++b) {
-    const MaskProgram mask = mask_of(p, b);
-    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
     for (int64_t h = h0; h < h1; ++h) {
+      const HeadMask mask{program, b, h};
+      const auto exists = [&](int row) { return mask.exists(j0 + row); };
       const int64_t g = h / (p.query_heads / p.key_heads);
       for (int64_t i0 = first; i0 < last; i0 += Shape::own) {
         const int64_t i1 = smaller(i0 + Shape::own, p.queries);
-        if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+        const Cover cover = mask.cover(i0, i1, j0, j1);
+        if (cover == Cover::skip) continue;
         __syncthreads();
         load_tile<T>(key, Shape::other, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width,
                      exists);
@@ -224,9 +241,10 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(Attenti
                      always);
         load_tile<T>(dout, Shape::own, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride,
                      i1 - i0, p.value_width, always);
+        bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
         __syncthreads();
         float gradient[R][C];
-        logit_gradient(call, delta, mask, b, h, i0, j0, query, dout, key, value, Shape::room, gradient);
+        logit_gradient(call, delta, mask, bits, i0, j0, query, dout, key, value, Shape::room, gradient);
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -254,7 +272,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) attention_bias_kernel(Attenti
 }
 
 template <int T>
-void launch_attention_backward(const AttentionBackward& call, float* delta, void* stream) {
+void launch_attention_backward(const AttentionBackward& call, const MaskProgram& mask, float* delta, void* stream) {
   using Shape = BackwardShape<T>;
   const AttentionProblem& p = call.problem;
   const int64_t rows = p.batch * p.query_heads * p.queries;
@@ -265,16 +283,16 @@ void launch_attention_backward(const AttentionBackward& call, float* delta, void
                delta);
   if (key_blocks > 0)
     VLM_LAUNCH(attention_keys_kernel<T>, {blocks(key_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
-               delta);
+               mask, delta);
   if (query_blocks > 0)
     VLM_LAUNCH(attention_queries_kernel<T>, {blocks(query_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
-               delta);
+               mask, delta);
   if (call.dbias == nullptr) return;
   const int64_t bias_blocks = pieces(p.keys, Shape::other) * (call.bias_rows == 1 ? 1 : pieces(p.queries, Shape::own)) *
                               call.bias_batch * call.bias_heads;
   if (bias_blocks > 0)
     VLM_LAUNCH(attention_bias_kernel<T>, {blocks(bias_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
-               delta);
+               mask, delta);
 }
 
 }  // namespace vlm::cuda

@@ -9,25 +9,28 @@ namespace vlm::cuda {
 template <int T, int C>
 struct ForwardShape {
   static constexpr int R = 4, queries = 16 * R, keys = 16 * C, room = row_room<T>, weight_room = keys + 4;
+  using Bits = PairBits<queries, keys>;
   static constexpr std::size_t shared_bytes =
-      sizeof(float) * (queries * room + 2 * keys * room + queries * weight_room);
+      sizeof(float) * (queries * room + 2 * keys * room + queries * weight_room + Bits::words);
 };
 
 template <int T, int C>
-__global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1) attention_forward_kernel(AttentionForward call) {
+__global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1)
+    attention_forward_kernel(AttentionForward call, const __grid_constant__ MaskProgram program) {
   using Shape = ForwardShape<T, C>;
   constexpr int R = Shape::R;
   VLM_DYN_SMEM(float, query);
   float* key = query + Shape::queries * Shape::room;
   float* value = key + Shape::keys * Shape::room;
   float* weight = value + Shape::keys * Shape::room;
+  typename Shape::Bits bits{reinterpret_cast<uint32_t*>(weight + Shape::queries * Shape::weight_room), false};
 
   const AttentionProblem& p = call.problem;
   const int64_t tiles = pieces(p.queries, Shape::queries), head = blockIdx.x / tiles;
   const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
   const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::queries;  // causal: the longest rows first
   const int64_t i1 = smaller(i0 + Shape::queries, p.queries);
-  const MaskProgram mask = mask_of(p, b);
+  const HeadMask mask{program, b, h};
   const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
   const float* keys = head_of(p.k, b, g);
   const float* values = head_of(p.v, b, g);
@@ -45,12 +48,14 @@ __global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1) attention_forwar
 
   for (int64_t j0 = 0; j0 < p.keys; j0 += Shape::keys) {
     const int64_t j1 = smaller(j0 + Shape::keys, p.keys);
-    if (mask.cover(i0, i1, j0, j1) == Cover::skip) continue;
+    const Cover cover = mask.cover(i0, i1, j0, j1);
+    if (cover == Cover::skip) continue;
     // Also the barrier after which the tiles of the last round may be overwritten.
     if (__syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::keys)) == 0) continue;
-    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
+    const auto exists = [&](int row) { return mask.exists(j0 + row); };
     load_tile<T>(key, Shape::keys, keys + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
     load_tile<T>(value, Shape::keys, values + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width, exists);
+    bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
     __syncthreads();
 
     float s[R][C];
@@ -60,7 +65,7 @@ __global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1) attention_forwar
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const int64_t j = j0 + thread_column() + 16 * c;
-      there[c] = j < p.keys && mask.keys.exists(j);
+      there[c] = j < p.keys && mask.exists(j);
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -68,7 +73,8 @@ __global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1) attention_forwar
       float high = minus_infinity();
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        s[r][c] = logit(p, mask, bias, there[c], i, j0 + thread_column() + 16 * c, s[r][c]);
+        const bool allowed = there[c] && bits.allows(thread_row() * R + r, thread_column() + 16 * c);
+        s[r][c] = logit(p, allowed, bias, i, j0 + thread_column() + 16 * c, s[r][c]);
         high = fmaxf(high, s[r][c]);
       }
       const float now = fmaxf(top[r], row_max(high));
@@ -101,12 +107,13 @@ __global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1) attention_forwar
 }
 
 template <int T, int C>
-void launch_attention_forward(const AttentionForward& call, void* stream) {
+void launch_attention_forward(const AttentionForward& call, const MaskProgram& mask, void* stream) {
   using Shape = ForwardShape<T, C>;
   const AttentionProblem& p = call.problem;
   const int64_t count = pieces(p.queries, Shape::queries) * p.batch * p.query_heads;
   if (count == 0) return;
-  VLM_LAUNCH((attention_forward_kernel<T, C>), {blocks(count)}, {TILE_THREADS}, Shape::shared_bytes, stream, call);
+  VLM_LAUNCH((attention_forward_kernel<T, C>), {blocks(count)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
+             mask);
 }
 
 }  // namespace vlm::cuda

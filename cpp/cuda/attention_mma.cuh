@@ -13,7 +13,9 @@ namespace vlm::cuda {
 template <int W>
 struct MmaShape {
   static constexpr int threads = 128, queries = 64, keys = 64, tile = keys * W;
-  static constexpr std::size_t shared_bytes = sizeof(uint16_t) * (queries * W + 4 * tile);
+  using Bits = PairBits<queries, keys>;
+  static constexpr std::size_t shared_bytes =
+      sizeof(uint16_t) * (queries * W + 4 * tile) + sizeof(uint32_t) * Bits::words;
 };
 
 VLM_BOTH const uint16_t* head_of(const HalfHeads& t, int64_t b, int64_t h) {
@@ -25,12 +27,16 @@ VLM_DEVICE uint16_t* chunk_at(uint16_t* tile, int row, int column) {
   return tile + row * W + ((column / 8) ^ (row % 8)) * 8;
 }
 
-// Starts the copy of 64 rows; what does not exist becomes 0.
-template <int W, class Exists>
+VLM_BOTH uint16_t* head_of(const MutableHalfHeads& t, int64_t b, int64_t h) {
+  return t.data + b * t.batch_stride + h * t.head_stride;
+}
+
+// Starts the copy of `rows` rows; what does not exist becomes 0.
+template <int W, int rows, class Exists>
 VLM_DEVICE void fetch_tile(uint16_t* to, const uint16_t* from, int64_t row_stride, int64_t count, int64_t width,
                            Exists exists) {
 #pragma unroll 4
-  for (int at = threadIdx.x; at < 64 * W / 8; at += MmaShape<W>::threads) {
+  for (int at = threadIdx.x; at < rows * W / 8; at += MmaShape<W>::threads) {
     const int row = at / (W / 8), column = at % (W / 8) * 8;
     int bytes = 0;
     if (row < count && column < width && exists(row)) bytes = int(smaller(width - column, int64_t(8))) * 2;
@@ -39,7 +45,7 @@ VLM_DEVICE void fetch_tile(uint16_t* to, const uint16_t* from, int64_t row_strid
 }
 
 // The first tile of keys at or after j0 that the queries [i0, i1) may see.
-VLM_DEVICE int64_t next_tile(const MaskProgram& mask, int64_t i0, int64_t i1, int64_t j0, int64_t keys, int tile) {
+VLM_DEVICE int64_t next_tile(const HeadMask& mask, int64_t i0, int64_t i1, int64_t j0, int64_t keys, int tile) {
   while (j0 < keys && mask.cover(i0, i1, j0, smaller(j0 + tile, keys)) == Cover::skip) j0 += tile;
   return j0;
 }
@@ -54,31 +60,33 @@ VLM_DEVICE float quad_max(float v) {
 }
 
 template <int W>
-__global__ void __launch_bounds__(MmaShape<W>::threads, 2) attention_mma_kernel(AttentionForwardBf16 call) {
+__global__ void __launch_bounds__(MmaShape<W>::threads, 2)
+    attention_mma_kernel(AttentionForwardBf16 call, const __grid_constant__ MaskProgram program) {
   using Shape = MmaShape<W>;
   constexpr int STEPS = W / 16, TILES = Shape::keys / 8, COLUMNS = W / 8;
   VLM_DYN_SMEM(uint16_t, query);
   uint16_t* keys_at = query + Shape::queries * W;
   uint16_t* values_at = keys_at + 2 * Shape::tile;
+  typename Shape::Bits bits{reinterpret_cast<uint32_t*>(values_at + 2 * Shape::tile), false};
 
   const AttentionProblem& p = call.problem;
   const int64_t tiles = pieces(p.queries, Shape::queries), head = blockIdx.x / tiles;
   const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
   const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::queries, i1 = smaller(i0 + Shape::queries, p.queries);
-  const MaskProgram mask = mask_of(p, b);
+  const HeadMask mask{program, b, h};
   const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   const auto fetch = [&](int stage, int64_t j0) {
-    const auto exists = [&](int row) { return mask.keys.exists(j0 + row); };
-    fetch_tile<W>(keys_at + stage * Shape::tile, head_of(call.k, b, g) + j0 * call.k.row_stride, call.k.row_stride,
-                  p.keys - j0, p.width, exists);
-    fetch_tile<W>(values_at + stage * Shape::tile, head_of(call.v, b, g) + j0 * call.v.row_stride, call.v.row_stride,
-                  p.keys - j0, p.value_width, exists);
+    const auto exists = [&](int row) { return mask.exists(j0 + row); };
+    fetch_tile<W, Shape::keys>(keys_at + stage * Shape::tile, head_of(call.k, b, g) + j0 * call.k.row_stride,
+                               call.k.row_stride, p.keys - j0, p.width, exists);
+    fetch_tile<W, Shape::keys>(values_at + stage * Shape::tile, head_of(call.v, b, g) + j0 * call.v.row_stride,
+                               call.v.row_stride, p.keys - j0, p.value_width, exists);
   };
 
-  fetch_tile<W>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, i1 - i0, p.width,
-                [](int) { return true; });
+  fetch_tile<W, Shape::queries>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, i1 - i0,
+                                p.width, [](int) { return true; });
   copy_commit();
   copy_wait<0>();
   __syncthreads();
@@ -101,6 +109,7 @@ __global__ void __launch_bounds__(MmaShape<W>::threads, 2) attention_mma_kernel(
     const int64_t after = next_tile(mask, i0, i1, j0 + Shape::keys, p.keys, Shape::keys);
     if (after < p.keys) fetch(1 - stage, after);
     copy_commit();
+    bits.template fill<Shape::threads>(mask, mask.cover(i0, i1, j0, smaller(j0 + Shape::keys, p.keys)), i0, j0);
     copy_wait<1>();
     __syncthreads();
     uint16_t* key = keys_at + stage * Shape::tile;
@@ -125,8 +134,10 @@ __global__ void __launch_bounds__(MmaShape<W>::threads, 2) attention_mma_kernel(
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int64_t i = i0 + 16 * warp + lane / 4 + 8 * (e / 2), j = j0 + 8 * n + 2 * (lane % 4) + e % 2;
-        s[n][e] = logit(p, mask, bias, j < p.keys && mask.keys.exists(j), i, j, s[n][e]);
+        const int query_at = 16 * warp + lane / 4 + 8 * (e / 2), key_at = 8 * n + 2 * (lane % 4) + e % 2;
+        const int64_t i = i0 + query_at, j = j0 + key_at;
+        const bool allowed = j < p.keys && mask.exists(j) && bits.allows(query_at, key_at);
+        s[n][e] = logit(p, allowed, bias, i, j, s[n][e]);
         high[e / 2] = fmaxf(high[e / 2], s[n][e]);
       }
     float shrink[2], part[2] = {0.0f, 0.0f}, reference[2];
@@ -187,12 +198,12 @@ __global__ void __launch_bounds__(MmaShape<W>::threads, 2) attention_mma_kernel(
 }
 
 template <int W>
-void launch_attention_mma(const AttentionForwardBf16& call, void* stream) {
+void launch_attention_mma(const AttentionForwardBf16& call, const MaskProgram& mask, void* stream) {
   using Shape = MmaShape<W>;
   const AttentionProblem& p = call.problem;
   const int64_t count = pieces(p.queries, Shape::queries) * p.batch * p.query_heads;
   if (count > 0)
-    VLM_LAUNCH(attention_mma_kernel<W>, {blocks(count)}, {Shape::threads}, Shape::shared_bytes, stream, call);
+    VLM_LAUNCH(attention_mma_kernel<W>, {blocks(count)}, {Shape::threads}, Shape::shared_bytes, stream, call, mask);
 }
 
 }  // namespace vlm::cuda

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/checks.hpp"
-#include "cuda/mask_program.hpp"
+#include "cuda/mask_covers.cuh"
 #include "cuda/tile.cuh"
 #include "vlm/cuda.hpp"
 
@@ -15,22 +15,18 @@ VLM_BOTH float* head_of(const MutableHeads& t, int64_t b, int64_t h) {
   return t.data + b * t.batch_stride + h * t.head_stride;
 }
 
-VLM_BOTH MaskProgram mask_of(const AttentionProblem& p, int64_t b) {
-  return {{p.causal, p.causal_offset}, {p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_stride}};
-}
-
 VLM_BOTH int round_to_4(int64_t n) { return int((n + 3) / 4 * 4); }
 
 // Existence of this thread's key among the keys of a tile, for __syncthreads_count.
-VLM_DEVICE bool my_key_exists(const MaskProgram& mask, int64_t j0, int64_t keys, int tile) {
+VLM_DEVICE bool my_key_exists(const HeadMask& mask, int64_t j0, int64_t keys, int tile) {
   const int64_t j = j0 + int(threadIdx.x);
-  return int(threadIdx.x) < tile && j < keys && mask.keys.exists(j);
+  return int(threadIdx.x) < tile && j < keys && mask.exists(j);
 }
 
 // Logit of an allowed pair from its product, -inf for a removed one; the bias of a removed pair is not read.
-VLM_DEVICE float logit(const AttentionProblem& p, const MaskProgram& mask, const float* bias, bool key_exists,
-                       int64_t i, int64_t j, float product) {
-  if (!key_exists || i >= p.queries || !mask.allows(i, j)) return minus_infinity();
+VLM_DEVICE float logit(const AttentionProblem& p, bool allowed, const float* bias, int64_t i, int64_t j,
+                       float product) {
+  if (!allowed || i >= p.queries) return minus_infinity();
   return bias == nullptr ? product * p.scale : fmaf(product, p.scale, bias[i * p.bias.row_stride + j]);
 }
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "vlm/cuda.hpp"
 
@@ -34,54 +35,95 @@ To view(const View& v) {
 Heads input(const View& v) { return view<Heads, const float>(v); }
 MutableHeads output(const View& v) { return view<MutableHeads, float>(v); }
 
-cuda::AttentionProblem problem(const Sizes& n, const View& q, const View& k, const View& v, float scale, bool causal,
-                               int64_t causal_offset, Flat key_mask, const View& bias) {
+AttentionProblem problem(const Sizes& n, const View& q, const View& k, const View& v, float scale, bool causal,
+                         int64_t causal_offset, Flat key_mask, const View& bias) {
   return {n[0],     n[1],     n[2],     n[3],  n[4],   n[5],          n[6],
           input(q), input(k), input(v), scale, causal, causal_offset, address<const uint8_t>(key_mask.first),
           key_mask.second, input(bias)};
 }
+
+// Kind, four numbers; address and strides (batch, head, row) of a; address and strides (batch, head) of b.
+using Atom = std::array<int64_t, 12>;
+using Relative = std::pair<uintptr_t, int64_t>;  // address, head stride
+
+// Mask atoms and a table of relative positions, for a problem that points to them.
+struct Extras {
+  std::vector<MaskAtom> atoms;
+  Relative relative;
+
+  Extras(const std::vector<Atom>& list, Relative table) : relative(table) {
+    for (const Atom& t : list)
+      atoms.push_back({static_cast<AtomKind>(t[0]), {t[1], t[2], t[3], t[4]},
+                       address<const void>(static_cast<uintptr_t>(t[5])), t[6], t[7], t[8],
+                       address<const void>(static_cast<uintptr_t>(t[9])), t[10], t[11]});
+  }
+  AttentionProblem with(AttentionProblem p) const {
+    p.atoms = atoms.data();
+    p.atom_count = static_cast<int64_t>(atoms.size());
+    p.relative = address<const float>(relative.first);
+    p.relative_head_stride = relative.second;
+    return p;
+  }
+};
 
 void register_attention(py::module_& m) {
   m.def("attention_shared_bytes", [](const Sizes& sizes) {
     const View none{};
     return cuda::attention_shared_bytes(problem(sizes, none, none, none, 1.0f, false, 0, {0, 0}, none));
   }, py::arg("sizes"), "Shared memory that a block asks for; see vlm/cuda.hpp.");
+  m.def("attention_workspace", [](const Sizes& sizes, const std::vector<Atom>& atoms) {
+    const View none{};
+    const Extras extras(atoms, {0, 0});
+    const AttentionProblem p = extras.with(problem(sizes, none, none, none, 1.0f, false, 0, {0, 0}, none));
+    return std::pair(cuda::attention_forward_workspace(p), cuda::attention_backward_workspace(p));
+  }, py::arg("sizes"), py::arg("atoms"), "Bytes of workspace of the forward and of the backward pass.");
   m.def("device_shared_bytes", &cuda::device_shared_bytes, py::arg("device"),
         "Shared memory that a block may ask for.");
   m.def(
       "attention_forward",
       [](const Sizes& sizes, const View& q, const View& k, const View& v, float scale, bool causal,
-         int64_t causal_offset, Flat key_mask, const View& bias, const View& out, uintptr_t lse, uintptr_t stream) {
-        const cuda::AttentionForward call{problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, bias),
-                                          output(out), address<float>(lse)};
+         int64_t causal_offset, Flat key_mask, const View& bias, const View& out, uintptr_t lse, uintptr_t stream,
+         const std::vector<Atom>& atoms, Relative relative, uintptr_t workspace) {
+        const Extras extras(atoms, relative);
+        const cuda::AttentionForward call{
+            extras.with(problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, bias)), output(out),
+            address<float>(lse)};
         py::gil_scoped_release release;
-        cuda::attention_forward(call, address<void>(stream));
+        cuda::attention_forward(call, address<void>(workspace), address<void>(stream));
       },
       py::kw_only(), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("causal"),
       py::arg("causal_offset"), py::arg("key_mask"), py::arg("bias"), py::arg("out"), py::arg("lse"), py::arg("stream"),
+      py::arg("atoms") = std::vector<Atom>{}, py::arg("relative") = Relative{0, 0}, py::arg("workspace") = 0,
       "Exact attention in float32.");
   m.def(
       "attention_forward_bf16",
       [](const Sizes& sizes, const View& q, const View& k, const View& v, float scale, bool causal,
-         int64_t causal_offset, Flat key_mask, const View& bias, const View& out, uintptr_t lse, uintptr_t stream) {
+         int64_t causal_offset, Flat key_mask, const View& bias, const View& out, uintptr_t lse, uintptr_t stream,
+         const std::vector<Atom>& atoms, Relative relative, uintptr_t workspace) {
+        const Extras extras(atoms, relative);
         const View none{};
         const cuda::AttentionForwardBf16 call{
-            problem(sizes, none, none, none, scale, causal, causal_offset, key_mask, bias),
+            extras.with(problem(sizes, none, none, none, scale, causal, causal_offset, key_mask, bias)),
             view<cuda::HalfHeads, const uint16_t>(q), view<cuda::HalfHeads, const uint16_t>(k),
             view<cuda::HalfHeads, const uint16_t>(v), view<cuda::MutableHalfHeads, uint16_t>(out), address<float>(lse)};
         py::gil_scoped_release release;
-        cuda::attention_forward_bf16(call, address<void>(stream));
+        cuda::attention_forward_bf16(call, address<void>(workspace), address<void>(stream));
       },
       py::kw_only(), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("causal"),
       py::arg("causal_offset"), py::arg("key_mask"), py::arg("bias"), py::arg("out"), py::arg("lse"), py::arg("stream"),
+      py::arg("atoms") = std::vector<Atom>{}, py::arg("relative") = Relative{0, 0}, py::arg("workspace") = 0,
       "Exact attention of bf16 on tensor cores.");
   m.def(
       "attention_backward",
       [](const Sizes& sizes, const View& q, const View& k, const View& v, float scale, bool causal,
          int64_t causal_offset, Flat key_mask, const View& bias, const View& out, uintptr_t lse, const View& dout,
          uintptr_t dlse, const View& dq, const View& dk, const View& dv, uintptr_t dbias,
-         const std::array<int64_t, 3>& bias_sizes, uintptr_t workspace, uintptr_t stream) {
-        const cuda::AttentionBackward call{problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, bias),
+         const std::array<int64_t, 3>& bias_sizes, uintptr_t workspace, uintptr_t stream,
+         const std::vector<Atom>& atoms, Relative relative,
+         uintptr_t drelative) {
+        const Extras extras(atoms, relative);
+        const AttentionProblem plain = problem(sizes, q, k, v, scale, causal, causal_offset, key_mask, bias);
+        const cuda::AttentionBackward call{extras.with(plain),
                                            input(out),
                                            address<const float>(lse),
                                            input(dout),
@@ -92,15 +134,17 @@ void register_attention(py::module_& m) {
                                            address<float>(dbias),
                                            bias_sizes[0],
                                            bias_sizes[1],
-                                           bias_sizes[2]};
+                                           bias_sizes[2],
+                                           address<float>(drelative)};
         py::gil_scoped_release release;
         cuda::attention_backward(call, address<void>(workspace), address<void>(stream));
       },
       py::kw_only(), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("causal"),
       py::arg("causal_offset"), py::arg("key_mask"), py::arg("bias"), py::arg("out"), py::arg("lse"), py::arg("dout"),
       py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"), py::arg("bias_sizes"),
-      py::arg("workspace"), py::arg("stream"),
-      "Gradients of exact attention; the workspace holds one float for each query of each head.");
+      py::arg("workspace"), py::arg("stream"), py::arg("atoms") = std::vector<Atom>{},
+      py::arg("relative") = Relative{0, 0}, py::arg("drelative") = 0,
+      "Gradients of exact attention; see attention_workspace.");
 }
 
 cuda::PairLoss loss_from_name(const std::string& name) {

@@ -5,7 +5,7 @@
 // block of the rows' first columns, added in order.
 #pragma once
 
-#include "cuda/pair_tile.cuh"
+#include "cuda/pair_positives.cuh"
 
 namespace vlm::cuda {
 

@@ -2,7 +2,7 @@
 // those of columns leave as one partial for each block and are merged in the order of blocks.
 #pragma once
 
-#include "cuda/pair_tile.cuh"
+#include "cuda/pair_positives.cuh"
 
 namespace vlm::cuda {
 

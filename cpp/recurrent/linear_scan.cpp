@@ -66,7 +66,7 @@ struct Worker {
 // a^n for n = 0 .. count - 1; no denormal numbers, which are slow.
 void fill_powers(float* to, int64_t count, double log_decay) {
   for (int64_t n = 0; n < count; ++n) {
-    const float value = static_cast<float>(__builtin_exp(n * log_decay));
+    const float value = static_cast<float>(n == 0 ? 1.0 : __builtin_exp(n * log_decay));
     to[n] = value < 1.2e-38f ? 0.0f : value;
   }
 }
@@ -82,7 +82,7 @@ struct Sequence {
 };
 
 Sequence sequence_of(const LinearScan& p, int64_t b, int64_t h, int64_t e0) {
-  const int64_t start = p.reverse ? p.length - 1 : 0, sign = p.reverse ? -1 : 1;
+  const int64_t start = p.reverse && p.length > 0 ? p.length - 1 : 0, sign = p.reverse ? -1 : 1;
   const auto at = [&](const Heads& x) {
     return x.data + b * x.batch_stride + h * x.head_stride + start * x.row_stride;
   };
@@ -248,7 +248,7 @@ void write_state(const Plan& s, const Worker& w, float* to, int64_t columns) {
 void run_head(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t e0) {
   const LinearScan& p = s.p;
   const int64_t columns = smaller(s.slice, p.value_width - e0), c = p.chunk, cell = p.width * p.value_width;
-  const int64_t spans = p.boundaries == nullptr ? 0 : (s.chunks + p.boundary_every - 1) / p.boundary_every;
+  const int64_t spans = p.boundaries == nullptr || s.chunks == 0 ? 0 : (s.chunks - 1) / p.boundary_every + 1;
   fill_powers(w.powers, c + 1, p.log_decay[h]);
   for (int64_t i = 0; i < c; ++i) w.fading[i] = w.powers[c - 1 - i];
   for (int64_t i = c; i < c + MR + 2 * NR; ++i) w.fading[i] = 0.0f;

@@ -26,6 +26,7 @@ VLM_INLINE int64_t columns_of(const SelectionProblem& p, const int32_t* list, in
 // Rows `keys` of a matrix, contiguous: to [count, width].
 VLM_INLINE void gather_rows(const float* from, int64_t stride, const int32_t* keys, int64_t count, int64_t width,
                             float* to) {
+  if (width == 0) return;  // then there may be no memory at all, which memcpy does not take
   for (int64_t r = 0; r < count; ++r)
     __builtin_memcpy(to + r * width, from + keys[r] * stride, width * sizeof(float));
 }

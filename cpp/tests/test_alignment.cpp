@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "alignment_oracle.hpp"
 #include "check.hpp"
 #include "vlm/alignment.hpp"
 
@@ -9,22 +10,6 @@ using namespace vlm;
 using namespace vlm::test;
 
 namespace {
-
-double recursion(const std::vector<double>& cost, int64_t n, int64_t m, double gamma) {
-  std::vector<double> R((n + 1) * (m + 1), INFINITY);
-  R[0] = 0.0;
-  const auto at = [&](int64_t i, int64_t j) -> double& { return R[i * (m + 1) + j]; };
-  for (int64_t i = 1; i <= n; ++i)
-    for (int64_t j = 1; j <= m; ++j) {
-      const double a = at(i - 1, j - 1), b = at(i - 1, j), c = at(i, j - 1), low = std::min({a, b, c});
-      double least = low;
-      if (gamma > 0 && !std::isinf(low))
-        least = low - gamma * std::log(std::exp((low - a) / gamma) + std::exp((low - b) / gamma) +
-                                std::exp((low - c) / gamma));
-      at(i, j) = cost[(i - 1) * m + j - 1] + least;
-    }
-  return at(n, m);
-}
 
 struct Pairs {
   int64_t batch, rows, columns, row_stride, batch_stride;
@@ -65,13 +50,14 @@ void compare(int64_t B, int64_t N, int64_t M, bool ragged, float gamma) {
     std::vector<double> cost;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < m; ++j) cost.push_back(pairs.cost[b * pairs.batch_stride + i * pairs.row_stride + j]);
-    values[b] = recursion(cost, n, m, gamma);
+    values[b] = alignment_oracle(cost, n, m, gamma);
     for (std::size_t k = 0; k < cost.size(); ++k) {
       const double at = cost[k], step = 1e-6;
       cost[k] = at + step;
-      const double above = recursion(cost, n, m, gamma);
+      const double above = alignment_oracle(cost, n, m, gamma);
       cost[k] = at - step;
-      gradient[(b * N + k / m) * M + k % m] = pairs.upstream[b] * (above - recursion(cost, n, m, gamma)) / (2 * step);
+      const double slope = (above - alignment_oracle(cost, n, m, gamma)) / (2 * step);
+      gradient[(b * N + k / m) * M + k % m] = pairs.upstream[b] * slope;
       cost[k] = at;
     }
   }

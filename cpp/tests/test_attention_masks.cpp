@@ -1,128 +1,15 @@
 // Tile programs against predicates: no "full" tile holds a removed pair, no "skipped" one an allowed pair, nothing lies
 // outside the named columns, and a row of a tile loses exactly its removed pairs.
-#include <algorithm>
-#include <deque>
-#include <functional>
 #include <stdexcept>
 
-#include "check.hpp"
 #include "core/tile_program.hpp"
+#include "mask_cases.hpp"
 
 using namespace vlm;
 using namespace vlm::test;
 using namespace vlm::VLM_LEVEL;
 
 namespace {
-
-constexpr int64_t batch = 2, heads = 2;
-
-using Predicate = std::function<bool(int64_t b, int64_t h, int64_t i, int64_t j)>;
-
-struct Made {
-  std::string name;
-  MaskAtom atom;
-  Predicate allow;
-  bool local = false;
-};
-
-// Arrays that the atoms point to, alive for one case.
-struct Arrays {
-  std::deque<std::vector<int32_t>> ints;
-  std::deque<std::vector<uint8_t>> bytes;
-  const int32_t* keep(std::vector<int32_t> values) {
-    ints.push_back(std::move(values));
-    return ints.back().data();
-  }
-};
-
-std::vector<int32_t> ids(Numbers& numbers, int64_t length, int64_t names, bool scattered) {
-  std::vector<int32_t> values(length);
-  for (int32_t& id : values) id = static_cast<int32_t>(numbers.below(names));
-  if (!scattered) std::sort(values.begin(), values.end());
-  return values;
-}
-
-std::vector<int32_t> ids_of_batch(Numbers& numbers, int64_t length, int64_t names, bool scattered) {
-  std::vector<int32_t> all;
-  for (int64_t b = 0; b < batch; ++b)
-    for (int32_t id : ids(numbers, length, names, scattered)) all.push_back(id);
-  return all;
-}
-
-MaskAtom plain(AtomKind kind, int64_t a, int64_t b, int64_t c) {
-  return {kind, {a, b, c, 0}, nullptr, 0, 0, 0, nullptr, 0, 0};
-}
-
-std::vector<Made> atoms(Numbers& r, Arrays& arrays, int64_t n, int64_t m) {
-  std::vector<Made> made;
-  const int64_t offset = m - n + r.below(5) - 2, size = 1 + r.below(m), sinks = r.below(m / 2 + 1);
-  made.push_back({"causal", plain(AtomKind::band, offset, INT32_MAX, 0),
-                  [=](int64_t, int64_t, int64_t i, int64_t j) { return i + offset >= j; }});
-  made.push_back({"window", plain(AtomKind::local_band, offset, size, sinks),
-                  [=](int64_t, int64_t, int64_t i, int64_t j) {
-                    return i + offset - j <= size && j - i - offset <= sinks;
-                  },
-                  true});
-  made.push_back({"block causal", plain(AtomKind::block_causal, m - n + 3, size, 0),
-                  [=](int64_t, int64_t, int64_t i, int64_t j) {
-                    return i + m - n + 3 >= 0 && (i + m - n + 3) / size >= j / size;
-                  }});
-  made.push_back({"lambda", plain(AtomKind::lambda, offset, size, sinks),
-                  [=](int64_t, int64_t, int64_t i, int64_t j) {
-                    const int64_t d = i + offset - j;
-                    return d >= 0 && (d < size || j < sinks);
-                  }, true});
-  const int32_t* prefixes = arrays.keep(ids(r, batch, m + 1, true));
-  MaskAtom atom = plain(AtomKind::prefix, offset, 0, 0);
-  atom.a = prefixes, atom.a_batch = 1;
-  made.push_back({"prefix", atom,
-                  [=](int64_t b, int64_t, int64_t i, int64_t j) { return j < prefixes[b] || i + offset >= j; }});
-  for (bool scattered : {false, true}) {
-    const int32_t* q = arrays.keep(ids_of_batch(r, n, 4, scattered));
-    const int32_t* k = arrays.keep(ids_of_batch(r, m, 4, scattered));
-    const std::string kind = scattered ? " scattered" : " runs";
-    const auto pair = [=](MaskAtom t) {
-      t.a = q, t.a_batch = n, t.b = k, t.b_batch = m;
-      return t;
-    };
-    made.push_back({"spans" + kind, pair(plain(AtomKind::spans, offset, 0, 0)),
-                    [=](int64_t b, int64_t, int64_t i, int64_t j) {
-                      return i + offset >= j || q[b * n + i] == k[b * m + j];
-                    }});
-    made.push_back({"segments" + kind, pair(plain(AtomKind::ids, 0, 0, 0)),
-                    [=](int64_t b, int64_t, int64_t i, int64_t j) { return q[b * n + i] == k[b * m + j]; }});
-    made.push_back({"facets" + kind, pair(plain(AtomKind::ids, 1, 2, 0)),
-                    [=](int64_t b, int64_t, int64_t i, int64_t j) {
-                      return q[b * n + i] == k[b * m + j] || k[b * m + j] == 2;
-                    }});
-    made.push_back({"tags" + kind, pair(plain(AtomKind::ids, 0, 0, 1)), [=](int64_t b, int64_t, int64_t i, int64_t j) {
-                      return q[b * n + i] == k[b * m + j] || q[b * n + i] == 0;
-                    }});
-  }
-  const int64_t slots = 3, query_block = 1 + r.below(n), key_block = 1 + r.below(m);
-  const int64_t entries = (n + query_block - 1) / query_block;
-  const int32_t* listed = arrays.keep(ids(r, batch * heads * entries * slots, (m + key_block - 1) / key_block, true));
-  const int32_t* counts = arrays.keep(ids(r, batch * heads * entries, slots + 1, true));
-  made.push_back({"blocks",
-                  {AtomKind::blocks, {query_block, key_block, slots, entries}, listed, heads * entries * slots,
-                   entries * slots, 0, counts, heads * entries, entries},
-                  [=](int64_t b, int64_t h, int64_t i, int64_t j) {
-                    const int64_t e = (b * heads + h) * entries + i / query_block;
-                    for (int32_t s = 0; s < counts[e]; ++s)
-                      if (listed[e * slots + s] == j / key_block) return true;
-                    return false;
-                  }, true});
-  std::vector<uint8_t> allow(batch * heads * n * m);
-  for (uint8_t& x : allow) x = r.below(4) > 0;
-  arrays.bytes.push_back(std::move(allow));
-  const uint8_t* dense = arrays.bytes.back().data();
-  made.push_back({"dense",
-                  {AtomKind::dense, {0, 0, 0, 0}, dense, heads * n * m, n * m, m, nullptr, 0, 0},
-                  [=](int64_t b, int64_t h, int64_t i, int64_t j) {
-                    return dense[((b * heads + h) * n + i) * m + j] != 0;
-                  }});
-  return made;
-}
 
 void judge(const std::string& name, const std::vector<MaskAtom>& list, const Predicate& allow, int64_t n, int64_t m,
            Numbers& r) {
@@ -206,6 +93,47 @@ void bands_are_skipped_exactly() {
   }
 }
 
+// Block lists that are shared where their counts are not, and the other way round.
+void lists_and_counts_are_shared_apart() {
+  const int64_t n = 20, m = 40, slots = 2, entries = 4;
+  Numbers r(5);
+  Arrays arrays;
+  const int32_t* list = arrays.keep(ids(r, batch * heads * entries * slots, 8, true));
+  const int32_t* count = arrays.keep(ids(r, batch * heads * entries, slots + 1, true));
+  for (int kind = 0; kind < 16; ++kind) {
+    const int64_t a_batch = kind & 1 ? heads * entries * slots : 0, a_head = kind & 2 ? entries * slots : 0;
+    const int64_t b_batch = kind & 4 ? heads * entries : 0, b_head = kind & 8 ? entries : 0;
+    const MaskAtom atom{AtomKind::blocks, {5, 5, slots, entries}, list, a_batch, a_head, 0, count, b_batch, b_head};
+    judge("blocks shared " + std::to_string(kind), {atom},
+          [=](int64_t b, int64_t h, int64_t i, int64_t j) {
+            const int32_t* at = list + b * a_batch + h * a_head + i / 5 * slots;
+            for (int32_t s = 0; s < count[b * b_batch + h * b_head + i / 5]; ++s)
+              if (at[s] == j / 5) return true;
+            return false;
+          }, n, m, r);
+  }
+}
+
+// Without a batch there are no arrays to read, shared or not. A block as large as can be holds every key.
+void the_ends_of_ranges() {
+  for (AtomKind kind : {AtomKind::prefix, AtomKind::spans, AtomKind::ids, AtomKind::rows, AtomKind::global,
+                        AtomKind::dense, AtomKind::blocks}) {
+    const MaskAtom atom{kind, {1, 1, 0, 9}, nullptr, 0, 0, 0, nullptr, 0, 0};
+    PreparedMask mask = prepare_mask(MaskSpec{0, 2, 9, 7, &atom, 1, false, 0});
+    release_mask(mask);
+  }
+  Numbers r(5);
+  const int32_t index[1] = {0}, count[1] = {1};
+  judge("one block", {{AtomKind::blocks, {INT64_MAX, INT64_MAX, 1, 1}, index, 0, 0, 0, count, 0, 0}},
+        [](int64_t, int64_t, int64_t, int64_t) { return true; }, 30, 50, r);
+  judge("far bounds", {plain(AtomKind::band, INT64_MIN, INT64_MAX, INT64_MAX)},
+        [](int64_t, int64_t, int64_t, int64_t) { return true; }, 30, 50, r);
+  judge("all blocks", {plain(AtomKind::block_causal, INT64_MAX, INT64_MAX, 0)},
+        [](int64_t, int64_t, int64_t, int64_t) { return true; }, 30, 50, r);
+  judge("no position", {plain(AtomKind::lambda, INT64_MIN, INT64_MAX, INT64_MAX)},
+        [](int64_t, int64_t, int64_t, int64_t) { return false; }, 30, 50, r);
+}
+
 void what_does_not_fit_is_refused() {
   const auto refused = [](const MaskAtom& atom, const std::string& what) {
     try {
@@ -220,6 +148,10 @@ void what_does_not_fit_is_refused() {
   const int32_t index[2] = {0, 9}, count[2] = {1, 1};
   refused({AtomKind::blocks, {2, 1, 1, 2}, index, 0, 0, 0, count, 0, 0}, "a block that does not exist");
   refused({AtomKind::blocks, {2, 1, 1, 1}, index, 0, 0, 0, count, 0, 0}, "too few block lists");
+  refused({AtomKind::blocks, {2, 1, -1, 2}, index, 0, 0, 0, count, 0, 0}, "negative slots");
+  for (AtomKind kind : {AtomKind::prefix, AtomKind::spans, AtomKind::ids, AtomKind::rows, AtomKind::global,
+                        AtomKind::dense})
+    refused(plain(kind, 0, 0, 0), "an atom without its arrays");
 }
 
 }  // namespace
@@ -228,6 +160,8 @@ int main(int argc, char** argv) {
   return run(argc, argv, [] {
     every_atom_alone_and_in_pairs();
     bands_are_skipped_exactly();
+    lists_and_counts_are_shared_apart();
+    the_ends_of_ranges();
     what_does_not_fit_is_refused();
   });
 }

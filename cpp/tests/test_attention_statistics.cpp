@@ -2,6 +2,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "attention_oracle.hpp"
 #include "check.hpp"
 #include "vlm/attention_statistics.hpp"
 
@@ -15,21 +16,26 @@ struct Case {
   bool causal;
   int64_t offset;
   bool mask, bias;
+  bool program = false;  // a window, a mask of each head, a bias of each head by position, a soft cap
   std::string name() const {
     return "B" + std::to_string(batch) + " H" + std::to_string(query_heads) + "/" + std::to_string(key_heads) + " N" +
            std::to_string(queries) + " M" + std::to_string(keys) + " D" + std::to_string(width) + " causal" +
-           std::to_string(causal) + " mask" + std::to_string(mask) + " bias" + std::to_string(bias);
+           std::to_string(causal) + " mask" + std::to_string(mask) + " bias" + std::to_string(bias) +
+           " program" + std::to_string(program);
   }
 };
 
-constexpr int64_t gap = 3;
+constexpr int64_t gap = 3, window = 90;
+constexpr float cap = 1.5f;
 
 // q and k lie in [B, N, H, D] order with a gap after each row; masked keys and queries of weight 0 hold NaN.
 struct Tensors {
   Case c;
   float scale;
   std::vector<float> q, k, bias, weights;
-  std::vector<uint8_t> mask;
+  std::vector<uint8_t> mask, allow;
+  std::vector<float> relative;
+  std::vector<MaskAtom> atoms;
   std::vector<int64_t> rows;
   std::vector<float> lse, entropy, sums, chosen;
   std::vector<int64_t> best;
@@ -41,6 +47,13 @@ struct Tensors {
     k = numbers.normal(c.batch * c.keys * c.key_heads * (c.width + gap));
     weights = numbers.normal(c.batch * c.query_heads * c.queries);
     if (c.bias) bias = numbers.normal(c.queries * c.keys);
+    if (c.program) {
+      relative = numbers.normal(c.query_heads * (c.queries + c.keys - 1));
+      allow.resize(c.query_heads * c.queries * c.keys);
+      for (uint8_t& x : allow) x = numbers.below(8) > 0;
+      atoms.push_back({AtomKind::local_band, {c.keys - c.queries, window, window, 0}, nullptr, 0, 0, 0, nullptr, 0, 0});
+      atoms.push_back({AtomKind::dense, {0, 0, 0, 0}, allow.data(), 0, c.queries * c.keys, c.keys, nullptr, 0, 0});
+    }
     if (c.mask) {
       mask.resize(c.batch * c.keys);
       for (int64_t b = 0; b < c.batch; ++b)
@@ -82,6 +95,12 @@ struct Tensors {
     p.key_mask = c.mask ? mask.data() : nullptr;
     p.key_mask_stride = c.keys;
     if (c.bias) p.bias = {bias.data(), 0, 0, c.keys};
+    if (!c.program) return p;
+    p.atoms = atoms.data();
+    p.atom_count = static_cast<int64_t>(atoms.size());
+    p.softcap = cap;
+    p.relative = relative.data();
+    p.relative_head_stride = c.queries + c.keys - 1;
     return p;
   }
   void run(int threads) {
@@ -102,10 +121,15 @@ void compare(const Case& c) {
         double top = -INFINITY, total = 0.0, spread = 0.0;
         for (int64_t j = 0; j < c.keys; ++j) {
           if ((c.causal && j > i + c.offset) || (c.mask && !t.mask[b * c.keys + j])) continue;
+          if (c.program && std::abs(i + c.keys - c.queries - j) > window) continue;
+          if (c.program && !t.allow[(h * c.queries + i) * c.keys + j]) continue;
           double dot = 0.0;
           for (int64_t e = 0; e < c.width; ++e)
             dot += double(t.q[t.query_at(b, h, i) + e]) * t.k[t.key_at(b, h / (c.query_heads / c.key_heads), j) + e];
-          s[j] = dot * t.scale + (c.bias ? t.bias[i * c.keys + j] : 0.0);
+          dot *= t.scale;
+          if (c.program)
+            dot = cap * std::tanh(dot / cap) + t.relative[h * (c.queries + c.keys - 1) + c.queries - 1 - i + j];
+          s[j] = dot + (c.bias ? t.bias[i * c.keys + j] : 0.0);
           top = std::fmax(top, s[j]);
         }
         for (int64_t j = 0; j < c.keys; ++j) total += top == -INFINITY ? 0.0 : std::exp(s[j] - top);
@@ -143,6 +167,30 @@ void compare(const Case& c) {
       }
   attention_column_sums({t.problem(), t.lse.data(), t.weights.data(), t.sums.data()}, 1);
   for (float x : t.sums) check(std::isfinite(x), c.name() + ": a query of weight 0 was read");
+}
+
+// Chosen rows under a mask and a relative bias of every head are those of the whole matrix.
+void rows_of_heads_that_differ() {
+  Tensors t({1, 6, 2, 9, 40, 8, false, 0, false, false}, 7);
+  Numbers numbers(5);
+  std::vector<uint8_t> allow(6 * 9 * 40);
+  for (uint8_t& x : allow) x = numbers.below(3) > 0;
+  const std::vector<float> relative = numbers.normal(6 * 48);
+  const MaskAtom dense{AtomKind::dense, {0, 0, 0, 0}, allow.data(), 6 * 9 * 40, 9 * 40, 40, nullptr, 0, 0};
+  AttentionProblem p = t.problem();
+  p.atoms = &dense, p.atom_count = 1;
+  p.relative = relative.data(), p.relative_head_stride = 48;
+  const std::vector<int64_t> rows{3, 8};
+  std::vector<float> got(6 * 2 * 40), lse(6 * 9);
+  attention_rows({p, 2, rows.data(), got.data()}, 1);
+  attention_row_statistics({p, lse.data(), nullptr, nullptr}, 1);
+  std::vector<double> want(got.size(), 0.0);
+  for (int64_t h = 0; h < 6; ++h)
+    for (int64_t r = 0; r < 2; ++r)
+      for (int64_t j = 0; j < 40; ++j)
+        if (allowed(p, 0, h, rows[r], j))
+          want[(h * 2 + r) * 40 + j] = std::exp(logit_of(p, 0, h, rows[r], j).value - lse[h * 9 + rows[r]]);
+  check_close(got, want, 2e-6, "rows of heads that differ");
 }
 
 void merge(int64_t parts, int64_t length, int64_t width) {
@@ -233,18 +281,31 @@ int main(int argc, char** argv) {
       for (bool bias : {false, true})
         for (bool causal : {false, true}) compare({2, 4, 2, 59, 261, 16, causal, 202, mask, bias});
     compare({1, 2, 2, 130, 70, 32, true, -60, false, false});  // empty rows
+    for (bool mask : {false, true})
+      for (bool bias : {false, true}) compare({2, 4, 2, 59, 261, 16, mask, 202, mask, bias, true});
+    compare({1, 2, 1, 97, 300, 17, false, 0, false, false, true});
     compare({2, 8, 8, 300, 300, 32, true, 0, true, false});    // several threads at work
     for (int64_t parts : {1, 2, 5})
       for (int64_t width : {0, 1, 15, 16, 33}) merge(parts, 7, width);
     merge(3, 0, 8);
     merge(3, 900, 40);
-    try {
+    rows_of_heads_that_differ();
+    const float one[1] = {1.0f};
+    const auto refused = [&](const char* what, auto spoil) {
       AttentionProblem p{};
-      p.query_heads = 3;
-      p.key_heads = 2;
-      attention_column_sums({p, nullptr, nullptr, nullptr}, 1);
-      check(false, "heads that do not divide are not refused");
-    } catch (const std::invalid_argument&) {
-    }
+      p.query_heads = p.key_heads = 1;
+      spoil(p);
+      try {
+        attention_column_sums({p, nullptr, nullptr, nullptr}, 1);
+        check(false, std::string(what) + " is not refused");
+      } catch (const std::invalid_argument&) {
+      }
+    };
+    refused("heads that do not divide", [](AttentionProblem& p) { p.query_heads = 3, p.key_heads = 2; });
+    refused("a cosine product", [&](AttentionProblem& p) { p.temperature = one; });
+    refused("a grid that does not fit", [&](AttentionProblem& p) {
+      p.relative = one;
+      p.grid_rows = p.grid_columns = 2;
+    });
   });
 }

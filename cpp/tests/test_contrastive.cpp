@@ -1,4 +1,6 @@
 // Contrastive losses against a float64 oracle that holds all pairs.
+#include <algorithm>
+
 #include "check.hpp"
 #include "vlm/contrastive.hpp"
 
@@ -35,7 +37,8 @@ struct Tensors {
     dy.resize(C * E);
   }
   bool positive(int64_t i, int64_t j) const {
-    return row_ids.empty() ? j == i + offset : row_ids[i] == column_ids[j];
+    const int64_t near = std::clamp<int64_t>(offset, -10000, 10000);  // beyond all rows and columns
+    return row_ids.empty() ? j == i + near : row_ids[i] == column_ids[j];
   }
   PairProblem problem() const {
     PairProblem p{};
@@ -250,6 +253,7 @@ int main(int argc, char** argv) {
       compare(loss, 0, 5, 4, false, 0);
       compare(loss, 5, 0, 4, false, 0);
       compare(loss, 5, 5, 1, false, 0);
+      for (int64_t far : {INT64_MAX, INT64_MIN}) compare(loss, 5, 7, 3, false, far);
     }
     one_gradient_can_be_left_out();
     for (bool groups : {false, true})

@@ -1,5 +1,6 @@
 // Late interaction against a float64 oracle that holds all token scores.
 #include "check.hpp"
+#include "late_oracle.hpp"
 #include "vlm/late_interaction.hpp"
 
 using namespace vlm;
@@ -28,12 +29,6 @@ struct Side {
   TokenSet set(bool ragged) const {
     return {data.data(), samples, tokens, tokens * stride, stride, ragged ? mask.data() : nullptr};
   }
-  int64_t count(int64_t i) const {
-    int64_t n = 0;
-    for (int64_t t = 0; t < tokens; ++t) n += mask[i * tokens + t];
-    return n;
-  }
-  const float* token(int64_t i, int64_t t) const { return data.data() + (i * tokens + t) * stride; }
 };
 
 struct Case {
@@ -48,56 +43,22 @@ void compare(const Case& k) {
   Numbers numbers(7);
   const Side v(numbers, k.R, k.T, k.E, k.ragged), w(numbers, k.C, k.U, k.E, k.ragged);
   const std::vector<float> row_gradient = numbers.normal(k.R * k.C), column_gradient = numbers.normal(k.R * k.C);
-  std::vector<double> rows(k.R * k.C, 0.0), columns(k.R * k.C, 0.0), dv(k.R * k.T * k.E, 0.0), dw(k.C * k.U * k.E, 0.0);
-  const auto pull = [&](int64_t i, int64_t a, int64_t j, int64_t b, double g) {
-    for (int64_t e = 0; e < k.E; ++e) {
-      dv[(i * k.T + a) * k.E + e] += g * w.token(j, b)[e];
-      dw[(j * k.U + b) * k.E + e] += g * v.token(i, a)[e];
-    }
-  };
-  for (int64_t i = 0; i < k.R; ++i)
-    for (int64_t j = 0; j < k.C; ++j) {
-      std::vector<double> score(k.T * k.U, -INFINITY);
-      for (int64_t a = 0; a < k.T; ++a)
-        for (int64_t b = 0; b < k.U; ++b) {
-          if (!v.mask[i * k.T + a] || !w.mask[j * k.U + b]) continue;
-          double dot = 0.0;
-          for (int64_t e = 0; e < k.E; ++e) dot += double(v.token(i, a)[e]) * w.token(j, b)[e];
-          score[a * k.U + b] = dot;
-        }
-      const int64_t n = v.count(i), m = w.count(j), at = i * k.C + j;
-      if (n == 0 || m == 0) continue;
-      for (int64_t a = 0; a < k.T; ++a) {
-        if (!v.mask[i * k.T + a]) continue;
-        int64_t best = 0;
-        for (int64_t b = 0; b < k.U; ++b)
-          if (score[a * k.U + b] > score[a * k.U + best]) best = b;
-        rows[at] += score[a * k.U + best] / (k.mean ? n : 1);
-        pull(i, a, j, best, row_gradient[at] / (k.mean ? n : 1));
-      }
-      for (int64_t b = 0; b < k.U; ++b) {
-        if (!w.mask[j * k.U + b]) continue;
-        int64_t best = 0;
-        for (int64_t a = 0; a < k.T; ++a)
-          if (score[a * k.U + b] > score[best * k.U + b]) best = a;
-        columns[at] += score[best * k.U + b] / (k.mean ? m : 1);
-        pull(i, best, j, b, column_gradient[at] / (k.mean ? m : 1));
-      }
-    }
   const LateProblem problem{v.set(k.ragged), w.set(k.ragged), k.E, k.mean};
+  const LateAnswer o = late_oracle(problem, row_gradient.data(), column_gradient.data());
   std::vector<float> first[4];
   for (int threads : {1, 2, 5}) {
-    std::vector<float> got[4] = {std::vector<float>(rows.size(), 9.0f), std::vector<float>(rows.size(), 9.0f),
-                                 std::vector<float>(dv.size(), 9.0f), std::vector<float>(dw.size(), 9.0f)};
+    std::vector<float> got[4] = {std::vector<float>(o.rows.size(), 9.0f), std::vector<float>(o.columns.size(), 9.0f),
+                                 std::vector<float>(o.drows.size(), 9.0f),
+                                 std::vector<float>(o.dcolumns.size(), 9.0f)};
     std::vector<uint16_t> found(k.R * k.C * (k.T + k.U));
     uint16_t* keep = threads == 2 && !found.empty() ? found.data() : nullptr;  // with or without: the same bits
     late_forward({problem, got[0].data(), got[1].data(), keep}, threads);
     late_backward({problem, row_gradient.data(), column_gradient.data(), keep, got[2].data(), got[3].data()}, threads);
     if (threads == 1) {
-      check_close(got[0], rows, 3e-6, name + " rows");
-      check_close(got[1], columns, 3e-6, name + " columns");
-      check_close(got[2], dv, 1e-5, name + " dv");
-      check_close(got[3], dw, 1e-5, name + " dw");
+      check_close(got[0], o.rows, 3e-6, name + " rows");
+      check_close(got[1], o.columns, 3e-6, name + " columns");
+      check_close(got[2], o.drows, 1e-5, name + " dv");
+      check_close(got[3], o.dcolumns, 1e-5, name + " dw");
     }
     for (int n = 0; n < 4; ++n) {
       if (threads == 1) first[n] = got[n];

@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "check.hpp"
+#include "recurrent_oracle.hpp"
 #include "vlm/recurrent.hpp"
 
 using namespace vlm;
@@ -41,39 +42,15 @@ struct Scan {
     for (int64_t i = 0; i < B * H * N; ++i)  // what does not exist may hold anything
       if (keep[i / (H * N) * N + i % N] == 0) q[i * (D + gap)] = k[i * (D + gap)] = v[i * (E + gap)] = NAN;
   }
-  void call(int64_t chunk, int threads) {
+  LinearScan problem(int64_t chunk) {
     const auto heads = [&](const std::vector<float>& x, int64_t width) {
       return Heads{x.data(), H * N * width, N * width, width};
     };
-    linear_scan({B, H, N, D, E, heads(q, D + gap), heads(k, D + gap), heads(v, E + gap), log_decay.data(), state.data(),
-                 keep.empty() ? nullptr : keep.data(), run.empty() ? nullptr : run.data(), reverse, chunk,
-                 {out.data(), H * N * E, N * E, E}, final_state.data(), nullptr, 1},
-                threads);
+    return {B, H, N, D, E, heads(q, D + gap), heads(k, D + gap), heads(v, E + gap), log_decay.data(), state.data(),
+            keep.empty() ? nullptr : keep.data(), run.empty() ? nullptr : run.data(), reverse, chunk,
+            {out.data(), H * N * E, N * E, E}, final_state.data(), nullptr, 1};
   }
-  void oracle(std::vector<double>& want, std::vector<double>& last) const {
-    want.assign(B * H * N * E, 0.0);
-    last.assign(state.begin(), state.end());
-    for (int64_t bh = 0; bh < B * H; ++bh) {
-      double* S = last.data() + bh * D * E;
-      const double decay = std::exp(double(log_decay[bh % H]));
-      int32_t now = run.empty() ? 0 : run[bh / H * N + (reverse ? N - 1 : 0)];
-      for (int64_t visit = 0; visit < N; ++visit) {
-        const int64_t t = reverse ? N - 1 - visit : visit, row = bh * N + t;
-        const int32_t own = run.empty() ? 0 : run[bh / H * N + t];
-        if (own != now)
-          for (int64_t i = 0; i < D * E; ++i) S[i] = 0.0;
-        now = own;
-        if (!keep.empty() && keep[bh / H * N + t] == 0) continue;
-        for (int64_t d = 0; d < D; ++d)
-          for (int64_t e = 0; e < E; ++e) {
-            double& s = S[d * E + e];
-            s = (reverse ? s : decay * s) + double(k[row * (D + gap) + d]) * v[row * (E + gap) + e];
-            want[row * E + e] += q[row * (D + gap) + d] * s;
-            if (reverse) s *= decay;
-          }
-      }
-    }
-  }
+  void call(int64_t chunk, int threads) { linear_scan(problem(chunk), threads); }
 };
 
 void compare(int64_t B, int64_t H, int64_t N, int64_t D, int64_t E) {
@@ -86,10 +63,9 @@ void compare(int64_t B, int64_t H, int64_t N, int64_t D, int64_t E) {
         Scan one(B, H, N, D, E, masks, reverse), three = one;
         one.call(chunk, 1);
         three.call(chunk, 3);
-        std::vector<double> want, last;
-        one.oracle(want, last);
-        check_close(one.out, want, 4e-6, name + " out");
-        check_close(one.final_state, last, 4e-6, name + " state");
+        const ScanAnswer o = scan_oracle(one.problem(chunk));
+        check_close(one.out, o.out, 4e-6, name + " out");
+        check_close(one.final_state, o.last, 4e-6, name + " state");
         check(same_bits(one.out, three.out) && same_bits(one.final_state, three.final_state), name + " threads");
       }
 }
@@ -182,6 +158,19 @@ struct Ssm {
   }
 };
 
+// A decay of 0 forgets everything but the position itself; borders as far apart as can be are one.
+void nothing_is_remembered() {
+  Scan one(1, 2, 37, 5, 6, false, false);
+  one.log_decay = {-INFINITY, 0.0f};
+  std::vector<float> border(2 * 5 * 6, 7.0f);
+  LinearScan call = one.problem(16);
+  call.boundaries = border.data();
+  call.boundary_every = INT64_MAX;
+  linear_scan(call, 1);
+  check_close(one.out, scan_oracle(call).out, 4e-6, "a decay of 0");
+  check(same_bits(border, one.state), "the first border is the state that comes in");
+}
+
 void refused() {
   Scan one(1, 1, 3, 2, 2, false, false);
   one.log_decay[0] = 0.1f;
@@ -203,6 +192,7 @@ int main(int argc, char** argv) {
     compare(1, 9, 70, 1, 1);
     Ssm(2, 131, 19, 3).check_all();
     Ssm(1, 64, 70, 16).check_all();
+    nothing_is_remembered();
     refused();
   });
 }

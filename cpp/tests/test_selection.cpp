@@ -97,6 +97,27 @@ void refused() {
   }
 }
 
+// Numbers at the ends of int64 mean "all" and "nothing".
+void far_numbers() {
+  Case c(9, 40, 4, 4), near = c;
+  c.select(INT64_MAX, INT64_MAX, 1);
+  near.select(10, 0, 1);
+  check(c.indices == near.indices && c.counts == near.counts, "every block that is seen");
+  SelectionProblem p = c.problem();
+  p.offset = INT64_MIN;
+  select_hierarchical({p, 3, 0, INT64_MAX, INT64_MAX, c.capacity, Representative::first, c.indices.data(),
+                       c.counts.data(), c.scored.data()}, 1);
+  for (int32_t n : c.counts) check(n == 0, "nothing is seen");
+  for (int value_width : {-1, 9}) {
+    BlockSparseForward call{p, {}, value_width, value_width < 0 ? 1 : -1, 1.0f, nullptr, nullptr, {}, nullptr};
+    try {
+      block_sparse_forward(call, 1);
+      check(false, "a negative size is refused");
+    } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -108,5 +129,6 @@ int main(int argc, char** argv) {
     all_keys_are_dense_attention(0, 9, 4, 4);
     a_planted_block_is_found();
     refused();
+    far_numbers();
   });
 }

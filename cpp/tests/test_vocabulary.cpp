@@ -4,6 +4,7 @@
 
 #include "check.hpp"
 #include "vlm/vocabulary.hpp"
+#include "vocabulary_oracle.hpp"
 
 using namespace vlm;
 using namespace vlm::test;
@@ -25,41 +26,25 @@ struct CrossEntropyCase {
     for (int64_t i = 0; i < R; ++i) labels.push_back(i % 5 == 4 ? -1 : numbers.below(V));
     for (std::vector<float>* values : {&loss, &log_p, &lse}) values->resize(R);
   }
-  void run(bool gradient, int threads) {
-    cross_entropy_rows({rows, ids, {chunk.data(), stride}, bias.empty() ? nullptr : bias.data(), labels.data(),
-                        factors.data(), smoothing, z_loss, softcap, gradient, loss.data(), log_p.data(), lse.data()},
-                       threads);
+  CrossEntropyRows call(bool gradient) {
+    return {rows, ids, {chunk.data(), stride}, bias.empty() ? nullptr : bias.data(), labels.data(),
+            factors.data(), smoothing, z_loss, softcap, gradient, loss.data(), log_p.data(), lse.data()};
   }
+  void run(bool gradient, int threads) { cross_entropy_rows(call(gradient), threads); }
 };
 
-void compare(const CrossEntropyCase& given) {
+void compare(CrossEntropyCase given) {
   const std::string name = "cross-entropy R" + std::to_string(given.rows) + " V" + std::to_string(given.ids) + " cap" +
                            std::to_string(given.softcap);
-  const int64_t R = given.rows, V = given.ids;
+  const int64_t R = given.rows;
   std::vector<double> loss(R), log_p(R), lse(R);
   std::vector<double> gradient(given.chunk.begin(), given.chunk.end());
   for (int64_t i = 0; i < R; ++i) {
-    std::vector<double> z(V), slope(V, 1.0);
-    double sum = 0.0, all = 0.0;
-    for (int64_t v = 0; v < V; ++v) {
-      z[v] = given.chunk[i * given.stride + v] + (given.bias.empty() ? 0.0 : given.bias[v]);
-      if (given.softcap > 0) {
-        const double t = std::tanh(z[v] / given.softcap);
-        z[v] = given.softcap * t;
-        slope[v] = 1.0 - t * t;
-      }
-      sum += std::exp(z[v]);
-      all += z[v];
-    }
-    const int64_t y = given.labels[i];
-    const double L = std::log(sum), e = y < 0 ? 0.0 : given.smoothing;
-    lse[i] = L;
-    log_p[i] = y < 0 ? 0.0 : z[y] - L;
-    loss[i] = L - (y < 0 ? 0.0 : (1 - e) * z[y]) - e / V * all + given.z_loss * L * L;
-    for (int64_t v = 0; v < V; ++v)
-      gradient[i * given.stride + v] = given.factors[i] * slope[v] *
-                                       (std::exp(z[v] - L) * (1 + 2 * given.z_loss * L) - (v == y ? 1 - e : 0.0) -
-                                        e / V);
+    const CrossEntropyRow row = cross_entropy_oracle(given.call(false), given.chunk.data() + i * given.stride, i);
+    lse[i] = row.lse;
+    log_p[i] = row.log_p;
+    loss[i] = row.loss;
+    std::copy(row.gradient.begin(), row.gradient.end(), gradient.begin() + i * given.stride);
   }
   CrossEntropyCase plain = given, full = given;
   plain.run(false, 1);
@@ -97,34 +82,6 @@ struct DivergenceCase {
   }
 };
 
-double divergence(Divergence kind, const std::vector<double>& s, const std::vector<double>& t) {
-  const auto softmax = [&](const std::vector<double>& x) {
-    std::vector<double> p(x.size(), 0.0);
-    double sum = 0.0;
-    for (std::size_t v = 0; v < x.size(); ++v)
-      if (!std::isinf(s[v]) && !std::isinf(t[v])) sum += p[v] = std::exp(x[v] / 1.7f);
-    for (double& value : p) value = sum > 0 ? value / sum : 0.0;
-    return p;
-  };
-  const std::vector<double> p = softmax(s), q = softmax(t);
-  double total = 0.0;
-  const double m = 0.3f;
-  for (std::size_t v = 0; v < p.size(); ++v) {
-    if (p[v] == 0.0) continue;
-    const double forward = q[v] * std::log(q[v] / p[v]), reverse = p[v] * std::log(p[v] / q[v]);
-    const double mixed = (1 - m) * q[v] + m * p[v], skewed = m * q[v] + (1 - m) * p[v];
-    switch (kind) {
-      case Divergence::forward: total += forward; break;
-      case Divergence::reverse: total += reverse; break;
-      case Divergence::symmetric: total += (1 - m) * forward + m * reverse; break;
-      case Divergence::js: total += (1 - m) * q[v] * std::log(q[v] / mixed) + m * p[v] * std::log(p[v] / mixed); break;
-      case Divergence::skew: total += q[v] * std::log(q[v] / skewed); break;
-      case Divergence::tv: total += 0.5 * std::fabs(p[v] - q[v]); break;
-    }
-  }
-  return total;
-}
-
 void compare(Divergence kind, int64_t R, int64_t V) {
   const std::string name = "divergence " + std::to_string(int(kind)) + " R" + std::to_string(R) +
                            " V" + std::to_string(V);
@@ -137,15 +94,15 @@ void compare(Divergence kind, int64_t R, int64_t V) {
   for (int64_t i = 0; i < R; ++i) {
     std::vector<double> s(given.student.begin() + i * given.stride, given.student.begin() + i * given.stride + V);
     std::vector<double> t(given.teacher.begin() + i * given.stride, given.teacher.begin() + i * given.stride + V);
-    value[i] = divergence(kind, s, t);
+    value[i] = divergence_oracle(kind, s, t, 1.7f, 0.3f);
     for (int64_t v = 0; v < V; ++v) {
       got[i * V + v] = full.student[i * full.stride + v];
       if (std::isinf(s[v]) || std::isinf(t[v])) continue;
       const double at = s[v], step = 1e-5;
       s[v] = at + step;
-      const double above = divergence(kind, s, t);
+      const double above = divergence_oracle(kind, s, t, 1.7f, 0.3f);
       s[v] = at - step;
-      gradient[i * V + v] = given.factors[i] * (above - divergence(kind, s, t)) / (2 * step);
+      gradient[i * V + v] = given.factors[i] * (above - divergence_oracle(kind, s, t, 1.7f, 0.3f)) / (2 * step);
       s[v] = at;
     }
   }
@@ -162,8 +119,18 @@ void nothing_to_choose() {
   for (int v = 0; v < 5; ++v) chunk[5 + v] = 1.0f;
   cross_entropy_rows({2, 5, {chunk.data(), 5}, nullptr, labels.data(), nullptr, 0.0f, 0.0f, 0.0f, true, loss.data(),
                       log_p.data(), lse.data()}, 1);
-  check(std::isinf(loss[0]) && lse[0] == -INFINITY, "a row of -inf has no probability");
+  check(std::isinf(loss[0]) && lse[0] == -INFINITY && log_p[0] == -INFINITY, "a row of -inf has no probability");
   for (int v = 0; v < 5; ++v) check(chunk[v] == 0.0f && std::fabs(chunk[5 + v] - 0.2f) < 1e-6f, "and no gradient");
+}
+
+// A label that cannot be chosen costs inf, with smoothing too; without a label a row has no log p, even if it is empty.
+void rows_of_no_probability() {
+  std::vector<float> chunk{-INFINITY, 1.0f, 2.0f, -INFINITY, -INFINITY, -INFINITY}, loss(2), log_p(2), lse(2);
+  const std::vector<int64_t> labels{0, -1};
+  cross_entropy_rows({2, 3, {chunk.data(), 3}, nullptr, labels.data(), nullptr, 0.1f, 0.0f, 0.0f, false, loss.data(),
+                      log_p.data(), lse.data()}, 1);
+  check(loss[0] == INFINITY && log_p[0] == -INFINITY, "a label of -inf under smoothing");
+  check(loss[1] == INFINITY && log_p[1] == 0.0f, "no label in a row of -inf");
 }
 
 void bad_calls_are_refused() {
@@ -186,6 +153,9 @@ void bad_calls_are_refused() {
   const DivergenceRows pair{1, 4, {chunk.data(), 4}, {chunk.data(), 4}, nullptr, Divergence::js, 1.0f, 1.0f,
                             false, out.data()};
   check(refused([&] { divergence_rows(pair, 1); }), "a mixture of one");
+  DivergenceRows other = pair;
+  other.kind = static_cast<Divergence>(6);
+  check(refused([&] { divergence_rows(other, 1); }), "an unknown kind");
 }
 
 }  // namespace
@@ -202,6 +172,7 @@ int main(int argc, char** argv) {
       for (int64_t V : {2, 4, 15, 16, 17, 1025}) compare(static_cast<Divergence>(kind), 5, V);
     compare(Divergence::forward, 0, 3);
     nothing_to_choose();
+    rows_of_no_probability();
     bad_calls_are_refused();
   });
 }

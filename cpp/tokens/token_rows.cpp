@@ -41,6 +41,7 @@ VLM_INLINE void add_scaled(const float* from, float weight, int64_t width, float
 
 void token_gather(const TokenGather& c, int threads) {
   const int64_t bytes = c.width * c.element_bytes;
+  if (bytes == 0) return;  // then there may be no memory at all, which memset does not take
   parallel_for(c.batch * c.length, grain_of(c.width), useful(c.batch * c.length, c.width, threads),
                [&](int64_t begin, int64_t end, int) {
                  for (int64_t at = begin; at < end; ++at) {
@@ -59,6 +60,7 @@ void token_gather(const TokenGather& c, int threads) {
 }
 
 void token_scatter(const TokenScatter& c, const int64_t* starts, const int64_t* members, int threads) {
+  if (c.width == 0) return;
   parallel_for(c.batch * c.length, grain_of(c.width), useful(c.batch * c.length, c.width, threads),
                [&](int64_t begin, int64_t end, int) {
                  for (int64_t at = begin; at < end; ++at) {

@@ -102,6 +102,8 @@ void token_match(const TokenMatch& call, int threads) {
   refuse_negative({call.batch, call.heads, call.length, call.width, call.merged, call.protect});
   if (call.length > INT32_MAX) throw std::invalid_argument("token match: over 2^31 tokens");
   if (call.heads == 0) throw std::invalid_argument("token match: no heads");
+  if (call.order < MatchOrder::sources_first || call.order > MatchOrder::similarity)
+    throw std::invalid_argument("token match: unknown order");
   if (call.merged > std::max<int64_t>(call.length - call.protect, 0) / 2)
     throw std::invalid_argument("token match: more merges than half of the unprotected tokens");
   const int64_t sources = (call.length + 1) / 2;
@@ -133,6 +135,7 @@ void token_gather(const TokenGather& call, int threads) {
   for (int64_t at = 0; at < call.batch * call.length; ++at)
     if (call.index[at] < -1 || call.index[at] >= call.from_length)
       throw std::invalid_argument("token gather: an index lies outside of the tokens");
+  if (call.element_bytes < 1) throw std::invalid_argument("token gather: an element has at least one byte");
   if (call.weights != nullptr && call.element_bytes != sizeof(float))
     throw std::invalid_argument("token gather: weights want float32");
   active_kernels().token_gather(call, std::max(threads, 1));

@@ -89,7 +89,8 @@ void one_row(const CrossEntropyRows& call, int64_t i) {
   const RowTop at = make_logits(row, call);
   const float own = label >= 0 ? row[label] : 0.0f;
   if (at.top == -infinity) {  // nothing can be chosen
-    call.lse[i] = call.log_p[i] = -infinity;
+    call.lse[i] = -infinity;
+    call.log_p[i] = label >= 0 ? -infinity : 0.0f;
     call.loss[i] = infinity;
     if (call.gradient) fill(row, ids, 0.0f);
     return;
@@ -99,7 +100,7 @@ void one_row(const CrossEntropyRows& call, int64_t i) {
   const double log_sum = __builtin_log(sum), lse = at.top + log_sum;
   double loss = label >= 0 ? log_sum + (double(at.top) - own) : lse;
   call.log_p[i] = label >= 0 ? static_cast<float>(-loss) : 0.0f;
-  if (smoothing > 0.0f) loss += smoothing * (own - at.sum / ids);
+  if (smoothing > 0.0f && own != -infinity) loss += smoothing * (own - at.sum / ids);  // else it is inf
   loss += call.z_loss * lse * lse;
   call.loss[i] = static_cast<float>(loss);
   call.lse[i] = static_cast<float>(lse);

@@ -80,6 +80,31 @@ def test_core_infllm_probabilities_of_both_branches_sum_to_one(far):
     assert (state.score >= 0).all()
 
 
+def test_core_infllm_a_token_is_scored_by_its_share_of_the_joint_softmax_while_it_is_in_the_window():
+    q, k, _ = row(60)
+    memory = BlockMemoryOptions(n_init=3, n_local=16, block=1, topk=0, chunk=1).build()
+    state = memory.start(HEADS, KV_HEADS, WIDTH, like=q)
+    memory(q, k, k, state)
+    lag = lags(60)
+    sink = (torch.arange(60) < 3)[None] & (lag >= 16)
+    local = (lag >= 0) & (lag < 16)
+    every = torch.eye(60, dtype=torch.float64).expand(KV_HEADS, 60, 60)  # values that give the probabilities themselves
+    p = oracle(q, k, every, local | sink, torch.where(sink, 15, lag))
+    assert torch.allclose(state.score, (p * local).sum(1), atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_core_infllm_a_block_is_formed_when_the_last_of_its_tokens_has_left_every_window(chunk):
+    q, k, v = row(61)
+    memory = BlockMemoryOptions(n_init=3, n_local=16, block=4, topk=1, chunk=chunk).build()
+    state = memory.start(HEADS, KV_HEADS, WIDTH, like=q)
+    for start in range(0, 61, chunk):
+        part = slice(start, start + chunk)
+        memory(q[:, part], k[:, part], v[:, part], state)
+        seen = max(0, start - 15)  # the first query of this chunk still has the tokens from here in its window
+        assert state.means.shape[1] == max(0, seen - 3) // 4
+
+
 def test_core_infllm_the_result_does_not_depend_on_the_cache():
     q, k, v = row(300)
     results, loads = [], []

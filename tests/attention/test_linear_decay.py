@@ -26,6 +26,10 @@ def test_core_transnormer_lrpe_is_the_cosine_of_the_distance():
     assert torch.allclose(got[0], expected, atol=1e-5)  # angles are float32
 
 
+def test_core_transnormer_only_the_first_layer_has_lrpe_unless_told():
+    assert [layer for layer in range(3) if any("theta" in name for name, _ in LinearDecayOptions().build(shape(layer)).named_parameters())] == [0]
+
+
 def test_slopes_of_both_kinds():
     assert slopes_of("alibi", 4) == [0.25, 0.0625, 0.015625, 0.00390625]
     assert slopes_of("alibi", 3) == pytest.approx([2**-4, 2**-8, 2**-2])

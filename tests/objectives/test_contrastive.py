@@ -54,6 +54,8 @@ def pairs(n=12, captions=1, seed=0):
         "text": TokenIds(ids, mask, owner, torch.arange(captions).repeat(n) if captions > 1 else None),
         "group": Labels(torch.arange(n) // 2, ones, index),
         "trust": Labels(torch.linspace(0.2, 1.0, n), ones, index),
+        "noise": Labels(torch.linspace(0.0, 1.0, n), ones, index),
+        "share": Labels(torch.linspace(1.0, 0.1, rows), torch.ones(rows, dtype=torch.bool), owner),
     }
     return Batch(streams, [f"k{i}" for i in range(n)], index, index * 0)
 
@@ -92,6 +94,18 @@ OPTIONS = [
     {"targets": "slots"},
     {"targets": "slots", "similarity": "late-max"},
     {"targets": "multi", "form": "sigmoid"},
+    {"targets": "listed", "shares": "share"},
+    {"targets": "listed", "shares": "share", "form": "sigmoid"},
+    {"targets": "listed", "shares": "share", "teacher": "teacher", "teacher_share": 0.3, "smoothing": 0.1},
+    {"smoothing": 0.3, "smooth_by": "noise"},
+    {"smoothing": 0.3, "smooth_by": "noise", "form": "sigmoid"},
+    {"smoothing": 0.3, "smooth_by": "noise", "similarity": "late-max"},
+    {"smoothing": 0.3, "smooth_by": "noise", "similarity": "late-max", "form": "sigmoid"},
+    {"smoothing": 0.3, "smooth_by": "noise", "targets": "multi"},
+    {"smoothing": 0.3, "smooth_by": "noise", "gather": "ring"},
+    {"teacher": "teacher", "teacher_share": 0.5, "teacher_top": 3},
+    {"teacher": "teacher", "teacher_share": 0.5, "teacher_top": 3, "form": "sigmoid"},
+    {"teacher": "teacher", "teacher_share": 0.5, "teacher_top": 3, "targets": "slots", "smoothing": 0.2, "smooth_by": "noise"},
 ]
 
 
@@ -101,7 +115,7 @@ def test_every_option_learns(options):
     model = encoder(form)
     companion = encoder(form, seed=1) if "teacher" in options.values() else None
     engine = engine_for(model, companion=companion, **options)
-    batch = pairs(captions=2 if options.get("targets") in ("multi", "slots") else 1)
+    batch = pairs(captions=2 if options.get("targets") in ("multi", "slots", "listed") else 1)
     optimizer = torch.optim.AdamW(engine.parameters(), lr=3e-3)
     losses = []
     for step in range(12):
@@ -127,6 +141,16 @@ def test_every_option_learns(options):
     ({"teacher": "t", "exclude_similar": 0.5}, "do not go together"),
     ({"exclude": "group", "targets": "groups"}, 'wants targets = "diagonal"'),
     ({"keys": "t"}, "set queue"),
+    ({"smooth_by": "noise"}, "smooth_by scales smoothing"),
+    ({"smooth_by": "noise", "smoothing": 0.1, "form": "sigmoid", "gather": "ring"}, 'gather = "ring" is of similarity'),
+    ({"targets": "listed"}, "go together"),
+    ({"shares": "share"}, "go together"),
+    ({"targets": "listed", "shares": "s", "similarity": "late-max"}, 'targets = "listed" is of similarity'),
+    ({"targets": "listed", "shares": "s", "form": "sigmoid", "smoothing": 0.1}, "neither smoothing nor negative_weight"),
+    ({"targets": "listed", "shares": "s", "queue": 8}, "queue is of form"),
+    ({"teacher_top": 3}, "teacher_top wants a teacher"),
+    ({"teacher_top": 3, "teacher": "t", "targets": "groups"}, "teacher_top wants a teacher"),
+    ({"teacher_top": 3, "teacher": "t", "gather": "ring"}, "teacher_top wants a teacher"),
 ])
 def test_wrong_combinations_are_named(options, message):
     with pytest.raises(ValidationError, match=message):

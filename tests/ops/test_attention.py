@@ -42,7 +42,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, allow: Tensor, bias: Tensor | No
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_both_backends_follow_the_definition(backend: ops.Backend, causal: bool) -> None:
+def test_core_exact_attention_follows_the_definition_on_both_backends(backend: ops.Backend, causal: bool) -> None:
     q, k, v = tensors(2, 4, 2, 5, 7, 6, 3)
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0] * 7], dtype=torch.bool)
     bias = torch.randn(2, 1, 5, 7, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_type() -> None:
         assert mine <= 2 * theirs + 1e-7
 
 
-def test_alignment_only_matters_when_lengths_differ() -> None:
+def test_core_exact_attention_alignment_only_matters_when_lengths_differ() -> None:
     q, k, v = (t.float() for t in tensors(1, 1, 1, 4, 9, 8, 8))
     with ops.backend("native"):
         top = ops.attention(q, k, v, causal=True, alignment="top-left")
@@ -105,7 +105,7 @@ def test_alignment_only_matters_when_lengths_differ() -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_empty_rows_are_zero_with_zero_gradients(backend: ops.Backend) -> None:
+def test_core_exact_attention_empty_rows_are_zero_with_zero_gradients(backend: ops.Backend) -> None:
     inputs = tensors(2, 2, 2, 6, 4, 8, 8)
     mask = torch.tensor([[True] * 4, [False] * 4])
 
@@ -146,7 +146,7 @@ def test_any_strides_give_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 2, 57, 300, 16, 16), (1, 1, 1, 130, 1100, 8, 8), (2, 8, 4, 90, 90, 16, 16)], ids=str)
-def test_bits_do_not_depend_on_the_thread_count(shape: tuple[int, ...], level: str) -> None:
+def test_core_exact_attention_bits_do_not_depend_on_the_thread_count(shape: tuple[int, ...], level: str) -> None:
     b, h, _, n, m, _, _ = shape
     inputs = [*tensors(*shape), torch.randn(1, h, n, m)]
     mask = torch.rand(b, m) < 0.8
@@ -163,7 +163,7 @@ def test_bits_do_not_depend_on_the_thread_count(shape: tuple[int, ...], level: s
             assert torch.equal(a, b_)
 
 
-def test_query_groups_equal_repeated_keys() -> None:
+def test_core_exact_attention_query_groups_equal_repeated_keys() -> None:
     q, k, v = (t.float() for t in tensors(2, 6, 2, 20, 30, 8, 8))
     with ops.backend("native"):
         grouped = ops.attention(q, k, v)
@@ -171,7 +171,7 @@ def test_query_groups_equal_repeated_keys() -> None:
     assert torch.equal(grouped, repeated)
 
 
-def test_partial_results_merge_by_their_lse() -> None:
+def test_core_exact_attention_partial_results_merge_by_their_lse() -> None:
     """Split the keys in two, merge with the formula of the book: the gradient of lse must be right, too."""
     inputs = tensors(1, 2, 2, 20, 50, 8, 8)
 

@@ -152,7 +152,7 @@ def check(program: MaskProgram, truth: Tensor, b: int, h: int, n: int, m: int, g
 
 
 @pytest.mark.parametrize("make", ATOMS, ids=lambda f: f.__name__)
-def test_every_atom_alone_at_every_level(make: Callable[..., Made], level: str) -> None:
+def test_core_exact_attention_every_atom_alone_at_every_level(make: Callable[..., Made], level: str) -> None:
     g = torch.Generator().manual_seed(5)
     for b, h, n, m in [(2, 2, 1, 1), (2, 1, 31, 37), (1, 2, 70, 70), (2, 1, 61, 300), (1, 1, 40, 13)]:
         atom, pair = make(g, b, h, n, m)
@@ -160,7 +160,7 @@ def test_every_atom_alone_at_every_level(make: Callable[..., Made], level: str) 
 
 
 @pytest.mark.parametrize("makes", list(itertools.combinations_with_replacement(ATOMS, 2)), ids=lambda p: "+".join(f.__name__ for f in p))
-def test_every_pair_of_atoms(makes: tuple[Callable[..., Made], ...]) -> None:
+def test_core_exact_attention_every_pair_of_atoms(makes: tuple[Callable[..., Made], ...]) -> None:
     g = torch.Generator().manual_seed(6)
     b, h, n, m = 2, 2, 33, 41
     made = [make(g, b, h, n, m) for make in makes]
@@ -242,7 +242,7 @@ def test_core_facet_equals_each_facet_alone(backend: ops.Backend) -> None:
     assert (gradient[:, :, ids[0] > 1] == 0).all()
 
 
-def test_segments_equal_a_loop_over_documents() -> None:
+def test_core_exact_attention_segments_equal_a_loop_over_documents() -> None:
     ids = torch.repeat_interleave(torch.arange(5), torch.tensor([300, 1, 77, 500, 13]))[None]
     inputs = [torch.randn(1, 2, ids.shape[1], 16, dtype=torch.float64) for _ in range(3)]
 

@@ -44,7 +44,7 @@ def test_core_exact_attention_varlen_is_a_loop(backend: ops.Backend, queries: tu
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6)
 
 
-def test_segments_are_varlen() -> None:
+def test_core_exact_attention_segments_are_varlen() -> None:
     lengths = (70, 1, 300, 29)
     q, k, v = (torch.randn(400, 2, 16) for _ in range(3))
     ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]

@@ -121,7 +121,7 @@ def joined(parts: list[list[Tensor]]) -> list[Tensor]:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["plain", "groups", "teacher"])
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_core_infonce_a_ring_of_ranks_equals_one_rank(form: str, kind: str, size: int, backend: ops.Backend) -> None:
+def test_core_infonce_and_core_siglip_a_ring_of_ranks_equals_one_rank(form: str, kind: str, size: int, backend: ops.Backend) -> None:
     whole = problem()
     dtype, tolerance = (torch.float32, 2e-5) if backend == "native" else (torch.float64, 1e-11)
     with ops.backend("torch"):

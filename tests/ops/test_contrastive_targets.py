@@ -280,7 +280,7 @@ def test_bits_of_all_targets_do_not_depend_on_the_thread_count(level: str) -> No
     assert max(error(p, q) for p, q in zip(results[0][:6], exact[:6])) < 2e-5
 
 
-def test_bfloat16_is_read_without_a_float_copy_and_keeps_its_type() -> None:
+def test_bfloat16_is_read_without_a_float_copy_and_keeps_its_type(level: str) -> None:
     x, y, s = (t.float() for t in inputs(R, C))
     x, y = x.bfloat16().requires_grad_(), y.bfloat16().requires_grad_()
     with ops.backend("native"):

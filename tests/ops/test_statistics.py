@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.ops.oracle import error
 from vlm import ops
+from vlm.ops import masks as ops_masks
 from vlm.ops.statistics_native import native_column_sums, native_row_statistics, native_rows
 
 SHAPES = [
@@ -271,7 +272,10 @@ MASKS = [(None, None), (torch.arange(18).view(2, 9) % 3 > 0, torch.randn(1, 4, 5
 @pytest.mark.parametrize(("mask", "bias"), MASKS, ids=["plain", "full"])
 def test_operators_pass_opcheck(mask: Tensor | None, bias: Tensor | None) -> None:
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8)
-    shared = (q, k, mask, bias, 0.3, True, 4)
+    near = ops_masks.MaskProgram(ops_masks.Window(3), ops_masks.Dense(torch.rand(1, 4, 5, 9) < 0.8))
+    lowered = (None, None, None) if mask is None else near.lower(ops_masks.MaskShape(2, 4, 5, 9, q.device))
+    shared = (q, k, mask, bias, None if mask is None else torch.randn(4, 13), *lowered[1:], lowered[0], 0.3, True, 4, 0, 0,
+              0.0 if mask is None else 5.0)
     torch.library.opcheck(native_row_statistics, (*shared, True))
     torch.library.opcheck(native_row_statistics, (*shared, False))
     torch.library.opcheck(native_column_sums, (*shared, torch.zeros(2, 4, 5), torch.randn(2, 4, 5)))

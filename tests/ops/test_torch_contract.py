@@ -179,6 +179,7 @@ def test_self_test_covers_every_operator_at_every_level() -> None:
             "sequence_alignment",
             "ssm_scan",
             "tokens",
+            "window_attention",
         )
         for level in native.supported_levels()
     }

@@ -13,36 +13,43 @@ from vlm.training.trainer import Cursor
 from vlm.workflows.bases import with_bases
 
 FEW = "scenes:?n=96"
+FEW_CLIPS = "clips:?n=96&frames=4&size=16"
 VISION = "{width=24, depth=1, heads=3, image_size=32, patch_size=4}"
 TEXT = "{width=24, depth=1, heads=3, length=16}"
 SMALL = {
     "dual-encoder": ["model.embed_dim=24", f"model.vision={VISION}", f"model.text={TEXT}", "tokenizer.vocab_size=300"],
     "language": ["model.width=32", "model.depth=2", "model.heads=2", "model.kv_heads=1", "model.ffn_width=48", "tokenizer.vocab_size=300"],
     "vision": ["model.tower.width=12", "model.tower.depths=[2, 1]", "model.tower.heads=[2, 2]"],
+    "video": ["model.tower.width=16", "model.tower.depth=1", "model.tower.heads=2"],
     "vision-language": [],  # small where its bases are
 }
 """Family -> overrides that make its presets small."""
 
 
 def small(key, models, *overrides):
-    """(preset, resolved) of a packaged preset with stand-ins for its bases, tiny batches and no data but scenes."""
+    """(preset, resolved) of a packaged preset with stand-ins for its bases, tiny batches and no data but scenes or clips."""
     preset, _ = load_preset(key)
     stages = preset.stages or [{}]
     given = ["train.batch_size=4", "train.accumulate=1", "scale={threads=1, processes=1}", "data.workers=0"]
+    clips = (preset.data.source or "").startswith("clips:")
+    few = FEW_CLIPS if clips else FEW
     mixed = [(s["name"], part) for s in stages for part in s.get("data", {}).get("mixture", {})]
     own = [f'data.mixture.{part}.source="{FEW}"' for part in preset.data.mixture]
-    given += [f'stages.{name}.data.mixture.{part}.source="{FEW}"' for name, part in mixed] or own or [f'data.source="{FEW}"']
+    given += [f'stages.{name}.data.mixture.{part}.source="{FEW}"' for name, part in mixed] or own or [f'data.source="{few}"']
     given += [f'stages.{stage["name"]}.train.batch_size=4' for stage in stages if "batch_size" in stage.get("train", {})]
     if preset.data.val is not None:
-        given.append('data.val="scenes:?n=12&split=val"')
+        given.append(f'data.val="{few.replace("96", "12")}&split=val"')
     if preset.model is not None:
-        given += SMALL[preset.model.kind]
+        given += SMALL["video" if clips else preset.model.kind]
         tokens = getattr(preset.model, "tokens", None)
         if tokens is not None and tokens.keep is not None:  # a language model of two layers has one place to drop
             given.append('model.tokens.keep={kind="stages", layers=[1], ratios=[0.5]}')
         if tokens is not None and any(step.needs_grid for step in tokens.pre):  # and a tower of one block no block before it
             given.append('model.tokens.pre=[{score={kind="attention-received", layer=-1}, select={kind="top-k", ratio=0.5}}]')
-    elif preset.start.model is None:  # one that is to be given a model
+    if preset.data.text.captions is not None:  # a text tower as short as that above
+        given.append("data.text.captions=16")
+    given += [f"objectives.{o.name}.layer=2" for o in preset.objectives if o.kind == "sequence-align"]  # the last of two
+    if preset.model is None and preset.start.model is None:  # one that is to be given a model
         given.append(f'start.model="{models["clip-tiny"]}"')
     preset, resolved = load_preset(key, [*given, *overrides])
     resolved = with_bases(resolved, models)

@@ -23,7 +23,9 @@ SIGNATURES = {
     "pyramiddrop": "positions dropped between layers",
     "aim": "merged before the decoder and dropped inside it, at inference alone",
     "clip-tiny-tome": "tokens merged inside the tower",
+    "xclip": "clips: frames that exchange messages",
     "lora-tiny": "adapters on a dual encoder",
+    "sugar": "two inputs compared over the update, with a teacher of both streams, beside adapters",
     "linear-probe": "a head on a frozen tower",
     "swin-v2": "pictures alone: hidden squares, then classes of the model's own",
 }

@@ -26,7 +26,7 @@ def drawn(*shape, seed=0):
 
 @pytest.mark.parametrize(("n", "m", "groups"), [(1, 1, 4), (5, 7, 2), (7, 5, 1), (13, 13, 4)])
 @pytest.mark.parametrize("alignment", ["bottom-right", "top-left"])
-def test_column_sums_are_those_of_the_map(n, m, groups, alignment):
+def test_fopru_column_sums_are_those_of_the_map(n, m, groups, alignment):
     q, k = drawn(2, 4, n, 6), drawn(2, groups, m, 6, seed=1)
     mask = torch.rand(2, m, generator=torch.Generator().manual_seed(2)) < 0.7
     mask[1] = False  # a row without any key

@@ -7,7 +7,7 @@ import torch
 
 from tests.models.model_makers import logits_of
 from tests.tokens.rows import batch, check_cached_decoding, equal_bits, kept, reducing
-from vlm.tokens.score_options import random_order, uniform_order
+from vlm.tokens.score_options import SimilarityToTextOptions, View, grid_order, random_order, uniform_order
 
 SCORES = [
     {"kind": "attention-from-rows", "norm": "next-layer"},
@@ -19,6 +19,9 @@ SCORES = [
     {"kind": "norm", "best": "smallest"},
     {"kind": "random", "seed": 3},
     {"kind": "uniform"},
+    {"kind": "uniform-grid", "columns": 4},
+    {"kind": "similarity-to-text"},
+    {"kind": "similarity-to-text", "reduce": "max"},
 ]
 KEEPS = [
     {"kind": "constant", "ratio": 0.4},
@@ -65,6 +68,23 @@ def test_core_select_kept_sets_are_nested_and_ragged_batches_are_their_rows():
             assert late[row] == sorted(late[row])
 
 
+@pytest.mark.parametrize("keep", [{"kind": "sigmoid", "k": 1.0, "budget": 0.6}, {"kind": "table", "ratios": [1, 0.7, 0.4, 0.2]}],
+                         ids=["sigmoid", "table"])  # fmt: skip
+@torch.no_grad()
+def test_vision_token_search_kept_sets_are_nested_and_keep_their_positions(keep):
+    model = reducing({"keep": keep, "score": {"kind": "attention-from-rows", "norm": "previous-layer"}, "apply": {"positions": "keep"}})
+    output = model.encode(batch(), {"text": frozenset({f"hidden:{layer}" for layer in range(5)})})["text"]
+    layouts = [output.layout_of(layer) for layer in range(1, 5)]
+    sets = [kept(layout) for layout in layouts]
+    assert len(sets[0][0]) > len(sets[-1][0])
+    for early, late in pairwise(sets):
+        for row in range(4):
+            assert set(late[row]) <= set(early[row])
+    for layout, own in zip(layouts, sets):
+        for row in range(4):
+            assert layout.position[row, layout.mask[row]].tolist() == own[row]  # rotary positions are those of before
+
+
 @torch.no_grad()
 def test_core_select_a_threshold_keeps_another_number_of_every_picture():
     pre = [{"score": {"kind": "norm"}, "select": {"kind": "threshold", "times": 1.05}}]
@@ -96,3 +116,48 @@ def test_core_select_uniform_places_are_spread_and_random_ones_drawn():
     assert torch.equal(random_order(number, 1), random_order(number, 1))
     assert not torch.equal(random_order(number, 1).argsort(), random_order(number, 2).argsort())
     assert len(set(random_order(torch.arange(1000), 0).tolist())) == 1000
+
+
+@pytest.mark.parametrize(("side", "keep", "places"), [(8, 4, (0, 4)), (8, 16, (0, 2, 4, 6)), (4, 4, (0, 2)), (8, 1, (0,))])
+def test_core_select_uniform_grid_places_are_a_grid(side, keep, places):
+    chosen = grid_order(torch.arange(side * side), side).topk(keep).indices.sort().values
+    assert chosen.tolist() == [row * side + column for row in places for column in places]
+    odd = grid_order(torch.arange(35), 7)
+    assert sorted(odd.argsort(descending=True).tolist()) == list(range(35))
+    assert len(set(odd.tolist())) == 35
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_core_select_similarity_to_text_is_the_cosine_with_text_of_the_prompt(reduce):
+    x = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    text = torch.tensor([[1, 0, 0, 1, 1, 0, 0], [0] * 7]).bool()
+    scope = torch.tensor([[1, 1, 1, 1, 0, 1, 0], [1] * 7]).bool()
+    x[0, 4] = x[0, 6] = torch.nan  # beyond the prompt: never read
+    view = View(x, x, None, None, None, scope, torch.arange(7).expand(2, 7), text)
+    got = SimilarityToTextOptions(reduce=reduce).score(view)
+    for place in (1, 2, 5):
+        cosines = [float(torch.cosine_similarity(x[0, place], x[0, said], dim=0)) for said in (0, 3)]
+        expected = sum(cosines) / 2 if reduce == "mean" else max(cosines)
+        assert abs(float(got[0, place]) - expected) < 1e-6
+    assert torch.equal(got[1], torch.zeros(7))  # a row without text
+
+
+@torch.no_grad()
+def test_core_select_fastv_is_one_cut_by_the_attention_of_the_last_text_in_the_layer_before():
+    tokens = {"score": {"kind": "attention-from-rows", "norm": "previous-layer"}, "keep": {"kind": "one-cut", "after": 2, "ratio": 0.25}}
+    model, whole = reducing(tokens), reducing(None)
+    given = batch()
+    layers = model.encode(given, {"text": frozenset({"hidden:1", "hidden:2", "hidden:3"})})["text"]
+    full = whole.encode(given, {"text": frozenset({"hidden:1"})})["text"]
+    x, layout, block = full.hidden[1], full.layout_of(1), whole.language.trunk.blocks[1]
+    y, rotary = block.norm1(x), whole.language.trunk.rotary(layout.position)
+    q, k = block.attention.queries(y, rotary), block.attention.keys(y, rotary).repeat_interleave(2, 1)
+    row = 0  # 2, 5, 16 visual positions, 6, 7, then its answer: the last position of the instruction asks
+    asks = 2 + 16 + 1
+    logits = (q[row, :, asks] * k[row, :, : asks + 1].transpose(0, 1)).sum(-1).T * block.attention.head_width**-0.5
+    received = logits.softmax(-1).mean(0)[2:18]
+    best = (2 + received.topk(4).indices).sort().values.tolist()
+    cut = layers.layout_of(3)
+    stays = cut.kept[row][cut.mask[row] & (cut.picture[row] >= 0)].tolist()
+    assert stays == best
+    assert [int((layers.layout_of(n).picture[row] >= 0).sum()) for n in (1, 2, 3)] == [16, 16, 4]

@@ -101,7 +101,7 @@ CONTRASTIVE = [
 
 @pytest.mark.parametrize("options", CONTRASTIVE, ids=["diagonal", "groups", "sigmoid-own", "two"])
 @pytest.mark.parametrize("parts", [2, 3])
-def test_gradient_caching_equals_the_whole_batch(options, parts):
+def test_core_infonce_gradient_caching_equals_the_whole_batch(options, parts):
     batch, clock = pairs(7), Clock(0, 10)
     whole, cut = engine_of(encoder(), options), engine_of(encoder(), options)
     first, second = whole.update([batch], clock), cut.update(batch.split(parts), clock)

@@ -186,9 +186,9 @@ def test_the_claims_of_presets_name_their_data_and_a_baseline():
     """Real data, or drawn scenes of two splits, which share no composition."""
     for key in CLAIMS:
         claim = resolve(key).values["claim"]
-        if claim["data"].startswith(("scenes:", "digits:")):
+        if claim["data"].startswith(("scenes:", "digits:", "clips:")):
             assert "split" not in claim["data"]
-            assert claim["test"].startswith(("scenes:", "digits:"))
+            assert claim["test"].startswith(("scenes:", "digits:", "clips:"))
             assert "split=test" in claim["test"]
         else:
             assert claim["data"].startswith("data/")

@@ -21,7 +21,10 @@
 // Dropout: P_ij is multiplied by 1 / keep_share, or by 0 where the hash of (seed, b, h, i, j) is below `drop_below`
 // (core/random.hpp); lse is that of the undropped softmax.
 //
-// Numerics: float32 throughout. Work is cut by shape alone: bits do not depend on the number of threads.
+// Numerics: float32 throughout; with `half`, q, k, v, out and their gradients are bfloat16, what is multiplied (the
+// probabilities and the gradients of the scores, too) is rounded to bfloat16, and everything else stays float32.
+// `half` goes with a level that multiplies bfloat16 (vlm/level.hpp) and with plain products, not with the cosine.
+// Work is cut by shape alone: bits do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +46,7 @@ struct AttentionProblem {
   const MaskAtom* atoms = nullptr;
   int64_t atom_count = 0;
   float softcap = 0.0f;
+  bool half = false;                 // q, k, v, out, dout, dq, dk and dv point to bfloat16
   const float* relative = nullptr;
   int64_t relative_head_stride = 0;  // 0 = the same for all heads
   int64_t grid_rows = 0, grid_columns = 0;
@@ -52,7 +56,6 @@ struct AttentionProblem {
   const float* temperature = nullptr;  // null = plain products
   int64_t temperature_stride = 0;      // 0 = the same for all heads
 };
-
 
 struct AttentionForward {
   AttentionProblem problem;

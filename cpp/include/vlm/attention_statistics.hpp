@@ -1,8 +1,9 @@
 // Statistics of a softmax attention matrix P that is never stored, and the merge of partial attention results.
 //
-// P_ij = exp(s_ij - lse_i) over the pairs that the problem allows, s_ij and masks as in vlm/attention.hpp; the values
-// `v` of the problem are not read and its value_width should be 0. A removed pair has probability exactly 0 and a
-// removed key is never read into a sum. A row without an allowed key is a row of zeros.
+// P_ij = exp(s_ij - lse_i) over the pairs that the problem allows, s_ij and masks as in vlm/attention.hpp, atoms, soft
+// cap and biases included, the cosine score and dropout not; the values `v` of the problem are not read and its
+// value_width should be 0. A removed pair has probability exactly 0 and a key that key_mask removes is never read into a
+// sum. A row without an allowed key is a row of zeros.
 //
 //   column sums     sums_bhj = sum_i weights_bhi P_bhij. A query of weight 0 is not read into a sum either.
 //   row statistics  lse_i (natural logarithm, -inf for an empty row), entropy_i = -sum_j P_ij log P_ij (0 for an empty

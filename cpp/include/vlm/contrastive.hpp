@@ -12,14 +12,17 @@
 //   1 positive  sum of z_ij over positive j            4 count        number of positive j
 //   2 total     sum of z_ij over kept j                5 kept         number of kept j
 //   3 teacher   sum over kept j of q_ij z_ij           6 teacher lse  logsumexp over kept j of u_ij
-// with q_i = softmax over kept j of u_ij. 2, 3, 5 and 6 are 0 unless `full` (2, 5) or a teacher (3, 6) asks for them.
+// with q_i = softmax over kept j of u_ij. 3 and 6 are 0 without a teacher; 2 and 5, and the gradient of 2, are 0 unless
+// `full`, `decoupled`, exclusions or a teacher are given. 0, 3 and 6 of nothing kept are -inf, 0 and -inf.
 // Sigmoid: term_ij = max(z, 0) - p z + log(1 + exp(-|z|)), p_ij = (1 - share) hard_ij + share * sigmoid(u_ij), where
 // hard_ij is positive_label[i] (1 by default) on positives and negative_label[i] (0) elsewhere; terms of pairs that are
 // not positive count negative_weight times. Row 0 of the statistics holds the sums over kept pairs.
 //
 // Backward takes the gradients of the numbers 0 to 3 (sigmoid: 0) and writes those of x, y, log(scale) and bias. Logits
 // are recomputed. The statistics may be those of a larger problem of which these rows and columns are a part.
-// Numerics: float32 products and sums inside a tile; sums across tiles that feed one scalar are in double.
+// Numerics: float32 products and sums inside a tile; sums across tiles that feed one scalar are in double. With `half`
+// at a level that multiplies bfloat16 (vlm/level.hpp) x and y are multiplied as they are, and the gradients of the
+// logits are rounded to bfloat16 before they meet them; elsewhere x and y are widened first.
 // The work is cut by shape alone, so the bits of the result do not depend on the number of threads.
 // Extra memory: a packed copy of x (of bfloat16 input: of 8 x 14 rows for each thread), of 256 columns, O(R + C)
 // statistics for each of at most 32 row chunks, and in the backward a [256, E] block for each chunk.

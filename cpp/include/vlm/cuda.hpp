@@ -10,45 +10,25 @@
 
 #include <cstdint>
 
+#include "vlm/attention.hpp"
+#include "vlm/tokens.hpp"
 #include "vlm/view.hpp"
 
 namespace vlm::cuda {
 
 // ---- exact attention
 //
-// q [B, Hq, N, D], k [B, Hk, M, D], v [B, Hk, M, V] -> out [B, Hq, N, V], lse [B, Hq, N]; D and V at most 256. Query
-// head h reads key head h / (Hq / Hk). s_ij = scale <q_i, k_j> + bias_ij; pair (i, j) is allowed if (not causal or j <=
-// i + causal_offset) and key_mask[b, j] is not 0. A removed pair has probability exactly 0, and what key_mask removes
-// is never read. A row without an allowed key: output 0, lse -inf, no gradient.
-struct AttentionProblem {
-  int64_t batch, query_heads, key_heads, queries, keys, width, value_width;
-  Heads q, k, v;
-  float scale;
-  bool causal;
-  int64_t causal_offset;    // keys - queries for bottom-right alignment, 0 for top-left
-  const uint8_t* key_mask;  // [batch, keys] with row stride key_mask_stride, or null
-  int64_t key_mask_stride;
-  Heads bias;               // data null = none; strides of 0 repeat it
-};
+// The problem is that of vlm/attention.hpp, with arrays on the device; D and V at most 256. The mask atoms themselves
+// (`atoms`, at most 8) lie on the host, what they point to on the device, and is trusted: values are not checked.
+// `relative` is taken without a grid and without a bias; ALiBi is such a table. Softcap, temperature and dropout are
+// refused.
+using vlm::AttentionBackward;
+using vlm::AttentionForward;
+using vlm::AttentionProblem;
 
-struct AttentionForward {
-  AttentionProblem problem;
-  MutableHeads out;
-  float* lse;  // [batch, query_heads, queries], contiguous
-};
-
-struct AttentionBackward {
-  AttentionProblem problem;
-  Heads out;
-  const float* lse;
-  Heads dout;
-  const float* dlse;  // contiguous like lse, or null for zero
-  MutableHeads dq, dk, dv;
-  float* dbias;       // [bias_batch, bias_heads, bias_rows, keys], contiguous, or null; each extent is 1 or full
-  int64_t bias_batch, bias_heads, bias_rows;
-};
-
-void attention_forward(const AttentionForward& call, void* stream);
+// Room for the covers of the mask: a byte for each 32 x 32 pairs where there are atoms, else 0.
+int64_t attention_forward_workspace(const AttentionProblem& problem);
+void attention_forward(const AttentionForward& call, void* workspace, void* stream);
 int64_t attention_backward_workspace(const AttentionProblem& problem);
 void attention_backward(const AttentionBackward& call, void* workspace, void* stream);
 
@@ -76,7 +56,22 @@ struct AttentionForwardBf16 {
   float* lse;
 };
 
-void attention_forward_bf16(const AttentionForwardBf16& call, void* stream);
+// The workspace is that of attention_forward.
+void attention_forward_bf16(const AttentionForwardBf16& call, void* workspace, void* stream);
+
+// Gradients in bf16, each rounded once; probabilities and their gradients are rounded to bf16 for their products. A
+// bias or a table has no gradient here. The workspace is that of attention_backward; rows of dout are aligned like
+// those of q.
+struct AttentionBackwardBf16 {
+  AttentionProblem problem;  // as above
+  HalfHeads q, k, v, out;
+  const float* lse;
+  HalfHeads dout;
+  const float* dlse;  // contiguous like lse, or null for zero
+  MutableHalfHeads dq, dk, dv;
+};
+
+void attention_backward_bf16(const AttentionBackwardBf16& call, void* workspace, void* stream);
 
 // ---- column sums of attention
 //
@@ -88,7 +83,8 @@ struct AttentionColumnSums {
   float* sums;               // [batch, query_heads, keys], contiguous
 };
 
-void attention_column_sums(const AttentionColumnSums& call, void* stream);
+// The workspace is that of attention_forward.
+void attention_column_sums(const AttentionColumnSums& call, void* workspace, void* stream);
 
 // ---- contrastive losses
 //
@@ -134,6 +130,37 @@ int64_t pair_workspace(const PairProblem& problem);
 void pair_forward(PairLoss loss, const PairForward& call, void* workspace, void* stream);
 void pair_backward(PairLoss loss, const PairBackward& call, void* workspace, void* stream);
 
+// ---- cross-entropy over the vocabulary
+//
+// Products <h_i, w_v> of rows h [R, E] and w [V, E]; logits, losses and gradients are those of vlm/vocabulary.hpp. No
+// buffer of logits exists: the workspace holds 12 bytes for each row and 1024 ids, and 4 for each row. A label lies in
+// -1 .. V - 1 (-1 for none) and is trusted.
+struct VocabularyProblem {
+  int64_t rows, ids, width;
+  Matrix hidden, weight;
+  const float* bias;                 // [ids] or null
+  const int64_t* labels;             // [rows]
+  float smoothing, z_loss, softcap;  // softcap 0: none
+};
+
+struct VocabularyForward {
+  VocabularyProblem problem;
+  float *loss, *log_p, *lse;  // [rows] each
+};
+
+struct VocabularyBackward {
+  VocabularyProblem problem;
+  const float* lse;
+  const float* factors;    // [rows], the gradient of each loss, or null for 1
+  MutableMatrix dhidden;   // [rows, width], data null if not wanted
+  MutableMatrix dweight;   // [ids, width], data null if not wanted
+  float* dbias;            // [ids], null if not wanted
+};
+
+int64_t vocabulary_workspace(const VocabularyProblem& problem);
+void vocabulary_forward(const VocabularyForward& call, void* workspace, void* stream);
+void vocabulary_backward(const VocabularyBackward& call, void* stream);
+
 // ---- linear attention with decay
 //
 // With a = exp(log_decay[h]) and the state S [D, E] of each batch and head: S_t = a S_{t-1} + k_t v_t^T, out_t = q_t
@@ -152,19 +179,21 @@ struct LinearDecay {
 
 void linear_decay(const LinearDecay& call, void* stream);
 
-// ---- token selection
+// ---- token reduction
 //
-// The counts[b] best candidates of each row and every entry of `always`, as ascending indices padded with -1. A
-// candidate is valid and not in `always`. Equal scores: the lowest index. NaN counts as -inf.
-struct TokenSelect {
-  int64_t batch, length;
-  const float* scores;            // [batch, length], contiguous
-  const int64_t* counts;          // [batch]
-  const uint8_t *valid, *always;  // [batch, length], contiguous, or null: all valid, none always in
-  int64_t* index;                 // [batch, length], contiguous
-  int64_t* found;                 // [batch]
-};
+// Calls are those of vlm/tokens.hpp, with arrays on the device. Indices there are trusted: values are not checked.
+using vlm::MatchOrder;
+using vlm::TokenGather;
+using vlm::TokenMatch;
+using vlm::TokenScatter;
+using vlm::TokenSelect;
+using vlm::TokenWeights;
 
+int64_t token_match_workspace(const TokenMatch& call);
+void token_match(const TokenMatch& call, void* workspace, void* stream);
 void token_select(const TokenSelect& call, void* stream);
+void token_gather(const TokenGather& call, void* stream);  // elements of 1, 2, 4 or 8 bytes
+void token_scatter(const TokenScatter& call, void* stream);
+void token_weights(const TokenWeights& call, void* stream);
 
 }  // namespace vlm::cuda

@@ -5,7 +5,8 @@
 
 namespace vlm {
 
-enum class Level : int { portable = 0, avx2 = 1, avx512 = 2 };
+// avx512_bf16 has the kernels of avx512, and others beside them for tensors stored as bfloat16.
+enum class Level : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The best level of this machine that was built; found once, when first asked.
 Level best_level();
@@ -18,6 +19,9 @@ Level active_level();
 
 // Force a level; for tests, so that one machine covers all. Throws std::invalid_argument if it cannot run here.
 void set_level(Level level);
+
+// Whether the level in force multiplies bfloat16 as it is.
+bool multiplies_bfloat16();
 
 const char* level_name(Level level);
 

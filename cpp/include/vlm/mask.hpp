@@ -27,6 +27,9 @@ enum class AtomKind : int32_t {
                      // of a[.., i / query_block, :]; local
 };
 
+// What a mask leaves of a tile of pairs.
+enum class Cover : uint8_t { skip = 0, partial = 1, full = 2 };
+
 struct MaskAtom {
   AtomKind kind;
   int64_t n[4];

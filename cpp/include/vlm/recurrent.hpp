@@ -32,7 +32,7 @@ namespace vlm {
 struct LinearScan {
   int64_t batch, heads, length, width, value_width;
   Heads q, k, v;           // [B, H, N, D], [B, H, N, D], [B, H, N, E]
-  const float* log_decay;  // [H], <= 0
+  const float* log_decay;  // [H], <= 0; -inf: no memory
   const float* state;      // [B, H, D, E] contiguous, or null for 0
   const uint8_t* keep;     // [B, N] contiguous or null
   const int32_t* run;      // [B, N] contiguous or null

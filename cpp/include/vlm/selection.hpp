@@ -24,11 +24,11 @@ struct SelectionProblem {
 };
 
 // Hierarchical search. Kept always: the blocks that hold the first `sinks` keys, and those that hold the keys from
-// `window` - 1 before the first query of the block up to its last. Of the n blocks between, `budget` are chosen (all if
-// n <= budget): n blocks are cut into `budget` intervals; each interval longer than one is halved, the halves are
-// scored by their representative block (greatest <q, k> over the rows of the query block, one in row_step, and
-// the keys that they see),
-// and the best `budget` stay, of equal ones the earlier; until all have length 1.
+// `window` - 1 before the first query of the block up to its last (the last block counts as whole). Of the n blocks
+// between, `budget` are chosen (all if n <= budget): n blocks are cut into `budget` intervals; each interval longer than
+// one is halved, the halves are scored by their representative block (greatest <q, k> over the rows of the query block,
+// one in row_step, and the keys that they see), and the best `budget` stay, of equal ones the earlier; until all have
+// length 1.
 struct HierarchicalSelection {
   SelectionProblem problem;
   int64_t budget, window, sinks, row_step, capacity;

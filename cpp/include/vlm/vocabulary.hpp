@@ -5,7 +5,8 @@
 // z_iv = c tanh((t_iv + bias_v) / c). L_i = logsumexp_v z_iv.
 //
 // Cross-entropy: l_i = L_i - (1 - e) z_iy - (e / V) sum_v z_iv + k L_i^2 with smoothing e and z-loss k; without a label
-// (y = -1), l_i = L_i + k L_i^2 and e is not used. A label whose logit is -inf gives +inf.
+// (y = -1), l_i = L_i + k L_i^2 and e is not used. A label whose logit is -inf gives +inf. A row of -inf: L_i -inf, l_i
+// +inf, no gradient.
 // Gradient: t_iv becomes f_i [p_iv (1 + 2 k L_i) - (1 - e) 1[v = y] - e / V] (1 - (z_iv / c)^2), f_i the row's factor.
 //
 // Divergence: rows of student and teacher, S = softmax(s / T), Q = softmax(t / T); the formulas are at `Divergence`. An
@@ -30,7 +31,7 @@ struct CrossEntropyRows {
   float smoothing, z_loss, softcap;  // softcap 0: none
   bool gradient;
   float* loss;             // [rows], not multiplied by the factor
-  float* log_p;            // [rows]: z_iy - L_i, 0 without a label
+  float* log_p;            // [rows]: z_iy - L_i (-inf in a row of -inf), 0 without a label
   float* lse;              // [rows]: L_i
 };
 

@@ -17,8 +17,10 @@ except ImportError:
 
 from torch import Tensor
 
-from vlm.ops import attention_cuda, attention_reference, contrastive_cuda
+from vlm.ops import Alibi, attention_cuda, attention_reference, contrastive_cuda
+from vlm.ops.attention_bias import alibi_slopes
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
+from vlm.ops.masks import GlobalTokens, LoweredMask, MaskProgram, MaskShape, Segments, SymmetricWindow
 
 
 def load(path: str) -> Any:
@@ -81,6 +83,54 @@ def check_attention(core: Any) -> None:
         raise AssertionError("a width of 300 was taken")
 
 
+def view(t: Tensor) -> tuple[int, int, int, int]:
+    return (t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+
+
+def addressed(mask: LoweredMask) -> list[tuple[int, ...]]:
+    """Atoms with addresses instead of places, as the module takes them."""
+    atoms = []
+    for at in range(0, len(mask.code), 12):
+        row = list(mask.code[at : at + 12])
+        for place in (5, 9):
+            row[place] = row[place] * 4 + (0 if mask.arrays is None else mask.arrays.data_ptr())
+        atoms.append(tuple(row))
+    return atoms
+
+
+def check_masks(core: Any) -> None:
+    q, k, v = strided(2, 4, 70, 24), strided(2, 2, 90, 24), strided(2, 2, 90, 17)
+    documents = torch.randint(0, 3, (2, 90)).sort().values
+    mask = MaskProgram(SymmetricWindow(40), Segments(documents[:, 20:], documents),
+                       GlobalTokens(torch.rand(2, 70) < 0.05, torch.rand(2, 90) < 0.05))
+    lowered = mask.lower(MaskShape(2, 4, 70, 90, q.device))
+    sizes, slopes = (2, 4, 2, 70, 90, 24, 17), alibi_slopes(4)
+    distance = (torch.arange(70 + 90 - 1) - 69 - 20).abs()  # key - query - offset, of each place in the table
+    relative = -slopes[:, None] * distance
+    leaves = [t.double().requires_grad_() for t in (q, k, v, slopes)]
+    exact = attention_reference(*leaves[:3], mask=mask, bias=Alibi(leaves[3]), return_lse=True)
+    dout, dlse = torch.randn(2, 4, 70, 17), torch.randn(2, 4, 70)
+    gradients = torch.autograd.grad((exact[0] * dout).sum() + (exact[1] * dlse).sum(), leaves)
+    atoms = addressed(lowered)
+    first, second = core.attention_workspace(sizes, atoms)
+    room = torch.empty(max(first, second), dtype=torch.uint8)
+    arguments = {"sizes": sizes, "q": view(q), "k": view(k), "v": view(v), "scale": 24**-0.5, "causal": False,
+                 "causal_offset": 0, "key_mask": (0, 0), "bias": (0, 0, 0, 0), "stream": 0, "atoms": atoms,
+                 "relative": (relative.data_ptr(), relative.stride(0)), "workspace": room.data_ptr()}
+    out, lse = torch.empty(2, 4, 70, 17), torch.empty(2, 4, 70)
+    core.attention_forward(**arguments, out=view(out), lse=lse.data_ptr())
+    near("masked attention out", out, exact[0].detach(), 2e-6)
+    near("masked attention lse", lse, exact[1].detach(), 2e-6)
+    got = [torch.empty(t.shape) for t in (q, k, v)]
+    drelative = torch.empty_like(relative)
+    core.attention_backward(**arguments, out=view(out), lse=lse.data_ptr(), dout=view(dout), dlse=dlse.data_ptr(),
+                            dq=view(got[0]), dk=view(got[1]), dv=view(got[2]), dbias=0, bias_sizes=(1, 1, 1),
+                            drelative=drelative.data_ptr())
+    got.append(-(drelative * distance).sum(1))
+    for name, a, b in zip(("q", "k", "v", "slopes"), got, gradients):
+        near(f"masked attention d{name}", a, b, 1e-5)
+
+
 def check_contrastive(core: Any) -> None:
     x, y = torch.randn(70, 43)[:, :40] / 6, torch.randn(90, 40).T.contiguous().T / 6
     groups_x, groups_y = torch.randint(-5, 20, (70,), dtype=torch.int32), torch.randint(-5, 20, (90,))
@@ -111,6 +161,7 @@ def main() -> None:
     torch.manual_seed(0)
     core = load(sys.argv[1])
     check_attention(core)
+    check_masks(core)
     check_contrastive(core)
     print("the Python side agrees with the float64 twins")
 

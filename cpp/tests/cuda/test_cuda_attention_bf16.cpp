@@ -1,6 +1,7 @@
 // The tensor core attention kernel against a float64 oracle on the same bf16 numbers.
 #include <stdexcept>
 
+#include "../attention_oracle.hpp"
 #include "emulated.hpp"
 #include "vlm/cuda.hpp"
 
@@ -14,6 +15,7 @@ struct Case {
   bool causal;
   int64_t offset;
   bool mask, bias;
+  bool window = false;  // of 40 keys back and 3 ahead
   std::string name() const {
     return "B" + std::to_string(batch) + " H" + std::to_string(query_heads) + "/" + std::to_string(key_heads) + " N" +
            std::to_string(queries) + " M" + std::to_string(keys) + " D" + std::to_string(width) + " V" +
@@ -26,10 +28,11 @@ int64_t stride_of(int64_t width) { return (width + 7) / 8 * 8 + 8; }
 
 struct Tensors {
   Case c;
-  std::vector<uint16_t> q, k, v, out;
+  std::vector<uint16_t> q, k, v, out, dout, dq, dk, dv;
   std::vector<uint8_t> mask;
-  std::vector<float> bias, lse;
-  std::vector<double> exact, exact_lse;
+  std::vector<float> bias, lse, dlse;
+  AttentionAnswer exact;
+  MaskAtom window{AtomKind::local_band, {0, 40, 3, 0}, nullptr, 0, 0, 0, nullptr, 0, 0};
 
   explicit Tensors(const Case& c_) : c(c_) {
     Numbers numbers(5);
@@ -41,6 +44,8 @@ struct Tensors {
     q = fill(c.batch * c.query_heads * c.queries * stride_of(c.width));
     k = fill(c.batch * c.key_heads * c.keys * stride_of(c.width));
     v = fill(c.batch * c.key_heads * c.keys * stride_of(c.value_width));
+    dout = fill(c.batch * c.query_heads * c.queries * stride_of(c.value_width));
+    dlse = numbers.normal(c.batch * c.query_heads * c.queries);
     if (c.mask) mask.resize(c.batch * c.keys);
     for (int64_t j = 0; j < int64_t(mask.size()); ++j) {
       mask[j] = numbers.below(4) > 0 && j >= (c.batch > 1 ? c.keys : 0);  // the first of several sequences has no key
@@ -52,72 +57,96 @@ struct Tensors {
       }
     }
     if (c.bias) bias = numbers.normal(c.query_heads * c.queries * c.keys);
+    window.n[0] = c.offset;
     solve();
   }
 
-  bool allowed(int64_t b, int64_t i, int64_t j) const {
-    return (!c.causal || j <= i + c.offset) && (!c.mask || mask[b * c.keys + j]);
-  }
-  void solve() {
-    exact.assign(c.batch * c.query_heads * c.queries * c.value_width, 0.0);
-    exact_lse.assign(c.batch * c.query_heads * c.queries, -INFINITY);
-    for (int64_t row = 0; row < int64_t(exact_lse.size()); ++row) {
-      const int64_t i = row % c.queries, h = row / c.queries % c.query_heads, b = row / c.queries / c.query_heads;
-      const int64_t key_head = b * c.key_heads + h / (c.query_heads / c.key_heads);
-      double sum = 0.0;
-      for (int64_t j = 0; j < c.keys; ++j) {
-        if (!allowed(b, i, j)) continue;
-        double dot = 0.0;
-        for (int64_t e = 0; e < c.width; ++e)
-          dot += double(cuda::float_of_bf16(q[row * stride_of(c.width) + e])) *
-                 cuda::float_of_bf16(k[(key_head * c.keys + j) * stride_of(c.width) + e]);
-        const double weight = std::exp(dot * scale() + (c.bias ? bias[(h * c.queries + i) * c.keys + j] : 0.0f));
-        sum += weight;
-        for (int64_t e = 0; e < c.value_width; ++e)
-          exact[row * c.value_width + e] +=
-              weight * cuda::float_of_bf16(v[(key_head * c.keys + j) * stride_of(c.value_width) + e]);
-      }
-      if (sum == 0.0) continue;
-      exact_lse[row] = std::log(sum);
-      for (int64_t e = 0; e < c.value_width; ++e) exact[row * c.value_width + e] /= sum;
-    }
+  void solve() {  // on the same numbers in float32
+    const std::vector<float> fq = wide(q), fk = wide(k), fv = wide(v), fdout = wide(dout);
+    const auto view = [](const std::vector<float>& t, int64_t heads, int64_t length, int64_t stride) {
+      return Heads{t.data(), heads * length * stride, length * stride, stride};
+    };
+    AttentionBackward call{};
+    call.problem = problem();
+    call.problem.q = view(fq, c.query_heads, c.queries, stride_of(c.width));
+    call.problem.k = view(fk, c.key_heads, c.keys, stride_of(c.width));
+    call.problem.v = view(fv, c.key_heads, c.keys, stride_of(c.value_width));
+    call.dout = view(fdout, c.query_heads, c.queries, stride_of(c.value_width));
+    call.dlse = dlse.data();
+    exact = attention_oracle(call);
   }
   float scale() const { return 1.0f / std::sqrt(float(c.width)); }
+
+  AttentionProblem problem() const {
+    Heads b{nullptr, 0, 0, 0};
+    if (c.bias) b = {bias.data(), 0, c.queries * c.keys, c.keys};
+    const Heads none{nullptr, 0, 0, 0};
+    return {c.batch, c.query_heads, c.key_heads, c.queries, c.keys, c.width, c.value_width, none, none, none, scale(),
+            c.causal, c.offset, c.mask ? mask.data() : nullptr, c.keys, b, &window, c.window ? 1 : 0};
+  }
 
   void run() {
     const auto view = [](const std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t stride) {
       return cuda::HalfHeads{t.data(), heads * length * stride, length * stride, stride};
     };
-    out.assign(exact.size(), 0x7fff);
-    lse.assign(exact_lse.size(), NAN);
-    Heads b{nullptr, 0, 0, 0};
-    if (c.bias) b = {bias.data(), 0, c.queries * c.keys, c.keys};
-    const Heads none{nullptr, 0, 0, 0};
+    out.assign(exact.out.size(), 0x7fff);
+    lse.assign(exact.lse.size(), NAN);
+    std::vector<uint8_t> covers(cuda::attention_forward_workspace(problem()), 77);
     cuda::attention_forward_bf16(
-        {{c.batch, c.query_heads, c.key_heads, c.queries, c.keys, c.width, c.value_width, none, none, none, scale(),
-          c.causal, c.offset, c.mask ? mask.data() : nullptr, c.keys, b},
+        {problem(),
          view(q, c.query_heads, c.queries, stride_of(c.width)),
          view(k, c.key_heads, c.keys, stride_of(c.width)),
          view(v, c.key_heads, c.keys, stride_of(c.value_width)),
          {out.data(), c.query_heads * c.queries * c.value_width, c.queries * c.value_width, c.value_width},
          lse.data()},
-        nullptr);
+        covers.data(), nullptr);
+    dq.assign(exact.dq.size(), 0x7fff);
+    dk.assign(exact.dk.size(), 0x7fff);
+    dv.assign(exact.dv.size(), 0x7fff);
+    const auto to = [](std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t width) {
+      return cuda::MutableHalfHeads{t.data(), heads * length * width, length * width, width};
+    };
+    std::vector<float> workspace(cuda::attention_backward_workspace(problem()) / 4 + 1, NAN);
+    cuda::attention_backward_bf16(
+        {problem(),
+         view(q, c.query_heads, c.queries, stride_of(c.width)),
+         view(k, c.key_heads, c.keys, stride_of(c.width)),
+         view(v, c.key_heads, c.keys, stride_of(c.value_width)),
+         view(out, c.query_heads, c.queries, c.value_width),
+         lse.data(),
+         view(dout, c.query_heads, c.queries, stride_of(c.value_width)),
+         dlse.data(),
+         to(dq, c.query_heads, c.queries, c.width),
+         to(dk, c.key_heads, c.keys, c.width),
+         to(dv, c.key_heads, c.keys, c.value_width)},
+        workspace.data(), nullptr);
   }
-  std::vector<float> result() const {
+  static std::vector<float> wide(const std::vector<uint16_t>& t) {
     std::vector<float> values;
-    for (uint16_t bits : out) values.push_back(cuda::float_of_bf16(bits));
+    for (uint16_t bits : t) values.push_back(cuda::float_of_bf16(bits));
     return values;
   }
-  bool close() const { return error_between(result(), exact) <= 6e-3 && error_between(lse, exact_lse) <= 3e-6; }
+  bool close() const {
+    return error_between(wide(out), exact.out) <= 6e-3 && error_between(lse, exact.lse) <= 3e-6 &&
+           error_between(wide(dq), exact.dq) <= 1e-2 && error_between(wide(dk), exact.dk) <= 1e-2 &&
+           error_between(wide(dv), exact.dv) <= 1e-2;
+  }
 };
 
 void compare(const Case& c) {
-  Tensors t(c);
+  Tensors t(c), first(c);
+  first.run();
   in_every_mode([&](const std::string& mode) {
     t.run();
-    // Rounding to 8 bits: of the result, and of each probability.
-    check_close(t.result(), t.exact, 6e-3, c.name() + " " + mode + " out");
-    check_close(t.lse, t.exact_lse, 3e-6, c.name() + " " + mode + " lse");
+    const std::string name = c.name() + " " + mode;
+    // Rounding to 8 bits: of the result, of each probability, and of its gradient.
+    check_close(Tensors::wide(t.out), t.exact.out, 6e-3, name + " out");
+    check_close(t.lse, t.exact.lse, 3e-6, name + " lse");
+    check_close(Tensors::wide(t.dq), t.exact.dq, 1e-2, name + " dq");
+    check_close(Tensors::wide(t.dk), t.exact.dk, 1e-2, name + " dk");
+    check_close(Tensors::wide(t.dv), t.exact.dv, 1e-2, name + " dv");
+    check(t.out == first.out && t.dq == first.dq && t.dk == first.dk && t.dv == first.dv,
+          name + ": bits depend on the order of execution");
   });
 }
 
@@ -131,7 +160,8 @@ int main() {
     compare({1, 2, 1, 63, 65, 64, 64, true, 2, true, false});
     compare({2, 2, 1, 65, 64, 33, 21, true, -1, true, true});
     compare({1, 1, 1, 20, 130, 128, 72, false, 0, false, true});
-    const Tensors small(Case{1, 1, 1, 64, 200, 16, 16, true, 136, true, false});
+    compare({1, 2, 1, 130, 150, 16, 24, false, 20, true, false, true});
+    const Tensors small(Case{1, 1, 1, 200, 200, 16, 16, true, 0, true, false, true});
     every_barrier_is_needed("attention bf16", [&] {
       Tensors t = small;
       t.run();

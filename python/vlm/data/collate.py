@@ -31,6 +31,7 @@ class Shape:
 
     pictures: picture stream -> (side, whether values are float in 0..1). length: tokens of a caption; None: no captions.
     conversations: names of conversation streams. tiled: rows of pictures are tiles, with their `place`.
+    clips: the pictures of a sample are frames, numbered by `slot`.
     """
 
     pictures: Mapping[str, tuple[int, bool]]
@@ -39,6 +40,7 @@ class Shape:
     grouped: bool = False
     labelled: bool = False
     tiled: bool = False
+    clips: bool = False
 
 
 def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> Batch:
@@ -52,7 +54,7 @@ def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> B
     for name, (size, floating) in shape.pictures.items():
         parts = [row.decoded.pixels[name] for row in rows]
         places = [row.decoded.places for row in rows] if shape.tiled else None
-        streams[name] = picture_stream(parts, size, floating, bool(shape.conversations), places)
+        streams[name] = picture_stream(parts, size, floating, bool(shape.conversations) or shape.clips, places)
     if tokenizer is not None:
         if shape.length is not None:
             streams["text"] = text_stream(tokenizer, [row.decoded.texts for row in rows], shape.length)

@@ -22,6 +22,7 @@ from vlm.data.streams.conversation import Box, Conversations, Said
 from vlm.data.streams.messages import pictures_in
 from vlm.data.streams.options import ConversationStream
 from vlm.runtime.chat import Piece, Template
+from vlm.runtime.film import film_strip, frames_of, is_clip
 from vlm.runtime.pictures import BadPicture, PictureLimits, decode_picture
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiled import TiledPicture, cut_picture, with_tiles
@@ -68,7 +69,7 @@ class Decoder:
     """Built from one JSON value, so that a worker can build the same.
 
     spec: `source` (of the reader), `limits`, `pictures` (stream -> fields of Preprocess), `tiling` (fields of Tiling, or
-    None), `image` (ImageOptions),
+    None), `frames` (most frames of a clip, or None), `image` (ImageOptions),
     `captions`, `columns`, `max_text`, `group_by`, `label`, `classes`, `texts` (whether captions are asked for), `train`,
     `extra`; `conversations` and `noises` (name -> table), `template`, `nouns`, `weights`.
     """
@@ -81,6 +82,7 @@ class Decoder:
             name: Preprocess(**{**made, "mean": tuple(made["mean"]), "std": tuple(made["std"])})
             for name, made in spec["pictures"].items()
         }
+        self.frames: int | None = spec.get("frames")
         self.tiling = None if spec["tiling"] is None else Tiling(**spec["tiling"])
         self._classes = {name: number for number, name in enumerate(spec["classes"])}
         image = spec["image"]
@@ -125,7 +127,7 @@ class Decoder:
         if self._template is not None:
             pictures, said = self.converse(fields, job.stream_keys)
         else:
-            pictures, said = [self._picture(fields)] if self.preprocesses else [], {}
+            pictures, said = self._shown(fields) if self.preprocesses else [], {}
         conversations = self.write(said, len(pictures))
         places: list[tuple[int, int, int]] = []
         if self.tiling is not None:
@@ -188,7 +190,8 @@ class Decoder:
             rows = []
             for slot, picture in enumerate(pictures):
                 if self._varies:
-                    rows.append(augmented(picture, preprocess, self.spec["image"], slot_key(job.image_key, slot)))
+                    key = slot_key(job.image_key, slot if self.frames is None else 0)  # the frames of a clip vary alike
+                    rows.append(augmented(picture, preprocess, self.spec["image"], key))
                 else:
                     rows.append(preprocess.to_array(picture))
             if rows:
@@ -208,12 +211,24 @@ class Decoder:
                 out[name] = np.stack(parts) if parts else clean.astype(np.float32)
         return out
 
+    def _shown(self, fields: dict[str, Any]) -> list[Image.Image]:
+        """The picture, or the frames of a clip for a model that reads clips. Raises BadSample for a clip before any other."""
+        picture = self._picture(fields)
+        if self.frames is not None:
+            return frames_of(picture, self.frames)
+        if is_clip(picture):
+            raise BadSample("clip")
+        return [picture]
+
     def _picture(self, fields: dict[str, Any]) -> Image.Image:
         column = self.spec["columns"]["image"]
-        paths = AUTO_IMAGE if column == "auto" else (column,)
+        names = AUTO_IMAGE if self.frames is None else AUTO_IMAGES
+        paths = names if column == "auto" else (column,)
         value = next((v for path in paths if (v := field_at(fields, path)) is not None), None)
         if value is None:
             raise BadSample("missing_image", "no picture" if column == "auto" else f"field {column}")
+        if self.frames is not None and isinstance(value, list) and value:
+            return film_strip(self._opened_all(pictures_in(value), column))
         return self._opened(value, column)
 
     def _pictures(self, fields: dict[str, Any]) -> list[Image.Image]:

@@ -65,6 +65,12 @@ class TextOptions(Options):
         le=1_048_576,
         description="tokens of a text; a longer one is cut, keeping eos. Of a conversation: positions, pictures expanded",
     )
+    captions: int | None = Field(
+        None,
+        ge=2,
+        le=1_048_576,
+        description="beside conversations: tokens of a caption, which then is the stream text too, for another model; none: no captions there",
+    )
     template: str | None = Field(
         None, description="how messages are written: plain, vicuna, llama3 or chatml; none: as the model says, else plain"
     )
@@ -160,7 +166,7 @@ class MixturePart(Options):
 class DataOptions(Options):
     """The `[data]` table."""
 
-    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, scenes: or digits:")
+    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, scenes:, digits: or clips:")
     val: str | None = Field(None, description="evaluation data, an address like source")
     mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
     where: Where = Field({}, description="samples to keep: field = pattern, or patterns of which one must fit")
@@ -204,6 +210,8 @@ class DataOptions(Options):
     def check_streams(self) -> None:
         """Raises ValueError when streams do not fit each other or the rest of the table."""
         check_streams(self.streams)
+        if self.text.captions is not None and (not self.conversations or "text" in self.conversations):
+            raise ValueError("text.captions stand beside conversations, none of which may then be called text")
         if any(stream.regions is not None for stream in self.conversations.values()) and (
             self.image.augment != "none" or self.image.flip
         ):

@@ -38,7 +38,8 @@ def by_stream(preprocess: Preprocesses) -> dict[str, Preprocess]:
 @dataclass(frozen=True)
 class Reads:
     """What a model reads: its tokenizer, the preprocessing of each picture stream, positions of a row of pictures,
-    template, how pictures are cut into such rows (None: a picture is one), and whether tiles take no position."""
+    template, how pictures are cut into such rows (None: a picture is one), whether tiles take no position, and how
+    many pictures of a sample it reads as a clip (None: a picture is read by itself)."""
 
     tokenizer: Tokenizer | None
     pictures: Mapping[str, Preprocess]
@@ -46,6 +47,7 @@ class Reads:
     template: Template | None = None
     tiling: Tiling | None = None
     tiles_apart: bool = False
+    frames: int | None = None
 
     @classmethod
     def of(
@@ -56,12 +58,13 @@ class Reads:
         template: Template | None = None,
         tiling: Tiling | None = None,
         tiles_apart: bool = False,
+        frames: int | None = None,
     ) -> Reads:
         pictures = by_stream(preprocess)
         wrong = sorted(name for name in pictures if name != "image" and not name.startswith("image."))
         if wrong or (pictures and "image" not in pictures):
             raise DataError(f"picture streams {', '.join(pictures)}: expected image, and image.NAME for further towers")
-        return cls(tokenizer, pictures, picture_positions, template, tiling if pictures else None, tiles_apart)
+        return cls(tokenizer, pictures, picture_positions, template, tiling if pictures else None, tiles_apart, frames)
 
 
 class Plan:
@@ -107,7 +110,8 @@ class Plan:
             raise DataError(
                 "a random crop has another shape, so other tiles", where="data.image.augment", remedy='set it to "none"'
             )
-        captions = reads.tokenizer is not None and not self.conversations
+        beside = options.text.captions
+        captions = reads.tokenizer is not None and (not self.conversations or beside is not None)
         length = options.text.length if options.packer is None else options.packer.length
         self.encoder = None
         if self.conversations and reads.tokenizer is not None:
@@ -116,11 +120,12 @@ class Plan:
             )
         self.shape = Shape(
             sides,
-            options.text.length if captions else None,
+            (beside or options.text.length) if captions else None,
             self.conversations,
             grouped=options.group_by is not None,
             labelled=options.label is not None,
             tiled=reads.tiling is not None,
+            clips=reads.frames is not None,
         )
         specs = [
             decoder_spec(own, part, reads, captions, bool(self.conversations), train=train, extra=extra, classes=classes)
@@ -187,6 +192,7 @@ def decoder_spec(
         "limits": asdict(options.limits),
         "pictures": {name: asdict(preprocess) for name, preprocess in reads.pictures.items()},
         "tiling": None if tiling is None else asdict(tiling),
+        "frames": reads.frames,
         "image": options.image.model_dump(mode="json"),
         "captions": options.captions.model_dump(mode="json"),
         "columns": options.column_names,

@@ -38,6 +38,7 @@ REASONS = {
     "no_corruption": "no rule can make the answer wrong",
     "no_question": "the sample has no question of the kinds asked for",
     "bad_box": "not a box [x0, y0, x1, y1] of shares from 0 to 1",
+    "clip": "the picture is a clip, and the model reads single pictures",
 }
 """Stable reasons for refusing a sample, with what they mean."""
 

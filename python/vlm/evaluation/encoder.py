@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm.config.errors import CheckpointError, RequestError
+from vlm.evaluation.clips import prepared, stream_of
 from vlm.evaluation.evaluating import evaluating
 from vlm.evaluation.material import Floats
 from vlm.evaluation.perplexity import Integers, LanguageScorer, Wide
@@ -34,7 +35,7 @@ def _batch(name: str, stream: Any) -> Any:
 
     from vlm.types import Batch
 
-    count = len(stream)
+    count = int(stream.sample_index.max()) + 1 if len(stream) else 0
     zeros = torch.zeros(count, dtype=torch.int64)
     return Batch({name: stream}, [str(i) for i in range(count)], zeros, zeros)
 
@@ -74,26 +75,17 @@ class TorchEmbedder:
         return self.encode_pixels([self.prepare_image(picture) for picture in pictures])
 
     def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> NDArray[np.uint8]:
-        """uint8 [3, S, S], what `encode_pixels` takes: a queue need not hold whole pictures. Raises BadPicture."""
+        """uint8 [3, S, S], or frames [k, 3, S, S], what `encode_pixels` takes: a queue need not hold whole pictures. Raises BadPicture."""
         from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
 
         rgb = (
             picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
         )
-        return self.preprocess.to_array(rgb if rgb.mode == "RGB" else rgb.convert("RGB"))
+        return prepared(rgb, self.preprocess, self.model.frames)
 
     def encode_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
         """[n, E] float32 unit rows of prepared pictures."""
-        import torch
-
-        from vlm.types import Pictures
-
-        parts = []
-        for start in range(0, len(pixels), self.batch):
-            values = torch.from_numpy(np.stack(pixels[start : start + self.batch]))
-            mask = torch.ones(len(values), dtype=torch.bool)
-            parts.append(self._embed(Pictures(values, mask, torch.arange(len(values)))))
-        return _unit_rows(parts)
+        return _unit_rows([self._embed(stream_of(pixels[at : at + self.batch])) for at in range(0, len(pixels), self.batch)])
 
     def encode_text(self, texts: Sequence[str]) -> Floats:
         """[n, E] float32 unit rows; a text longer than the tower is cut as in training."""

@@ -15,7 +15,9 @@ from vlm.data.samples import BadSample, field_at
 from vlm.data.sources.base import Source
 from vlm.data.sources.readers import open_reader
 from vlm.data.sources.uri import open_source
+from vlm.data.streams.messages import pictures_in
 from vlm.evaluation.material import Item
+from vlm.runtime.film import film_strip
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, decode_picture
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ class EvaluationData:
     def _decode(self, value: Any) -> Image.Image:
         if isinstance(value, Image.Image):
             return value
+        if isinstance(value, list) and len(value) > 1:  # a clip, by its frames
+            return film_strip([self._decode(one) for one in pictures_in(value)])
         if isinstance(value, str | list) and hasattr(self._reader, "picture"):
             value = self._reader.picture(value)
         if not isinstance(value, bytes):

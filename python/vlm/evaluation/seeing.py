@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm.config.errors import RequestError
+from vlm.evaluation.clips import prepared, stream_of
 from vlm.evaluation.evaluating import evaluating
 from vlm.evaluation.material import Floats
 
@@ -32,11 +33,11 @@ class TorchVision:
         self.classes: tuple[str, ...] = tuple(getattr(model, "classes", ()))
 
     def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> NDArray[np.uint8]:
-        """uint8 [3, S, S]. Raises BadPicture."""
+        """uint8 [3, S, S], or the frames of a clip [k, 3, S, S]. Raises BadPicture."""
         from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
 
         rgb = picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
-        return self.preprocess.to_array(rgb if rgb.mode == "RGB" else rgb.convert("RGB"))
+        return prepared(rgb, self.preprocess, self.model.frames)
 
     def encode_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
         """[n, E] float32 unit rows of prepared pictures."""
@@ -61,15 +62,14 @@ class TorchVision:
     def _run(self, pixels: Sequence[NDArray[np.uint8]], field: str) -> Floats:
         import torch
 
-        from vlm.types import Batch, Pictures
+        from vlm.types import Batch
 
         width: int = len(self.classes) if field == "logits" else self.model.options.embed_dim  # type: ignore[attr-defined]
         parts = [np.zeros((0, width), np.float32)]
         with evaluating(self.model) as device:
             for start in range(0, len(pixels), self.batch):
-                values = torch.from_numpy(np.stack(list(pixels[start : start + self.batch])))
-                count = len(values)
-                stream = Pictures(values, torch.ones(count, dtype=torch.bool), torch.arange(count))
+                part = pixels[start : start + self.batch]
+                stream, count = stream_of(part), len(part)
                 zeros = torch.zeros(count, dtype=torch.int64)
                 batch = Batch({"image": stream}, [str(i) for i in range(count)], zeros, zeros).to(device)
                 outputs = self.model.encode(batch, {"image": frozenset({field})})["image"]

@@ -97,6 +97,11 @@ class Model(nn.Module):
         return None
 
     @property
+    def frames(self) -> int | None:
+        """Most pictures of a sample that are read together, as a clip; None: a picture is read by itself."""
+        return None
+
+    @property
     def picture_positions(self) -> int | None:
         """Positions that one row of pictures takes in a row of text; None for a model that expands none."""
         return None
@@ -123,6 +128,12 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, wanted: Wanted) -> dict[str, Outputs]:
         return self.encode(batch, wanted)
+
+
+def refuse_clips(model: Model) -> None:
+    """Raises RequestError for a model of clips: the graphs of a bundle read single pictures."""
+    if model.frames is not None:
+        raise RequestError("a model of clips has no bundle", remedy="keep the model directory: every command reads it")
 
 
 def part_of(model: Model, name: str) -> nn.Module:

@@ -6,7 +6,7 @@ n rows, N tokens, E embedding width. Sources: clip, siglip and nearly all of par
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlm.config.options import Options
-from vlm.models.base import Model, PixelNorm
+from vlm.models.base import Model, PixelNorm, refuse_clips
 from vlm.models.blocks import layers_of
 from vlm.models.towers import TextTowerOptions, TextTransformer
+from vlm.models.video import VideoTower
 from vlm.models.vision_towers import VisionTowerOptions, build_tower
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
@@ -120,7 +121,14 @@ class DualEncoder(Model):
                 raise TypeError(f"a dual encoder reads pictures and tokens, stream {name!r} is {type(stream).__name__}")
         return out
 
+    @property
+    def frames(self) -> int | None:
+        return self.vision.video.frames if isinstance(self.vision, VideoTower) else None
+
     def _pictures(self, stream: Pictures, fields: frozenset[str]) -> Outputs:
+        if isinstance(self.vision, VideoTower):
+            seen = self.vision.outputs(stream, self.pixel_norm(stream.values), fields)
+            return replace(seen, log_scale=self.scale(), bias=self.bias)
         x, pooled, hidden = self.vision(self.pixel_norm(stream.values), layers_of(fields))
         tokens = self.vision.patch_tokens(x) if "tokens" in fields else None
         return Outputs(
@@ -152,6 +160,7 @@ class DualEncoder(Model):
         )
 
     def export_parts(self) -> dict[str, ExportPart]:
+        refuse_clips(self)
         size, length = self.options.vision.image_size, self.options.text.length
         # The picture after normalisation is what the vision graph takes; the preprocessing graph makes it.
         pixels = torch.rand(2, 3, size, size)

@@ -63,7 +63,7 @@ class PrefillGraph(nn.Module):
                 score, seen = attention_of_last_text(looking, read, valid, picture, rotary)
             else:
                 scope = up_to_last_text(valid, picture)[1]
-                score = self.score.score(View(x, before, block, blocks[layer], rotary, scope, number))
+                score = self.score.score(View(x, before, block, blocks[layer], rotary, scope, number, valid & (picture < 0)))
                 seen = scope & (picture >= 0)
             keep = valid & ~(seen & (rank(score, seen, picture) >= self.counts[layer]))
             index, stays = first_places(keep, kept[len(masks) - 1])

@@ -5,6 +5,7 @@ n pictures, P tokens, E width of the tower's pooled vector, K classes. Sources: 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -12,10 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vlm.config.options import Options
-from vlm.models.base import Model, PixelNorm
+from vlm.models.base import Model, PixelNorm, refuse_clips
 from vlm.models.blocks import layers_of
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.swin import SwinOptions, SwinTower
+from vlm.models.video import VideoTower
 from vlm.models.vision_towers import VisionTowerOptions, build_tower
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, Pictures, VocabularyLayout
@@ -101,8 +103,16 @@ class VisionModel(Model):
             out[name] = self._pictures(stream, fields)
         return out
 
+    @property
+    def frames(self) -> int | None:
+        return self.tower.video.frames if isinstance(self.tower, VideoTower) else None
+
     def _pictures(self, stream: Pictures, fields: frozenset[str]) -> Outputs:
         pixels, layers = self.pixel_norm(stream.values), layers_of(fields)
+        if isinstance(self.tower, VideoTower) and stream.masked is None:
+            seen = self.tower.outputs(stream, pixels, fields)
+            logits = self.logits(seen.embedding) if "logits" in fields and seen.embedding is not None else None
+            return replace(seen, embedding=seen.embedding if "embedding" in fields else None, logits=logits)
         if stream.masked is None:
             x, pooled, hidden = self.tower(pixels, layers)
         elif isinstance(self.tower, SwinTower):
@@ -127,6 +137,7 @@ class VisionModel(Model):
         return self.head(pooled)
 
     def export_parts(self) -> dict[str, ExportPart]:
+        refuse_clips(self)
         size = self.options.tower.image_size
         outputs = ["embedding", "logits"] if self.head is not None else ["embedding"]
         pixels = {"pixel_values": torch.rand(2, 3, size, size)}

@@ -8,6 +8,7 @@ from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.classification import ClassificationOptions
 from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
+from vlm.objectives.keep_ratio import KeepRatioOptions
 from vlm.objectives.masked_pixels import MaskedPixelsOptions
 from vlm.objectives.preference import PreferenceOptions
 from vlm.objectives.replaced_token import ReplacedTokenOptions
@@ -18,6 +19,7 @@ AnyObjective = Annotated[
     ClassificationOptions
     | ContrastiveOptions
     | DistillOptions
+    | KeepRatioOptions
     | MaskedPixelsOptions
     | PreferenceOptions
     | ReplacedTokenOptions
@@ -32,6 +34,7 @@ __all__ = [
     "ClassificationOptions",
     "ContrastiveOptions",
     "DistillOptions",
+    "KeepRatioOptions",
     "MaskedPixelsOptions",
     "Objective",
     "ObjectiveOptions",

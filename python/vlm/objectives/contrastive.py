@@ -17,6 +17,15 @@ from vlm import ops
 from vlm.models.blocks import normalise
 from vlm.objectives.base import BuildContext, Objective
 from vlm.objectives.contrastive_options import ContrastiveFields
+from vlm.objectives.contrastive_targets import (
+    likely_labels,
+    likely_targets,
+    listed_columns,
+    numbers_of,
+    place_in_sample,
+    shares_of,
+    where,
+)
 from vlm.types import Batch, Context, Outputs, Request, Terms, Views
 from vlm.types.terms import Scope
 
@@ -56,7 +65,8 @@ class ContrastiveObjective(Objective):
             asked += [f"{options.keys}/{stream}.embedding" for stream in streams]
         self.requires = tuple(Request.parse(request) for request in asked)
         grouped = ("group",) if options.targets == "groups" or options.exclude == "group" else ()
-        self.reads = grouped if options.weights is None else (*grouped, options.weights)
+        numbers = (name for name in (options.weights, options.smooth_by, options.shares) if name is not None)
+        self.reads = tuple(dict.fromkeys((*grouped, *numbers)))
         if options.temperature == "own":
             sigmoid = options.form == "sigmoid"
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0 if sigmoid else 1 / 0.07)))
@@ -83,7 +93,7 @@ class ContrastiveObjective(Objective):
         rows, columns = batch[self.options.rows], batch[self.options.columns]
         left, right = (s.mask if s.mask.dim() == 1 else s.mask.flatten(1).any(1) for s in (rows, columns))
         live = left & torch.isin(rows.sample_index, columns.sample_index[right])
-        return self._weights(batch, rows.sample_index[live]).double().sum()
+        return numbers_of(batch, self.options.weights, rows.sample_index[live]).double().sum()
 
     def prepare(self, views: Views, context: Context) -> Views:
         """What is sent to other ranks: token means, or the tokens that match best within the micro-batch (FILIP)."""
@@ -119,7 +129,7 @@ class ContrastiveObjective(Objective):
             views = self.prepare(views, context)
         left, right = views[f"model/{self.options.rows}"], views[f"model/{self.options.columns}"]
         log_scale, bias = self.temperature(left)
-        many = self.options.targets in ("multi", "slots")
+        many = self.options.targets in ("multi", "slots", "listed")
         if not many and not torch.equal(left.sample_index, right.sample_index):
             raise ValueError(
                 f"streams {self.options.rows!r} and {self.options.columns!r} must have one row a sample, in the same order"
@@ -136,22 +146,22 @@ class ContrastiveObjective(Objective):
         if total is not None and seen is not None:
             values = total / seen.clamp(min=1)
         index = left.sample_index[live]
-        weights = self._weights(context.batch, index).to(values)
+        weights = numbers_of(context.batch, self.options.weights, index).to(values)
         return Terms(values=values, weights=weights, sample_index=index, scalars={"scale": log_scale.detach().exp()})
 
     def _pairings(self, left: Outputs, right: Outputs) -> tuple[Tensor, list[Pairing]]:
         """Rows that have a term, and what is compared: all rows with all columns, or those of one slot at a time."""
-        if self.options.targets not in ("multi", "slots"):
+        if self.options.targets not in ("multi", "slots", "listed"):
             live = (left.mask & right.mask).nonzero().flatten()
             return live, [(live, live)]
         live = (left.mask & torch.isin(left.sample_index, right.sample_index[right.mask])).nonzero().flatten()
         if len(left.sample_index.unique()) != len(left.sample_index):
             raise ValueError(f"stream {self.options.rows!r} must have one row a sample for targets = {self.options.targets!r}")
         columns = (right.mask & torch.isin(right.sample_index, left.sample_index[live])).nonzero().flatten()
-        if self.options.targets == "multi":
+        if self.options.targets in ("multi", "listed"):
             return live, [(live, columns)]
-        slot = _place_in_sample(right.sample_index)[columns]
-        row_of = live[_where(left.sample_index[live])[right.sample_index[columns]]]
+        slot = place_in_sample(right.sample_index)[columns]
+        row_of = live[where(left.sample_index[live])[right.sample_index[columns]]]
         pairings = []
         for k in slot.unique().tolist():
             rows, own = row_of[slot == k], columns[slot == k]
@@ -171,10 +181,9 @@ class ContrastiveObjective(Objective):
                                                  log_scale, bias, options, context)
         else:
             by_row, by_column = self._matrices(left, right, pairing, log_scale, bias, options)
-        if self.options.targets == "multi":  # a sample has several columns: their mean
-            place = _where(left.sample_index[rows])[right.sample_index[columns]]
-            count = torch.bincount(place, minlength=len(rows)).clamp(min=1)
-            by_column = by_row.new_zeros(len(rows)).index_add(0, place, by_column) / count
+        if self.options.targets in ("multi", "listed"):  # a sample has several columns: their mean
+            place = where(left.sample_index[rows])[right.sample_index[columns]]
+            by_column = by_row.new_zeros(len(rows)).index_add(0, place, by_column * self._parts(context.batch, right, columns, place))
         if self.options.direction == "both":
             return 0.5 * (by_row + by_column)
         return by_row if self.options.direction == "rows" else by_column
@@ -188,22 +197,80 @@ class ContrastiveObjective(Objective):
             group = context.batch["group"].values
             kind = "groups" if self.options.targets == "groups" else "exclude"
             options |= {f"{kind}_x": group[rows], f"{kind}_y": group[columns]}
-        if self.options.targets == "multi":
+        if self.options.targets in ("multi", "listed"):
             options |= {"groups_x": views[f"model/{self.options.rows}"].sample_index[rows], "groups_y": right.sample_index[columns]}
         scale = float(log_scale.detach().exp()) if self.options.teacher_scale is None else self.options.teacher_scale
         if self.options.teacher is not None:
             a, b = (views[f"{self.options.teacher}/{s}"].embedding for s in (self.options.rows, self.options.columns))
             assert a is not None
             assert b is not None
-            options["teacher"] = ops.Teacher(normalise(a[rows].detach()), normalise(b[columns].detach()), scale,
-                                             self.options.teacher_share, float(bias.detach()))
+            x, y = normalise(a[rows].detach()), normalise(b[columns].detach())
+            share, top = self.options.teacher_share, self.options.teacher_top
+            if top == 0:
+                options["teacher"] = ops.Teacher(x, y, scale, share, float(bias.detach()))
+            elif self.options.form == "softmax":
+                options |= {"listed_x": likely_targets(x, y, top, scale, share), "listed_y": likely_targets(y, x, top, scale, share)}
+            else:
+                options["listed"] = likely_labels(x, y, top, scale, float(bias.detach()), share)
         if self.options.exclude_similar is not None:
             own = right.embedding[columns] if right.embedding is not None else _token_mean(right)[columns]
             if len(rows) != len(columns):
                 raise ValueError("exclude_similar wants one column a row")
             own = normalise(own.detach())
             options["teacher"] = ops.Teacher(own, own, share=0.0, similar=self.options.exclude_similar)
-        return options
+        if self.options.targets == "listed":
+            options |= self._listed(views, context.batch, pairing)
+        return options | self._smoothing(views, context.batch, pairing)
+
+    def _listed(self, views: Views, batch: Batch, pairing: Pairing) -> dict[str, Any]:
+        """The columns of each sample with their shares."""
+        rows, columns = pairing
+        left, right = views[f"model/{self.options.rows}"], views[f"model/{self.options.columns}"]
+        place = where(left.sample_index[rows])[right.sample_index[columns]]
+        if self.options.form == "softmax":
+            index, weight = listed_columns(place, self._parts(batch, right, columns, place), len(rows))
+            # A column has one row, its own; a sample without any share has no target.
+            some = (weight.sum(1) > 0).to(weight)[place]
+            return {"listed_x": (index, weight), "listed_y": (place[:, None], some[:, None])}
+        assert self.options.shares is not None
+        shares = shares_of(batch, self.options.shares, right.sample_index, columns)
+        if bool((shares > 1).any()):
+            raise ValueError(f"stream {self.options.shares!r}: a label must be at most 1, found {float(shares.max()):g}")
+        rest = 1.0 if self.options.teacher is None else 1 - self.options.teacher_share
+        return {"listed": listed_columns(place, rest * shares.float(), len(rows))}
+
+    def _parts(self, batch: Batch, right: Outputs, columns: Tensor, place: Tensor) -> Tensor:
+        """What each column counts in its sample, [c]; the sum is 1 for a sample, or 0 where it has no share."""
+        shares = torch.ones(len(columns), device=place.device)
+        if self.options.shares is not None:
+            shares = shares_of(batch, self.options.shares, right.sample_index, columns).float()
+        total = shares.new_zeros(int(place.max()) + 1 if len(place) else 0).index_add(0, place, shares)
+        return shares / torch.where(total > 0, total, 1.0)[place]
+
+    def _smoothing(self, views: Views, batch: Batch, pairing: Pairing) -> dict[str, Any]:
+        """`smoothing` of the softmax form, `labels` of the sigmoid form; of every sample alike or of each its own."""
+        chosen = self.options
+        left, right = (views[f"model/{stream}"].sample_index[i] for stream, i in zip((chosen.rows, chosen.columns), pairing))
+        kept = 1.0 if chosen.teacher_top == 0 else 1 - chosen.teacher_share  # the teacher's few pairs come on top
+        high: Tensor | float = 1.0
+        low: Tensor | float = 0.0
+        if chosen.smooth_by is not None:
+            both = [numbers_of(batch, chosen.smooth_by, side) for side in (left, right)]
+            if any(bool(((n < 0) | (n > 1)).any()) for n in both):
+                raise ValueError(f"stream {chosen.smooth_by!r}: expected numbers in 0..1")
+            if chosen.form == "softmax":
+                return {"smoothing": (chosen.smoothing * both[0], chosen.smoothing * both[1])}
+            high = 1 - chosen.smoothing * both[0]
+        elif chosen.form == "softmax":
+            return {"smoothing": chosen.smoothing}
+        else:
+            high, low = 1 - chosen.smoothing, chosen.smoothing
+        if chosen.targets == "listed":
+            high = 0.0  # the list says it all
+        if kept == 1 and chosen.smoothing == 0 and chosen.targets != "listed":
+            return {}
+        ones = torch.ones(len(left))
+        return {"labels": (ones * kept * high, ones * kept * low)}
 
     def _embeddings(self, x: Tensor, y: Tensor, log_scale: Tensor, bias: Tensor, options: dict[str, Any],
                     context: Context) -> tuple[Tensor, Tensor]:
@@ -214,18 +281,14 @@ class ContrastiveObjective(Objective):
         if chosen.gather == "ring":
             return ops.ring_contrastive(
                 chosen.form, x, y, log_scale, None if softmax else bias, context.communicator, groups=options.get("groups_x"),
-                exclude=options.get("exclude_x"), smoothing=chosen.smoothing, decoupled=chosen.decoupled,
+                exclude=options.get("exclude_x"), smoothing=options.get("smoothing", 0.0), decoupled=chosen.decoupled,
                 teacher=options.get("teacher"))
         if softmax:
             if chosen.queue:
                 held = int(self.filled)
                 options |= {"queue_x": self.queue_rows[:held].to(x), "queue_y": self.queue_columns[:held].to(x)}
-            return ops.contrastive_softmax(x, y, log_scale, smoothing=chosen.smoothing, decoupled=chosen.decoupled, **options)
-        labels = None
-        if chosen.smoothing:
-            ones = torch.ones(len(x), dtype=x.dtype)
-            labels = (ones * (1 - chosen.smoothing), ones * chosen.smoothing)
-        return ops.contrastive_sigmoid(x, y, log_scale, bias, labels=labels, negative_weight=chosen.negative_weight, **options)
+            return ops.contrastive_softmax(x, y, log_scale, decoupled=chosen.decoupled, **options)
+        return ops.contrastive_sigmoid(x, y, log_scale, bias, negative_weight=chosen.negative_weight, **options)
 
     def _matrices(self, left: Outputs, right: Outputs, pairing: Pairing, log_scale: Tensor, bias: Tensor,
                   options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -238,17 +301,7 @@ class ContrastiveObjective(Objective):
         else:
             rows = columns = ops.mutual_guided(v, w, mask_v=mask_v, mask_w=mask_w, sharpness=chosen.sharpness)
         return ops.contrastive_matrices(rows, columns, log_scale.to(v), None if chosen.form == "softmax" else bias.to(v),
-                                        decoupled=chosen.decoupled, smoothing=chosen.smoothing,
-                                        negative_weight=chosen.negative_weight, **options)
-
-    def _weights(self, batch: Batch, sample_index: Tensor) -> Tensor:
-        """One weight a sample, [r]."""
-        if self.options.weights is None:
-            return torch.ones(len(sample_index))
-        stream = batch[self.options.weights]
-        weights = torch.zeros(int(torch.cat([stream.sample_index, sample_index]).max()) + 1 if len(sample_index) else 0)
-        weights[stream.sample_index[stream.mask]] = stream.values[stream.mask].to(weights)
-        return weights[sample_index]
+                                        decoupled=chosen.decoupled, negative_weight=chosen.negative_weight, **options)
 
 
 def _tokens(view: Outputs) -> tuple[Tensor, Tensor]:
@@ -262,20 +315,3 @@ def _token_mean(view: Outputs) -> Tensor:
     tokens, mask = _tokens(view)
     kept = torch.where(mask[..., None], tokens, torch.zeros_like(tokens))
     return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _where(sample_index: Tensor) -> Tensor:
-    """[greatest sample + 1]: the place of each sample in the list; of others, 0."""
-    out = sample_index.new_zeros(int(sample_index.max()) + 1 if len(sample_index) else 0)
-    out[sample_index] = torch.arange(len(sample_index), device=sample_index.device)
-    return out
-
-
-def _place_in_sample(sample_index: Tensor) -> Tensor:
-    """[n]: how many earlier rows are of the same sample."""
-    order = torch.argsort(sample_index, stable=True)
-    ordered = sample_index[order]
-    first = torch.searchsorted(ordered, ordered)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order)) - first
-    return place

@@ -11,12 +11,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vlm.models.blocks import normalise
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.relation import feature_relation, logit_relation
+from vlm.objectives.token_ce_weights import Reduction, reduction_of, target_weights
 from vlm.objectives.vocabulary import (
     Direction,
     Positions,
@@ -30,7 +31,6 @@ from vlm.objectives.vocabulary import (
     same,
     sample_counts,
     sample_means,
-    sample_sums,
     targets_of,
     valid_of,
     visual_of,
@@ -66,7 +66,18 @@ class DistillOptions(ObjectiveOptions):
     mix: float | None = Field(
         None, gt=0, lt=1, description="logits: mixture of symmetric and js (default 0.9) and of skew (default 0.1)"
     )
+    teacher_top: int = Field(
+        0, ge=0, description="logits: only so many ids of a position have a probability of the teacher, its likeliest; 0: all"
+    )
     per: Literal["token", "sample"] = Field("sample", description="logits: one term a position, or the mean over a sample's positions")
+    weights: str | None = Field(
+        None,
+        description="logits at answers: stream of one weight a token of `stream`, or one a sample; a token of weight 0 is left out. "
+        "Weights of tokens count within a sample, those of samples between them; none: 1",
+    )
+    gradients: Literal["forward", "recompute"] = Field(
+        "forward", description="logits: made with the loss, a product less; or in the backward pass, nothing kept between"
+    )
     leave_last: bool = Field(
         True, description="visual positions: leave out the last one of a picture, whose logits predict text"
     )
@@ -75,6 +86,14 @@ class DistillOptions(ObjectiveOptions):
         None, pattern=r"^(logits|hidden:\d+)$", description="relation: the same of the teacher; default: as the student"
     )
     metric: Literal["cosine"] = Field("cosine", description="relation: 1 - cosine of the two matrices")
+
+    @model_validator(mode="after")
+    def _combination(self) -> DistillOptions:
+        if self.weights is not None and not (self.target == "logits" and self.at == "answers"):
+            raise ValueError('weights is of target = "logits" at answers')
+        if self.teacher_top and not (self.target == "logits" and self.direction == "forward"):
+            raise ValueError('teacher_top is of target = "logits" with direction = "forward": the others need all ids of the teacher')
+        return self
 
     def build(self, context: BuildContext) -> Objective:
         kinds = {"similarity": SimilarityDistill, "logits": LogitDistill, "relation": RelationDistill}
@@ -225,6 +244,7 @@ class LogitDistill(_PositionDistill):
     def __init__(self, options: DistillOptions, context: BuildContext) -> None:
         super().__init__(options, context, ("vocabulary", "vocabulary"))
         self.expands = context.model.training_positions
+        self.reads = () if options.weights is None else (options.weights,)
         if options.per == "token" and options.at == "visual" and self.expands is None:
             raise ValueError(
                 f'objective {options.name!r}: per = "token" at visual positions needs a model that says how many a picture takes; '
@@ -239,6 +259,9 @@ class LogitDistill(_PositionDistill):
 
     def count(self, batch: Batch) -> Tensor:
         options, samples = self.options, batch[bare(self.options.stream)].sample_index
+        if options.weights is not None:
+            layout = batch_layout(batch, options.stream)
+            return self._reduced(targets_of(layout, options.unit), layout, batch, torch.float64)[1].weights.sum()
         if options.at == "visual":
             pictures = _visual_rows(batch, options.stream)
             n = self.expands or 1
@@ -257,22 +280,31 @@ class LogitDistill(_PositionDistill):
         options, batch = self.options, context.batch
         (student, layout), (teacher, other_layout) = (factors_of(views[name]) for name in self.names)
         own, other = self._matched(options.at, (layout, other_layout), batch)
-        index, samples = own.sample_index, len(batch)
-        counts = sample_counts(index, samples)
+        some, reduction = self._reduced(own, layout, batch, exact(student.hidden[:0]).dtype)
+        if some is not None:
+            own, other = own[some], other[some]
         # Weighted inside, so that equal samples give every position the same upstream gradient.
-        share = None if options.per == "token" else 1 / counts.to(exact(student.hidden))[index]
+        share = None if reduction.group is None else reduction.share
         values = position_divergences(
             (student, own.of(student.hidden)),
             (teacher, other.of(teacher.hidden)),
             direction=options.direction,
             temperature=options.temperature or 1.0,
             mix=options.mix,
+            top=options.teacher_top,
             token_weights=share,
+            gradients=options.gradients,
         )
-        if options.per == "token":
-            return Terms(values, torch.ones_like(values.detach()), index)
-        means, weights = sample_sums(values, index, samples), (counts > 0).to(values.dtype)
-        return Terms(means, weights, torch.arange(samples, device=means.device))
+        return Terms(reduction.terms(values), reduction.weights, reduction.sample_index)
+
+    def _reduced(self, positions: Positions, layout: Layout, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, Reduction]:
+        """Which of the positions count, None for all, and how their values become terms."""
+        options = self.options
+        if options.weights is None:
+            return None, reduction_of(options.per, positions, layout, len(batch), None, False, dtype)
+        weights = target_weights(batch, options.stream, options.weights, options.unit, positions)
+        some, of_samples = weights > 0, batch[options.weights].values.dim() == 1
+        return some, reduction_of(options.per, positions[some], layout, len(batch), weights[some], of_samples, dtype)
 
 
 class RelationDistill(_PositionDistill):

@@ -109,6 +109,9 @@ class SequenceAlign(Objective):
         self.requires = tuple(Request.parse(name) for name in dict.fromkeys(asked))
         self.reads = (bare(options.stream), self.pictures, options.texts)
         width = width_of(context.model)
+        depth = getattr(getattr(context.model, "language", context.model).options, "depth", None)
+        if isinstance(depth, int) and options.layer > depth:
+            raise ValueError(f"objective {options.name!r}: layer is {options.layer}, the model has {depth}")
         self.project = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.Linear(width, options.dim), nn.GELU(), nn.Linear(options.dim, options.dim))

@@ -1,6 +1,8 @@
 """Cross-entropy over the vocabulary. n rows, T positions, V ids, R supervised targets, B samples.
 
-Sources: every language model, ctp (masked unit), dynloss (one value a sample), liquid (report by modality).
+A soft cap of the logits is the model's own (`Vocabulary.softcap`), so that what is trained is what is decoded.
+Sources: every language model, core-ce, ctp (masked unit), dynloss (one value a sample), lwm (one a document), liquid (report by
+modality).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
+from vlm.objectives.token_ce_weights import Per, Reduction, reduction_of, target_weights
 from vlm.objectives.vocabulary import (
     Positions,
     Unit,
@@ -19,8 +22,6 @@ from vlm.objectives.vocabulary import (
     cross_entropy_of,
     exact,
     factors_of,
-    sample_counts,
-    sample_sums,
     targets_of,
 )
 from vlm.types import Batch, Context, Layout, Request, Terms, Views, Vocabulary
@@ -37,8 +38,13 @@ class TokenCrossEntropyOptions(ObjectiveOptions):
     name: str = "token-ce"
     stream: str = Field("text", description="stream of token ids; TEXT@PICTURES reads it with another picture stream")
     unit: Unit = Field("causal", description="causal: the next token of the document; masked: the position itself")
-    per: Literal["token", "sample"] = Field(
-        "token", description="one term a supervised token, or one a sample: the mean over its tokens"
+    per: Per = Field(
+        "token", description="one term a supervised token, or one a document of a packed row, or one a sample: the mean over its tokens"
+    )
+    weights: str | None = Field(
+        None,
+        description="stream of one weight a token of `stream`, or one a sample; a token of weight 0 is left out. Weights of tokens "
+        "count within a document or sample, those of samples between them; none: 1",
     )
     report: Literal["none", "modality"] = Field("none", description="modality: log what text and image codes bring to `nats`")
     spans: tuple[str, ...] = Field(
@@ -46,6 +52,9 @@ class TokenCrossEntropyOptions(ObjectiveOptions):
     )
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log normaliser")
+    gradients: Literal["forward", "recompute"] = Field(
+        "forward", description="forward: made with the loss, a product less; recompute: in the backward pass, nothing kept between"
+    )
 
     def build(self, context: BuildContext) -> TokenCrossEntropy:
         known = context.model.vocabulary.spans if self.spans else {}
@@ -65,45 +74,48 @@ class TokenCrossEntropy(Objective):
         super().__init__()
         self.options = options
         self.requires = (Request.parse(f"model/{options.stream}.vocabulary"),)
+        self.reads = () if options.weights is None else (options.weights,)
         self.register_buffer("allowed", allowed, persistent=False)
 
     def count(self, batch: Batch) -> Tensor:
-        targets = self._targets(batch_layout(batch, self.options.stream))
-        counted = len(targets) if self.options.per == "token" else len(targets.sample_index.unique())
-        return torch.tensor(float(counted), dtype=torch.float64)
+        layout = batch_layout(batch, self.options.stream)
+        return self._reduced(layout, batch, torch.float64)[1].weights.sum()
 
-    def _targets(self, layout: Layout) -> Positions:
-        targets = targets_of(layout, self.options.unit)
-        if self.allowed is None:
-            return targets
-        return targets[self.allowed.to(layout.label.device)[targets.told(layout.label)]]
+    def _reduced(self, layout: Layout, batch: Batch, dtype: torch.dtype) -> tuple[Positions, Reduction]:
+        """The targets that count, and how their values become terms."""
+        options = self.options
+        targets = targets_of(layout, options.unit)
+        weights, of_samples = None, False
+        if options.weights is not None:
+            weights = target_weights(batch, options.stream, options.weights, options.unit, targets)
+            of_samples = batch[options.weights].values.dim() == 1
+            some = weights > 0
+            targets, weights = targets[some], weights[some]
+        if self.allowed is not None:
+            some = self.allowed.to(layout.label.device)[targets.told(layout.label)]
+            targets, weights = targets[some], None if weights is None else weights[some]
+        return targets, reduction_of(options.per, targets, layout, len(batch), weights, of_samples, dtype)
 
     def forward(self, views: Views, context: Context) -> Terms:
-        """token: values [R], one a supervised target. sample: values [B], weight 0 for a sample without target.
+        """token: values [R], one a supervised target. document: one for each document with a target. sample: values [B], weight 0 for
+        a sample without target.
 
         Scalar `nats` is the plain cross-entropy, reduced alike, without smoothing or z-loss. With `report`, `nats_NAME` is what the
         targets of a modality add to it, so that these sum to `nats`, and `share_NAME` the part of its weight that they hold: the mean
         over a modality is their quotient, exact over micro-batches and ranks.
         """
         vocabulary, layout = factors_of(views[f"model/{self.options.stream}"])
-        targets = self._targets(layout)
-        hidden, ids = targets.of(vocabulary.hidden), targets.told(layout.label)
-        index, samples = targets.sample_index, len(context.batch)
-        if self.options.per == "token":
-            values, nats = self._losses(vocabulary, hidden, ids)
-            weights = share = torch.ones_like(nats)
-        else:
-            counts = sample_counts(index, samples)
-            # Weighted inside, so that equal samples give every position the same upstream gradient.
-            share = 1 / counts.to(exact(hidden))[index]
-            values, nats = self._losses(vocabulary, hidden, ids, share)
-            values, weights = sample_sums(values, index, samples), (counts > 0).to(nats)
-            index = torch.arange(samples, device=index.device)
-        total = weights.sum().clamp(min=1)
-        scalars = {"nats": (share * nats).sum() / total}
+        hidden = vocabulary.hidden
+        targets, reduction = self._reduced(layout, context.batch, exact(hidden[:0]).dtype)
+        # Weighted inside, so that equal terms give every position the same upstream gradient.
+        inside = None if reduction.group is None else reduction.share
+        values, nats = self._losses(vocabulary, targets.of(hidden), targets.told(layout.label), inside)
+        total = reduction.weights.sum()
+        factors = reduction.factors / torch.where(total == 0, 1, total)
+        scalars = {"nats": (factors * nats).sum()}
         if self.options.report == "modality":
-            scalars |= self._report(targets.told(layout.modality), share / total, nats)
-        return Terms(values=values, weights=weights, sample_index=index, scalars=scalars)
+            scalars |= self._report(targets.told(layout.modality), factors, nats)
+        return Terms(reduction.terms(values), reduction.weights, reduction.sample_index, scalars=scalars)
 
     def _losses(
         self, vocabulary: Vocabulary, hidden: Tensor, ids: Tensor, share: Tensor | None = None
@@ -120,6 +132,7 @@ class TokenCrossEntropy(Objective):
             z_loss=self.options.z_loss,
             allowed=allowed,
             token_weights=share,
+            gradients=self.options.gradients,
         )
 
     def _report(self, modality: Tensor, share: Tensor, nats: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.config.errors import DataError, RunFailed
 from vlm.ops import linear_cross_entropy, linear_distillation
+from vlm.ops.vocabulary import Schedule
 from vlm.ops.vocabulary_reference import Divergence, divergence_reference
 from vlm.types import Batch, Layout, Outputs, TokenIds, Vocabulary
 from vlm.types.layout import IGNORE, Modality
@@ -223,6 +224,7 @@ def cross_entropy_of(
     z_loss: float = 0.0,
     allowed: Tensor | None = None,
     token_weights: Tensor | None = None,
+    gradients: Schedule = "forward",
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden [R, C] against ids [R], among the `allowed` [V] -> (losses, times `token_weights` [R], with gradient; plain -log p
@@ -237,6 +239,7 @@ def cross_entropy_of(
         softcap=vocabulary.softcap,
         allowed=allowed,
         token_weights=token_weights,
+        gradients=gradients,
         chunk=chunk,
     )
     return found.loss, -found.log_p
@@ -284,6 +287,18 @@ def argmax_tokens(
     return ids, targets
 
 
+@torch.no_grad()
+def likeliest_tokens(vocabulary: Vocabulary, hidden: Tensor, count: int, *, size: int | None = None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """hidden [R, C] -> the largest logits and their ids, [R, K] with K = min(count, V). size: only ids below it may be chosen."""
+
+    def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
+        found = logits[:, :size].topk(min(count, logits[:, :size].shape[1]), dim=1)
+        return found.values, found.indices
+
+    logits, ids = in_chunks(pick, [(vocabulary, hidden)], chunk=chunk)
+    return logits, ids
+
+
 # Divergences
 
 
@@ -306,12 +321,27 @@ def position_divergences(
     direction: Direction = "forward",
     temperature: float = 1.0,
     mix: float | None = None,
+    top: int = 0,
     token_weights: Tensor | None = None,
+    gradients: Schedule = "forward",
     chunk: int = CHUNK,
 ) -> Tensor:
     """[R]: `divergence` at R positions of two views, each (vocabulary, hidden [R, C]), times `token_weights` [R]. The teacher gets
-    no gradient."""
+    no gradient. top: only so many of the teacher's ids have a probability, its likeliest; 0: all (direction "forward" alone)."""
     (own, hidden), (other, taught) = student, teacher
+    if top:
+        return linear_distillation(
+            hidden,
+            own.weight,
+            teacher_top=likeliest_tokens(other, taught, top, size=own.weight.shape[0], chunk=chunk),
+            bias=own.bias,
+            softcap=own.softcap,
+            divergence=direction,
+            temperature=temperature,
+            token_weights=token_weights,
+            gradients=gradients,
+            chunk=chunk,
+        )
     return linear_distillation(
         hidden,
         own.weight,
@@ -325,5 +355,6 @@ def position_divergences(
         temperature=temperature,
         mix=mix,
         token_weights=token_weights,
+        gradients=gradients,
         chunk=chunk,
     )

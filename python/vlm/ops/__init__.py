@@ -9,6 +9,7 @@ from vlm.ops.attention_reference import attention_reference
 from vlm.ops.attention_varlen import attention_varlen
 from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
+from vlm.ops.contrastive_listed import likeliest
 from vlm.ops.contrastive_matrix import contrastive_matrices
 from vlm.ops.contrastive_pairs import Teacher
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
@@ -58,6 +59,7 @@ from vlm.ops.tokens_pool import (
     progressive_pool,
 )
 from vlm.ops.tokens_select import Selection, select_rows, select_threshold, select_top
+from vlm.ops.tokens_stride import StridePool, repeat_frames, stride_pool
 from vlm.ops.vocabulary import CrossEntropy, linear_cross_entropy
 from vlm.ops.vocabulary_distillation import linear_distillation
 from vlm.ops.vocabulary_reference import linear_cross_entropy_reference, linear_distillation_reference
@@ -82,6 +84,7 @@ __all__ = [
     "RowStatistics",
     "Selection",
     "ShuffleOrder",
+    "StridePool",
     "Teacher",
     "adaptive_pool",
     "attention",
@@ -109,6 +112,7 @@ __all__ = [
     "gather_tokens",
     "late_interaction",
     "late_interaction_reference",
+    "likeliest",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_decay",
@@ -126,6 +130,7 @@ __all__ = [
     "pixel_unshuffle_tokens",
     "pooling_matrix",
     "progressive_pool",
+    "repeat_frames",
     "ring_contrastive",
     "scatter_tokens",
     "select_hierarchical",
@@ -138,6 +143,7 @@ __all__ = [
     "sequence_alignment_reference",
     "ssm_scan",
     "ssm_scan_reference",
+    "stride_pool",
     "take_tokens",
     "unmerge_tokens",
     "window_attention",

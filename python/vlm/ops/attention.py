@@ -75,8 +75,8 @@ def attention(
     dropout: (p, seed): a probability is dropped where a hash of (seed, b, h, i, j) says so, and the others are divided
         by 1 - p; the same pairs on every backend and at every thread count. lse is that of the undropped softmax.
 
-    A query with no allowed key gets output 0, lse -inf, and gives no gradient. Half-precision input is computed in
-    float32 by the native core and returned in its own type.
+    A query with no allowed key gets output 0, lse -inf, and gives no gradient. Half-precision input is returned in its
+    own type; the native core multiplies bfloat16 as it is where the processor does that, and computes in float32 elsewhere.
     Raises ValueError on shapes or dtypes that do not fit. Source: core-exact-attention, swin-v2 for the cosine.
     """
     q, k, v = _under_autocast(q, k, v)
@@ -125,9 +125,12 @@ def attention(
     if dropout is not None:
         more |= {"dropout": dropout[0], "seed": dropout[1]}
     offset = k.shape[2] - q.shape[2] if alignment == "bottom-right" else 0
-    out, lse = native_attention(q.float(), k.float(), v.float(), key_mask, pairs,
-                                q.shape[3] ** -0.5 if scale is None else scale, causal, offset, **more)  # type: ignore[arg-type]
-    out = out.to(q.dtype)
+    dtype = q.dtype
+    if dtype != torch.bfloat16:  # bfloat16 is the operator's business
+        q, k, v = q.float(), k.float(), v.float()
+    out, lse = native_attention(q, k, v, key_mask, pairs, q.shape[3] ** -0.5 if scale is None else scale, causal, offset,
+                                **more)  # type: ignore[arg-type]
+    out = out.to(dtype)
     return (out, lse) if return_lse else out
 
 

@@ -1,6 +1,8 @@
 """The native exact attention as torch operators: shapes for the compiler, gradients, addresses for the core.
 
-B batch, H query heads, G key/value heads, N queries, M keys, D query/key width, V value width. All float32 on the CPU.
+B batch, H query heads, G key/value heads, N queries, M keys, D query/key width, V value width. q, k, v, out and their
+gradients float32 or bfloat16 on the CPU, everything else float32. bfloat16 is read and multiplied as it is where the
+level in force does that, and converted otherwise.
 Results are laid out as [B, N, H, V] in memory and returned as [B, H, N, V], so that merging the heads is free.
 """
 
@@ -29,6 +31,12 @@ def _view(t: Tensor) -> tuple[int, int, int, int]:
 
 def _heads_inside(like: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
     return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
+def _storage(q: Tensor, temperature: Tensor | None) -> torch.dtype:
+    """The type in which the core reads q, k and v. The cosine score would round unit vectors: it is always float32."""
+    keeps = q.dtype == torch.bfloat16 and temperature is None and core().multiplies_bfloat16()
+    return torch.bfloat16 if keeps else torch.float32
 
 
 def _step(t: Tensor, axis: int) -> int:
@@ -89,6 +97,8 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Ten
         extras["temperature"] = (temperature.data_ptr(), _step(temperature, 0))
     if dropout:
         extras |= {"dropout": dropout, "drop_below": drop_below(dropout), "seed": seed}
+    if q.dtype == torch.bfloat16:
+        extras["half"] = True
     if extras:
         arguments["extras"] = extras
     return arguments, alive
@@ -99,12 +109,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor], bias
                relative: Optional[Tensor], temperature: Optional[Tensor], arrays: Optional[Tensor],  # noqa: UP045
                dense: Optional[Tensor], code: Optional[Sequence[int]], scale: float, causal: bool, causal_offset: int,  # noqa: UP045
                grid_rows: int, grid_columns: int, softcap: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+    dtype, storage = q.dtype, _storage(q, temperature)
+    q, k, v = (t.to(storage) for t in (q, k, v))
     arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays, dense,
                                  code, grid_rows, grid_columns, softcap, dropout, seed)
     out = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-    lse = q.new_empty(q.shape[:3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     core().attention_forward(**arguments, out=_view(out), lse=lse.data_ptr())
-    return out, lse
+    return out.to(dtype), lse
 
 
 def native_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float,
@@ -125,7 +137,8 @@ def native_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, b
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
-    return _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3]), q.new_empty(q.shape[:3])
+    return (_heads_inside(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
+            q.new_empty(q.shape[:3], dtype=torch.float32))
 
 
 @torch.library.custom_op("vlm::attention_backward", mutates_args=(), device_types="cpu")
@@ -138,15 +151,17 @@ def native_attention_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Optiona
                               dlse: Tensor, want_bias: bool, want_relative: bool,
                               want_temperature: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, bias, relative and temperature (empty unless wanted). Has no gradient of its own."""
+    dtype, storage = q.dtype, _storage(q, temperature)
+    q, k, v, out, dout = (t.to(storage) for t in (q, k, v, out, dout))
     arguments, _alive = _problem(q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays, dense,
                                  code, grid_rows, grid_columns, softcap, dropout, seed)
     out, dout, lse, dlse = _readable(out), _readable(dout), lse.contiguous(), dlse.contiguous()
     dq = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], q.shape[3])
     dk = _heads_inside(k, k.shape[0], k.shape[1], k.shape[2], k.shape[3])
     dv = _heads_inside(v, v.shape[0], v.shape[1], v.shape[2], v.shape[3])
-    dbias = q.new_empty(bias.shape if want_bias and bias is not None else (0,))
-    drelative = q.new_empty(relative.shape if want_relative and relative is not None else (0,))
-    dtemperature = q.new_empty(temperature.shape if want_temperature and temperature is not None else (0,))
+    dbias = lse.new_empty(bias.shape if want_bias and bias is not None else (0,))
+    drelative = lse.new_empty(relative.shape if want_relative and relative is not None else (0,))
+    dtemperature = lse.new_empty(temperature.shape if want_temperature and temperature is not None else (0,))
     wanted = want_bias and bias is not None
     core().attention_backward(
         **arguments, out=_view(out), lse=lse.data_ptr(), dout=_view(dout), dlse=dlse.data_ptr(), dq=_view(dq),
@@ -155,7 +170,7 @@ def native_attention_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Optiona
         drelative=drelative.data_ptr() if want_relative and relative is not None else 0,
         dtemperature=dtemperature.data_ptr() if want_temperature and temperature is not None else 0,
     )
-    return dq, dk, dv, dbias, drelative, dtemperature
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias, drelative, dtemperature
 
 
 @native_attention_backward.register_fake
@@ -165,9 +180,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | N
       lse: Tensor, dout: Tensor, dlse: Tensor, want_bias: bool, want_relative: bool,
       want_temperature: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = [_heads_inside(t, t.shape[0], t.shape[1], t.shape[2], t.shape[3]) for t in (q, k, v)]
-    return (grads[0], grads[1], grads[2], q.new_empty(bias.shape if want_bias and bias is not None else (0,)),
-            q.new_empty(relative.shape if want_relative and relative is not None else (0,)),
-            q.new_empty(temperature.shape if want_temperature and temperature is not None else (0,)))
+    return (grads[0], grads[1], grads[2], lse.new_empty(bias.shape if want_bias and bias is not None else (0,)),
+            lse.new_empty(relative.shape if want_relative and relative is not None else (0,)),
+            lse.new_empty(temperature.shape if want_temperature and temperature is not None else (0,)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -69,7 +69,10 @@ def attention_varlen(
 def _ranges(query_starts: Tensor, key_starts: Tensor, queries: int, causal: bool, window: int | None) -> Tensor:
     """Keys of each query, [T, 2]."""
     i = torch.arange(queries, device=query_starts.device)
-    sequence = torch.searchsorted(query_starts[1:].contiguous(), i, right=True)
+    if torch.compiler.is_exporting():  # ONNX has no search
+        sequence = (query_starts[1:] <= i[:, None]).sum(1)
+    else:
+        sequence = torch.searchsorted(query_starts[1:].contiguous(), i, right=True)
     first, end = key_starts[sequence], key_starts[sequence + 1]
     if not causal:
         return torch.stack([first, end], 1)

@@ -1,8 +1,9 @@
 """Which implementation an operator uses: the native core or its plain-torch twin.
 
 The choice is made per call from three facts: the override below, the tensors (the native core takes float32 on the
-CPU; half precision is converted; everything else goes to the twin), and whether the graph is being exported (the
-twin is made of exportable operators). Whether the compiled module is there is resolved once, at import.
+CPU, some operators bfloat16; other half precision is converted; everything else goes to the twin), and whether the
+graph is being exported (the twin is made of exportable operators). Whether the compiled module is there is resolved
+once, at import.
 """
 
 from __future__ import annotations

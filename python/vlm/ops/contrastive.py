@@ -193,7 +193,7 @@ def _is_small(x: Tensor, y: Tensor) -> bool:
 
 def _widen(native: bool, x: Tensor, y: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:
     """At least float32, autocast or not: with a scale of 100, bfloat16 logits would move in steps of 0.4. The native core
-    reads bfloat16 as it lies and computes in float32."""
+    reads bfloat16 as it lies and makes float32 logits of it."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if native and x.dtype == torch.bfloat16:
         return (x, y, *(s.to(wide) for s in scalars))

@@ -27,6 +27,18 @@ def check_listed(name: str, index: Tensor, weight: Tensor, rows: int, columns: i
         raise ValueError(f"contrastive loss: the weights of {name} must carry no gradient")
 
 
+@torch.no_grad()
+def likeliest(x: Tensor, y: Tensor, count: int, chunk: int = 2**22) -> tuple[Tensor, Tensor]:
+    """x [R, D], y [C, D] -> of each row the `count` columns of the largest products (all where there are fewer), indices and
+    products [R, min(count, C)], the largest first. `chunk` products exist at a time. No gradient."""
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or count < 1:
+        raise ValueError(f"likeliest wants x [R, D], y [C, D] and a positive count, got {tuple(x.shape)}, {tuple(y.shape)}, {count}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    count, columns = min(count, y.shape[0]), y.to(wide).T
+    found = [(part.to(wide) @ columns).topk(count, dim=1) for part in x.split(max(1, chunk // max(1, y.shape[0])))]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
 class _Listed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, log_scale: Tensor, index: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def contrastive_matrices(
     exclude_x: Tensor | None = None,
     exclude_y: Tensor | None = None,
     decoupled: bool = False,
-    smoothing: float = 0.0,
+    smoothing: float | tuple[Tensor, Tensor] = 0.0,
+    labels: tuple[Tensor, Tensor] | None = None,
     teacher: Teacher | None = None,
     negative_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -32,11 +33,15 @@ def contrastive_matrices(
 
     Softmax form without a bias: the rows of exp(log_scale) * `rows` and the columns of exp(log_scale) * `columns` against
     targets as in `contrastive_softmax`. Sigmoid form with a bias: sums of the binary terms, of either matrix along its own
-    side, as in `contrastive_sigmoid`; smoothing eps is labels of 1 - eps and eps.
-    Raises ValueError where the matrices are not of one shape.
+    side, as in `contrastive_sigmoid`; smoothing eps is labels of 1 - eps and eps, and `labels` [R], [R] are those of the
+    positives and of the others, given row by row. smoothing of the softmax form is one eps, or one a row and one a column.
+    Raises ValueError where the matrices are not of one shape, or smoothing or labels do not go with the form.
     """
     if rows.ndim != 2 or rows.shape != columns.shape:
         raise ValueError(f"contrastive loss on matrices wants two of one shape, got {tuple(rows.shape)} and {tuple(columns.shape)}")
+    each = isinstance(smoothing, tuple)
+    if (bias is not None and each) or (labels is not None and (bias is None or smoothing)):
+        raise ValueError("contrastive loss on matrices: labels are of the sigmoid form, without smoothing; one eps a row is of the other")
     relations = Relations(groups_x, groups_x if groups_y is None else groups_y, 0, exclude_x,
                           exclude_x if exclude_y is None else exclude_y, decoupled, teacher)
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -47,9 +52,11 @@ def contrastive_matrices(
         for matrix, axis in ((rows, 1), (columns, 0)):
             z = log_scale.exp().to(wide) * matrix.to(wide)
             if bias is None:
-                values.append(softmax_values(matrix_statistics(z, *masks, decoupled, axis), smoothing=smoothing, share=share))
+                eps = smoothing[1 - axis] if isinstance(smoothing, tuple) else smoothing
+                values.append(softmax_values(matrix_statistics(z, *masks, decoupled, axis), smoothing=eps, share=share))
                 continue
             ones = z.new_ones(z.shape[0])
-            labels = torch.stack([ones * (1 - smoothing), ones * smoothing])
-            values.append(matrix_sigmoid(z + bias.to(wide), *masks, share, labels, negative_weight).sum(axis))
+            pair = labels if isinstance(smoothing, tuple) or labels is not None else (ones * (1 - smoothing), ones * smoothing)
+            assert pair is not None
+            values.append(matrix_sigmoid(z + bias.to(wide), *masks, share, torch.stack([p.to(wide) for p in pair]), negative_weight).sum(axis))
     return values[0], values[1]

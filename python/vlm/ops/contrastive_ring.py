@@ -48,7 +48,7 @@ def ring_contrastive(
     *,
     groups: Tensor | None = None,
     exclude: Tensor | None = None,
-    smoothing: float = 0.0,
+    smoothing: float | tuple[Tensor, Tensor] = 0.0,
     decoupled: bool = False,
     teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,8 @@ def ring_contrastive(
     none included. groups, exclude: integer ids [n] of the pairs, comparable over ranks; without groups each pair is its
     own positive. teacher: embeddings [n, D] of this rank's pairs. With one rank it equals `contrastive_softmax` or
     `contrastive_sigmoid`; over ranks it does to rounding, because sums are made in another order.
-    smoothing is of the softmax form: over all pairs of all ranks that take part.
+    smoothing is of the softmax form: over all pairs of all ranks that take part; one eps, or those of this rank's rows [n] and of
+    its columns [n].
     Raises ValueError on shapes or options that do not fit.
     """
     n = x.shape[0]
@@ -72,13 +73,18 @@ def ring_contrastive(
         if values is not None and (values.shape != (n,) or values.is_floating_point()):
             raise ValueError(f"ring loss: {name} must be integer ids [{n}], got {values.dtype} {tuple(values.shape)}")
     wide = torch.promote_types(x.dtype, torch.float32)
-    setting = _Setting(form, communicator, counts, ids, exclude, decoupled, smoothing > 0, teacher)
+    smooth_x, smooth_y = smoothing if isinstance(smoothing, tuple) else (smoothing, smoothing)
+    for eps in (smooth_x, smooth_y):
+        if isinstance(eps, Tensor) and eps.shape != (n,):
+            raise ValueError(f"ring loss: smoothing must be a number or [{n}], got {tuple(eps.shape)}")
+    smooth = isinstance(smoothing, tuple) or smoothing > 0
+    setting = _Setting(form, communicator, counts, ids, exclude, decoupled, smooth, teacher)
     shift = log_scale.new_zeros(()) if bias is None else bias
     rows, columns = _Ring.apply(x.to(wide), y.to(wide), log_scale.to(wide), shift.to(wide), setting)
     if form == "sigmoid":
         return rows[0], columns[0]
     share = 0.0 if teacher is None else teacher.share
-    return softmax_values(rows, smoothing=smoothing, share=share), softmax_values(columns, smoothing=smoothing, share=share)
+    return softmax_values(rows, smoothing=smooth_x, share=share), softmax_values(columns, smoothing=smooth_y, share=share)
 
 
 class _Setting(NamedTuple):

@@ -7,6 +7,7 @@ Source: core-exact-attention, core-facet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -464,9 +465,9 @@ class MaskProgram:
             row = [_KINDS[lowered.kind], *lowered.numbers, *(0,) * 7]
             for place, t in zip((5, 9), lowered.tensors):
                 row[place] = used
-                row[place + 1] = 0 if t.shape[0] == 1 else t[0].numel()
+                row[place + 1] = 0 if t.shape[0] == 1 else math.prod(t.shape[1:])
                 if lowered.kind == "blocks":
-                    row[place + 2] = 0 if t.shape[1] == 1 else t[0, 0].numel()
+                    row[place + 2] = 0 if t.shape[1] == 1 else math.prod(t.shape[2:])
                 arrays.append(t.to(torch.int32).flatten())
                 used += t.numel()
             code += row

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from vlm.ops import masks
 from vlm.ops.attention import attention
-from vlm.ops.backend import core, use_native
+from vlm.ops.backend import use_native
+from vlm.ops.selection_native import REPRESENTATIVES, native_block_sparse, native_select_hierarchical
 from vlm.ops.selection_reference import (
     BlockList,
-    capacity_of,
     dense_mask,
     select_hierarchical_reference,
 )
 
 __all__ = ["BlockList", "block_sparse_attention", "dense_mask", "select_hierarchical", "select_hierarchical_reference"]
-
-_PLACES: dict[str, int] = {"first": 0, "center": 1}
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ def select_hierarchical(
     Raises ValueError on shapes or numbers that do not fit. Source: hip.
     """
     _check(q, k)
-    if representative not in _PLACES:
+    if representative not in REPRESENTATIVES:
         raise ValueError(f"select_hierarchical: representative is {representative!r}; expected 'first' or 'center'")
     if min(budget, window, sinks) < 0 or row_step < 1 or not (1 <= block_q <= 256 and 1 <= block_k <= 256):
         raise ValueError("select_hierarchical: budget, window and sinks must not be negative, row_step at least 1, blocks 1 to 256")
@@ -59,16 +57,8 @@ def select_hierarchical(
     if not use_native(q, k):
         return select_hierarchical_reference(q, k, chosen=chosen, block_q=block_q, block_k=block_k, window=window, sinks=sinks,
                                              row_step=row_step, representative=representative)
-    q, k = _readable(q.float()), _readable(k.float())
-    lists = (*q.shape[:2], -(-q.shape[2] // block_q))
-    capacity = capacity_of(k.shape[2], chosen, block_q, block_k, window, sinks)
-    index = torch.empty((*lists, capacity), dtype=torch.int32)
-    count, scored = torch.empty(lists, dtype=torch.int32), torch.empty(lists, dtype=torch.int64)
-    core().select_hierarchical(
-        sizes=_sizes(q, k, block_q, block_k), q=_view(q), k=_view(k), budget=chosen, window=window, sinks=sinks, row_step=row_step,
-        capacity=capacity, representative=_PLACES[representative], indices=index.data_ptr(), counts=count.data_ptr(),
-        evaluations=scored.data_ptr(), threads=torch.get_num_threads(),
-    )
+    index, count, scored = native_select_hierarchical(q.float(), k.float(), chosen, block_q, block_k, window, sinks, row_step,
+                                                      REPRESENTATIVES[representative])
     return BlockList(index, count, block_q, block_k), scored
 
 
@@ -91,17 +81,9 @@ def block_sparse_attention(
     if learns or bias is not None or not use_native(q, k, v):
         listed = masks.BlockList(blocks.index, blocks.count, blocks.block_q, blocks.block_k)
         return attention(q, k, v, causal=True, bias=bias, mask=listed, scale=scale)
-    kind = q.dtype
-    q, k, v = _readable(q.float()), _readable(k.float()), _readable(v.float())
-    index, count = blocks.index.contiguous(), blocks.count.contiguous()
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    lse = q.new_empty(q.shape[:3])
-    core().block_sparse_forward(
-        sizes=_sizes(q, k, blocks.block_q, blocks.block_k), q=_view(q), k=_view(k), v=_view(v), value_width=v.shape[3],
-        capacity=index.shape[3], scale=q.shape[3] ** -0.5 if scale is None else scale, indices=index.data_ptr(),
-        counts=count.data_ptr(), out=_view(out), lse=lse.data_ptr(), threads=torch.get_num_threads(),
-    )
-    return out.to(kind)
+    out, _ = native_block_sparse(q.float(), k.float(), v.float(), blocks.index, blocks.count, blocks.block_q, blocks.block_k,
+                                 q.shape[3] ** -0.5 if scale is None else scale)
+    return out.to(q.dtype)
 
 
 def _check(q: Tensor, k: Tensor) -> None:
@@ -111,15 +93,3 @@ def _check(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"selection: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if q.dtype != k.dtype or not q.is_floating_point():
         raise ValueError(f"selection: q and k must share one floating type, got {q.dtype} and {k.dtype}")
-
-
-def _readable(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-def _view(t: Tensor) -> tuple[int, int, int, int]:
-    return (t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
-
-
-def _sizes(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int, ...]:
-    return (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], k.shape[2] - q.shape[2], block_q, block_k)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlm.ops.tokens_reference import falling
+
 Representative = Literal["first", "center"]
 
 
@@ -82,7 +84,7 @@ def _search(q: Tensor, position: Tensor, k: Tensor, m: int, low: int, n: int, bl
     edges = torch.arange(m + 1, device=q.device) * n // m
     first, end = (t.expand(batch, heads, m) for t in (edges[:-1], edges[1:]))
     evaluated = torch.zeros((batch, heads), dtype=torch.int64, device=q.device)
-    while bool((end - first > 1).any()):
+    for _ in range((-(-n // m) - 1).bit_length()):  # so many halvings of the longest; a round over lengths of 1 changes nothing
         going = (end - first > 1).any(-1)
         middle = torch.where(end - first > 1, first + (end - first) // 2, end)
         halves, stops = torch.stack([first, middle], -1).flatten(2), torch.stack([middle, end], -1).flatten(2)
@@ -95,7 +97,7 @@ def _search(q: Tensor, position: Tensor, k: Tensor, m: int, low: int, n: int, bl
         sees = there.flatten(2)[:, :, None] & (flat[:, :, None] <= position[:, None])
         score = logits.masked_fill(~sees, -torch.inf).amax(2).unflatten(-1, (-1, block_k)).amax(-1)
         score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~real, -torch.inf)  # never one that is not there
-        best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :m].sort(-1).values
+        best = falling(score)[..., :m].sort(-1).values
         first, end = halves.gather(-1, best), stops.gather(-1, best)
         evaluated = evaluated + torch.where(going, real.sum(-1), 0)
     return first, evaluated

@@ -22,6 +22,7 @@ from vlm.ops.tokens import bipartite_match, gather_tokens, merge_tokens
 from vlm.ops.tokens_select import select_top
 from vlm.ops.vocabulary import linear_cross_entropy
 from vlm.ops.vocabulary_distillation import linear_distillation
+from vlm.ops.window_attention import window_attention
 
 TOLERANCE = 2e-5
 """Largest accepted error, relative to the largest value of the exact result, forward and gradients."""
@@ -198,6 +199,12 @@ def _selection_case() -> tuple[Call, list[Tensor]]:
     return call, [q, k, v]
 
 
+def _window_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(9)
+    qkv, tau, table = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 9, 7, 3 * 2 * 16), (2,), (49, 2)))
+    return lambda x, s, t: (window_attention(x, s, t, window=4, shift=2),), [qkv, tau.abs() * 4 + 1, table]
+
+
 _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "attention": _attention_case,
     "contrastive_softmax": _softmax_case,
@@ -212,6 +219,7 @@ _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "linear_decay": _linear_decay_case,
     "ssm_scan": _ssm_case,
     "selection": _selection_case,
+    "window_attention": _window_case,
 }
 
 

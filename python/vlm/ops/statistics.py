@@ -1,10 +1,12 @@
 """Statistics of the attention matrix, which is never stored. None of them has a gradient: they choose, they do not train.
 
 B batch, H query heads, G key heads (H a multiple of G), N queries, M keys, D width. P_ij = exp(s_ij - lse_i) over the
-allowed pairs, s_ij = (scale * <q_i, k_j> + bias_ij) / temperature.
+allowed pairs, s_ij = (cap(scale * <q_i, k_j>) + bias_ij) / temperature.
 
-Options shared by all (see `vlm.ops.attention`): causal, alignment, key_mask (bool [B, M] or lengths [B]), bias
-(broadcastable to [B, H, N, M]), scale (1/sqrt(D)), and temperature, which divides the logits after mask and bias.
+Options shared by all, as `vlm.ops.attention` takes them: causal, alignment, key_mask (bool [B, M] or lengths [B]), mask (an atom
+or a program of `vlm.ops.masks`), bias (broadcastable to [B, H, N, M], or one of `vlm.ops.attention_bias`), scale (1/sqrt(D)),
+softcap; and temperature, which divides the logits after mask and bias. What a removed key holds is not read where key_mask or
+`KeyPadding` removes it.
 Half-precision input is converted to float32 as a whole tensor. Results are float32 (float64 for float64 input).
 ValueError on shapes or dtypes that do not fit. Sources: core-exact-attention, aim, fopru.
 """
@@ -16,10 +18,12 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from vlm.ops.attention import Alignment
+from vlm.ops.attention_bias import AnyBias, lowered, written_out
 from vlm.ops.backend import use_native
+from vlm.ops.masks import Alignment, Atom, LoweredMask, MaskProgram, MaskShape, key_mask_of
 from vlm.ops.statistics_native import native_column_sums, native_row_statistics, native_rows
 from vlm.ops.statistics_reference import (
+    along,
     column_sums_reference,
     logits_reference,
     probabilities_reference,
@@ -34,8 +38,10 @@ class AttentionOptions(TypedDict, total=False):
     causal: bool
     alignment: Alignment
     key_mask: Tensor | None
-    bias: Tensor | None
+    mask: MaskProgram | Atom | None
+    bias: AnyBias | None
     scale: float | None
+    softcap: float | None
     temperature: float
 
 
@@ -103,18 +109,19 @@ def attention_rows(q: Tensor, k: Tensor, rows: Tensor, **options: Unpack[Attenti
 
 @torch.no_grad()
 def attention_columns(q: Tensor, k: Tensor, columns: Tensor, **options: Unpack[AttentionOptions]) -> Tensor:
-    """P of chosen keys: columns int64 [C] or [B, C], none negative -> [B, H, N, C], through one lse."""
+    """P of chosen keys: columns int64 [C] or [B, C], none negative -> [B, H, N, C], through one lse.
+
+    What a mask program allows is written out here, as booleans [B | 1, H | 1, N, M]; so is a bias on a grid.
+    """
     p = _prepare(q, k, options)
     at = _indices("columns", columns, q.shape[0])
     lse = _row_statistics(p, everything=False).lse
     picked = p.k.gather(2, at[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
-    bias = p.bias
-    if bias is not None and bias.shape[3] != 1:
-        bias = bias.expand(q.shape[0], -1, -1, -1)
-        bias = bias.gather(3, at[:, None, None, :].expand(-1, bias.shape[1], bias.shape[2], -1))
     mask = None if p.key_mask is None else p.key_mask.gather(1, at)
-    logits = _plain(p, lambda: logits_reference(p.q, picked, causal=False, alignment="top-left", key_mask=mask,
-                                                bias=bias, scale=p.scale))
+    pairs = along(p.pairs(), 3, at)
+    bias = along(p.written_bias(), 3, at)
+    logits = _plain(p, lambda: logits_reference(p.q, picked, causal=False, alignment="top-left", key_mask=mask, bias=bias,
+                                                scale=p.scale, pairs=pairs, softcap=p.softcap))
     if p.causal:
         i = torch.arange(q.shape[2], device=q.device)[:, None] + p.offset
         logits = torch.where(at[:, None, None, :] <= i, logits, torch.full_like(logits[..., :1, :1], -torch.inf))
@@ -126,8 +133,9 @@ def attention_pagerank(q: Tensor, k: Tensor, *, iterations: int = 5, damping: fl
                        **options: Unpack[AttentionOptions]) -> Tensor:
     """x_{t+1} = (1 - damping) x_t P + damping / n from x_0 = 1/n, `iterations` times: [B, H, N], each sums to 1.
 
-    q and k are of the same tokens (N = M); n counts those that `key_mask` keeps, the others have 0 throughout. One lse,
-    then one weighted column sum a step. Do not iterate to convergence on a causal matrix: all mass ends on token 0.
+    q and k are of the same tokens (N = M); n counts those that `key_mask` and `KeyPadding` keep, the others have 0 throughout. One
+    lse, then one weighted column sum a step. A token that a mask lets attend to none gives its mass to none. Do not iterate to
+    convergence on a causal matrix: all mass ends on token 0.
     Source: aim (temperature 0.1, 5 iterations, no damping).
     """
     p = _prepare(q, k, options)
@@ -178,44 +186,72 @@ class _Problem(NamedTuple):
     q: Tensor
     k: Tensor
     key_mask: Tensor | None
-    bias: Tensor | None
+    mask: MaskProgram | None
+    bias: AnyBias | None
     scale: float
+    softcap: float
+    temperature: float
     causal: bool
     alignment: Alignment
     native: bool
 
     @property
+    def shape(self) -> MaskShape:
+        return MaskShape(self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2], self.q.device)
+
+    @property
     def offset(self) -> int:
         return self.k.shape[2] - self.q.shape[2] if self.alignment == "bottom-right" else 0
 
+    def pairs(self) -> Tensor | None:
+        """What the program allows, bool [B | 1, H | 1, N | 1, M | 1]."""
+        return None if self.mask is None else self.mask.allow(self.shape)
+
+    def written_bias(self) -> Tensor | None:
+        bias = written_out(self.bias, self.shape)
+        return bias if bias is None else self._cooled(bias)
+
     def native_arguments(self) -> tuple[Any, ...]:
-        return self.q, self.k, self.key_mask, self.bias, self.scale, self.causal, self.offset
+        pairs, relative = lowered(self.bias, self.shape)
+        bias = None if pairs is None else self._cooled(pairs.float())
+        values, grid = (None, (0, 0)) if relative is None else (self._cooled(relative.values.float()), relative.grid)
+        code, arrays, dense = LoweredMask([], None, None) if self.mask is None else self.mask.lower(self.shape)
+        return (self.q, self.k, self.key_mask, bias, values, arrays, dense, code or None, self.scale, self.causal, self.offset, *grid,
+                self.softcap)
 
     def twin_arguments(self) -> dict[str, Any]:
-        return {"causal": self.causal, "alignment": self.alignment, "key_mask": self.key_mask, "bias": self.bias,
-                "scale": self.scale}
+        return {"causal": self.causal, "alignment": self.alignment, "key_mask": self.key_mask, "bias": self.written_bias(),
+                "scale": self.scale, "pairs": self.pairs(), "softcap": self.softcap}
+
+    def _cooled(self, bias: Tensor) -> Tensor:
+        return bias if self.temperature == 1.0 else bias / self.temperature
 
 
 def _prepare(q: Tensor, k: Tensor, options: AttentionOptions) -> _Problem:
     unknown = set(options) - set(AttentionOptions.__annotations__)
     if unknown:
         raise TypeError(f"attention statistics: unexpected option {sorted(unknown)[0]!r}")
-    key_mask, bias = options.get("key_mask"), options.get("bias")
+    bias, mask, softcap = options.get("bias"), options.get("mask"), options.get("softcap")
     alignment, temperature = options.get("alignment", "bottom-right"), options.get("temperature", 1.0)
-    key_mask = _check(q, k, alignment, key_mask, bias, temperature)
-    scale = options.get("scale")
-    scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
-    native = use_native(q, k, bias)
+    given = bias if isinstance(bias, Tensor) else None
+    key_mask = _check(q, k, alignment, options.get("key_mask"), given, temperature, softcap)
+    if isinstance(mask, Atom):
+        mask = MaskProgram(mask)
+    native = use_native(q, k, given)
     if native:
         q, k = q.float(), k.float()
-        bias = None if bias is None else bias.float()
-    if bias is not None and temperature != 1.0:
-        bias = bias / temperature
-    return _Problem(q, k, key_mask, bias, scale, options.get("causal", False), alignment, native)
+    scale = options.get("scale")
+    scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
+    problem = _Problem(q, k, key_mask, mask, bias, scale, (softcap or 0.0) / temperature, temperature, options.get("causal", False),
+                       alignment, native)
+    padding = None if mask is None else mask.key_mask(problem.shape)
+    if padding is not None:
+        problem = problem._replace(key_mask=padding if key_mask is None else key_mask & padding)
+    return problem
 
 
 def _check(q: Tensor, k: Tensor, alignment: str, key_mask: Tensor | None, bias: Tensor | None,
-           temperature: float) -> Tensor | None:
+           temperature: float, softcap: float | None) -> Tensor | None:
     """Refuse what does not fit; returns the key mask as bool [B, M] or None."""
     if q.ndim != 4 or k.ndim != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"attention statistics want q [B, H, N, D] and k [B, G, M, D], got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -227,18 +263,16 @@ def _check(q: Tensor, k: Tensor, alignment: str, key_mask: Tensor | None, bias: 
         raise ValueError(f"attention statistics: alignment is {alignment!r}; expected 'bottom-right' or 'top-left'")
     if not temperature > 0:
         raise ValueError(f"attention statistics: temperature is {temperature}, expected more than 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention statistics: softcap is {softcap}; expected a positive number or None")
     if bias is not None:
         full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         if not bias.is_floating_point() or bias.ndim != 4 or any(b not in (1, n) for b, n in zip(bias.shape, full)):
             raise ValueError(f"attention statistics: bias {bias.dtype} {tuple(bias.shape)} cannot be broadcast to {full}")
     if key_mask is None:
         return None
-    if key_mask.shape == (q.shape[0],) and not key_mask.is_floating_point() and key_mask.dtype != torch.bool:
-        return torch.arange(k.shape[2], device=q.device)[None, :] < key_mask[:, None]
-    if key_mask.dtype != torch.bool or key_mask.shape != (q.shape[0], k.shape[2]):
-        raise ValueError(f"attention statistics: key_mask must be bool [{q.shape[0]}, {k.shape[2]}] or integer lengths "
-                         f"[{q.shape[0]}], got {key_mask.dtype} {tuple(key_mask.shape)}")
-    return key_mask
+    shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    return key_mask_of(key_mask, shape, "attention statistics: key_mask")
 
 
 def _expanded(name: str, t: Tensor, q: Tensor) -> Tensor:

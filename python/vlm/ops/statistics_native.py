@@ -1,27 +1,23 @@
 """Native statistics of the attention matrix as torch operators; nothing here has a gradient.
 
-B batch, H query heads, G key heads, N queries, M keys, D width, R chosen rows. All float32 on the CPU.
+B batch, H query heads, G key heads, N queries, M keys, D width, R chosen rows. All float32 on the CPU. Shared arguments: bias
+[B|1, H|1, N|1, M|1]; relative [H|1, L] with grid_rows and grid_columns (0 for a line), see `vlm.ops.attention_bias.Relative`;
+arrays, dense and code of `vlm.ops.masks.LoweredMask`; softcap, 0 for none.
 """
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from vlm.ops.attention_native import _atoms, _readable, _step, _view
 from vlm.ops.backend import core
 
 
-def _readable(t: Tensor) -> Tensor:
-    """The same values with a contiguous last axis."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-def _view(t: Tensor) -> tuple[int, int, int, int]:
-    return (t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
-
-
-def _problem(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool,
-             causal_offset: int) -> tuple[dict[str, Any], list[Tensor]]:
+def _problem(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, relative: Tensor | None,
+             arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None, scale: float, causal: bool,
+             causal_offset: int, grid_rows: int, grid_columns: int, softcap: float) -> tuple[dict[str, Any], list[Tensor]]:
     """Arguments shared by the kernels, and the tensors whose memory they point to."""
     q, k = _readable(q), _readable(k)
     alive = [q, k]
@@ -39,15 +35,25 @@ def _problem(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None,
         bias = _readable(bias)  # one number for all keys becomes a row
         alive.append(bias)
         arguments["bias"] = _view(bias)
+    if code or dense is not None:
+        arguments["atoms"] = _atoms(code or (), arrays, dense)
+    if relative is not None:
+        relative = relative.contiguous()
+        alive.append(relative)
+        arguments["relative"] = (relative.data_ptr(), _step(relative, 0), grid_rows, grid_columns)
+    if softcap:
+        arguments["softcap"] = softcap
     return arguments, alive
 
 
 @torch.library.custom_op("vlm::attention_row_statistics", mutates_args=(), device_types="cpu")
 def native_row_statistics(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
-                          scale: float, causal: bool, causal_offset: int,
-                          everything: bool) -> tuple[Tensor, Tensor, Tensor]:
+                          relative: Optional[Tensor], arrays: Optional[Tensor], dense: Optional[Tensor],  # noqa: UP045
+                          code: Optional[Sequence[int]], scale: float, causal: bool, causal_offset: int, grid_rows: int,  # noqa: UP045
+                          grid_columns: int, softcap: float, everything: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> lse, entropy [B, H, N] float32 and the best key [B, H, N] int64; the last two are empty unless `everything`."""
-    arguments, _alive = _problem(q, k, key_mask, bias, scale, causal, causal_offset)
+    arguments, _alive = _problem(q, k, key_mask, bias, relative, arrays, dense, code, scale, causal, causal_offset,
+                                 grid_rows, grid_columns, softcap)
     lse, entropy, best = _row_outputs(q, everything)
     core().attention_row_statistics(**arguments, lse=lse.data_ptr(), entropy=entropy.data_ptr() if everything else 0,
                                     best=best.data_ptr() if everything else 0)
@@ -60,17 +66,21 @@ def _row_outputs(q: Tensor, everything: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @native_row_statistics.register_fake
-def _(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool,
-      causal_offset: int, everything: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, relative: Tensor | None, arrays: Tensor | None,
+      dense: Tensor | None, code: Sequence[int] | None, scale: float, causal: bool, causal_offset: int, grid_rows: int,
+      grid_columns: int, softcap: float, everything: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _row_outputs(q, everything)
 
 
 @torch.library.custom_op("vlm::attention_column_sums", mutates_args=(), device_types="cpu")
 def native_column_sums(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
-                       scale: float, causal: bool, causal_offset: int, lse: Tensor,
+                       relative: Optional[Tensor], arrays: Optional[Tensor], dense: Optional[Tensor],  # noqa: UP045
+                       code: Optional[Sequence[int]], scale: float, causal: bool, causal_offset: int, grid_rows: int,  # noqa: UP045
+                       grid_columns: int, softcap: float, lse: Tensor,
                        weights: Optional[Tensor]) -> Tensor:  # noqa: UP045
     """lse and weights [B, H, N] -> sum_i weights_i P_ij [B, H, M]."""
-    arguments, _alive = _problem(q, k, key_mask, bias, scale, causal, causal_offset)
+    arguments, _alive = _problem(q, k, key_mask, bias, relative, arrays, dense, code, scale, causal, causal_offset,
+                                 grid_rows, grid_columns, softcap)
     lse, weights = lse.contiguous(), None if weights is None else weights.contiguous()
     sums = q.new_empty((q.shape[0], q.shape[1], k.shape[2]))
     core().attention_column_sums(**arguments, lse=lse.data_ptr(), sums=sums.data_ptr(),
@@ -79,16 +89,20 @@ def native_column_sums(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias: O
 
 
 @native_column_sums.register_fake
-def _(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool,
-      causal_offset: int, lse: Tensor, weights: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, relative: Tensor | None, arrays: Tensor | None,
+      dense: Tensor | None, code: Sequence[int] | None, scale: float, causal: bool, causal_offset: int, grid_rows: int,
+      grid_columns: int, softcap: float, lse: Tensor, weights: Tensor | None) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], k.shape[2]))
 
 
 @torch.library.custom_op("vlm::attention_rows", mutates_args=(), device_types="cpu")
 def native_rows(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias: Optional[Tensor],  # noqa: UP045
-                scale: float, causal: bool, causal_offset: int, rows: Tensor) -> Tensor:
+                relative: Optional[Tensor], arrays: Optional[Tensor], dense: Optional[Tensor],  # noqa: UP045
+                code: Optional[Sequence[int]], scale: float, causal: bool, causal_offset: int, grid_rows: int,  # noqa: UP045
+                grid_columns: int, softcap: float, rows: Tensor) -> Tensor:
     """rows int64 [B, R], -1 for none -> P [B, H, R, M]."""
-    arguments, _alive = _problem(q, k, key_mask, bias, scale, causal, causal_offset)
+    arguments, _alive = _problem(q, k, key_mask, bias, relative, arrays, dense, code, scale, causal, causal_offset,
+                                 grid_rows, grid_columns, softcap)
     rows = rows.contiguous()
     out = q.new_empty((q.shape[0], q.shape[1], rows.shape[1], k.shape[2]))
     core().attention_rows(**arguments, count=rows.shape[1], rows=rows.data_ptr(), probabilities=out.data_ptr())
@@ -96,6 +110,7 @@ def native_rows(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias: Optional
 
 
 @native_rows.register_fake
-def _(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool,
-      causal_offset: int, rows: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, relative: Tensor | None, arrays: Tensor | None,
+      dense: Tensor | None, code: Sequence[int] | None, scale: float, causal: bool, causal_offset: int, grid_rows: int,
+      grid_columns: int, softcap: float, rows: Tensor) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], rows.shape[1], k.shape[2]))

@@ -11,9 +11,12 @@ from torch import Tensor
 from vlm.ops.attention_reference import allowed_pairs
 
 
-def logits_reference(q: Tensor, k: Tensor, *, causal: bool, alignment: str, key_mask: Tensor | None,
-                     bias: Tensor | None, scale: float) -> Tensor:
-    """scale * q k^T + bias [B, H, N, M], at least float32, -inf at removed pairs."""
+def logits_reference(q: Tensor, k: Tensor, *, causal: bool, alignment: str, key_mask: Tensor | None, bias: Tensor | None,
+                     scale: float, pairs: Tensor | None = None, softcap: float = 0.0) -> Tensor:
+    """cap(scale * q k^T) + bias [B, H, N, M], at least float32, -inf at removed pairs.
+
+    pairs: bool [B | 1, H | 1, N | 1, M | 1], what a mask program allows. softcap: 0 for none.
+    """
     work = torch.promote_types(q.dtype, torch.float32)
     if key_mask is not None:  # removed keys may hold anything, NaN included
         k = torch.where(key_mask[:, None, :, None], k, torch.zeros((), dtype=k.dtype, device=k.device))
@@ -21,9 +24,13 @@ def logits_reference(q: Tensor, k: Tensor, *, causal: bool, alignment: str, key_
     if repeat != 1:
         k = k.repeat_interleave(repeat, 1)
     logits = (q.to(work) @ k.to(work).transpose(-1, -2)) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias.to(work)
     allow = allowed_pairs(q.shape[2], k.shape[2], causal=causal, alignment=alignment, key_mask=key_mask, device=q.device)
+    if pairs is not None:
+        allow = pairs if allow is None else allow & pairs
     if allow is None:
         return logits
     return torch.where(allow, logits, torch.full((), -torch.inf, dtype=work, device=q.device))
@@ -64,17 +71,26 @@ def column_sums_reference(logits: Tensor, lse: Tensor | None, weights: Tensor | 
 
 
 def rows_reference(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, alignment: str, key_mask: Tensor | None,
-                   bias: Tensor | None, scale: float) -> Tensor:
+                   bias: Tensor | None, scale: float, pairs: Tensor | None = None, softcap: float = 0.0) -> Tensor:
     """P of the chosen rows [B, R], [B, H, R, M]; a row of -1 is a row of zeros."""
     if not torch.compiler.is_exporting() and q.shape[2] == 0:  # then every row is -1
         return q.new_zeros((q.shape[0], q.shape[1], rows.shape[1], k.shape[2]), dtype=torch.promote_types(q.dtype, torch.float32))
-    at = rows.clamp(min=0)[:, None, :, None]
-    chosen = q.gather(2, at.expand(-1, q.shape[1], -1, q.shape[3]))
-    if bias is not None and bias.shape[2] != 1:
-        bias = bias.expand(q.shape[0], -1, -1, -1).gather(2, at.expand(-1, bias.shape[1], -1, bias.shape[3]))
-    logits = logits_reference(chosen, k, causal=False, alignment=alignment, key_mask=key_mask, bias=bias, scale=scale)
+    at = rows.clamp(min=0)
+    chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    logits = logits_reference(chosen, k, causal=False, alignment=alignment, key_mask=key_mask, bias=along(bias, 2, at), scale=scale,
+                              pairs=along(pairs, 2, at), softcap=softcap)
     allow = (rows >= 0)[:, None, :, None]
     if causal:
         offset = k.shape[2] - q.shape[2] if alignment == "bottom-right" else 0
         allow = allow & (torch.arange(k.shape[2], device=q.device) <= rows[:, None, :, None] + offset)
     return probabilities_reference(torch.where(allow, logits, torch.full_like(logits[..., :1, :1], -torch.inf)))
+
+
+def along(t: Tensor | None, axis: int, at: Tensor) -> Tensor | None:
+    """t [B | 1, H | 1, N | 1, M | 1] at the places `at` [B, R] of axis 2 or 3; itself where that axis is shared."""
+    if t is None or t.shape[axis] == 1:
+        return t
+    t = t.expand(at.shape[0], -1, -1, -1)
+    if axis == 2:
+        return t.gather(2, at[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+    return t.gather(3, at[:, None, None, :].expand(-1, t.shape[1], t.shape[2], -1))

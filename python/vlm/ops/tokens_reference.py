@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 
 def falling(values: Tensor) -> Tensor:
-    """Indices [B, N] of the values [B, N] by falling value, the lowest index first among equals; NaN counts as -inf.
+    """Indices [..., N] of the values [..., N] by falling value, the lowest index first among equals; NaN counts as -inf.
 
     ONNX knows no stable sort, but its TopK, to which a sort is exported, puts the lowest index first.
     """
     values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if torch.compiler.is_exporting():
-        return values.sort(dim=1, descending=True).indices
-    return values.sort(dim=1, descending=True, stable=True).indices
+        return values.sort(dim=-1, descending=True).indices
+    return values.sort(dim=-1, descending=True, stable=True).indices
 
 
 def by_group(group: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from vlm.ops.backend import core
 from vlm.ops.vocabulary_rows import Shape, cross_entropy_rows
 
 CHUNK = 2**24
@@ -24,20 +25,27 @@ def chunk_rows(rows: int, ids: int, chunk: int) -> int:
 class Products:
     """hidden [N, C] with weight [V, C]: chunks of products and the gradients of both, accumulated over chunks.
 
-    product: the type in which torch multiplies. Half types are accumulated inside a product by torch, across chunks in float32.
+    product: the type of what is multiplied, by torch; sums over chunks are float32 at least. With `native`, bfloat16 is multiplied
+    by the core where the level in force does that: its products and gradients are float32 and never rounded on their way.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, product: torch.dtype, want_hidden: bool, want_weight: bool) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, product: torch.dtype, want_hidden: bool, want_weight: bool,
+                 native: bool = False) -> None:
         self.wide = torch.promote_types(product, torch.float32)
         self.product = product
         self.hidden, self.weight = hidden.to(product), weight.to(product)
+        self.in_core = native and product == torch.bfloat16 and core().multiplies_bfloat16()
+        if self.in_core:
+            self.hidden, self.weight = _readable(self.hidden), _readable(self.weight)
         self.d_hidden = hidden.new_empty(hidden.shape, dtype=self.wide) if want_hidden else None
         self.d_weight = weight.new_zeros(weight.shape, dtype=self.wide) if want_weight else None
 
     def into(self, chunk: Tensor, begin: int) -> None:
         """chunk [r, V] <- hidden[begin : begin + r] weight^T"""
         part = self.hidden[begin : begin + len(chunk)]
-        if self.product == self.wide:
+        if self.in_core:
+            core().product_rows(**self._operands(part), z=_block(chunk))
+        elif self.product == self.wide:
             torch.mm(part, self.weight.T, out=chunk)
         else:
             chunk.copy_(part @ self.weight.T)
@@ -45,6 +53,11 @@ class Products:
     def add(self, gradient: Tensor, begin: int) -> None:
         """gradient [r, V] of the products of the rows from `begin` on."""
         part = self.hidden[begin : begin + len(gradient)]
+        if self.in_core:
+            own = None if self.d_hidden is None else self.d_hidden[begin : begin + len(gradient)]
+            core().product_gradients(**self._operands(part), gradient=_block(gradient), d_hidden=_block(own),
+                                     d_weight=_block(self.d_weight))  # fmt: skip
+            return
         gradient = gradient.to(self.product)
         if self.d_hidden is not None:
             own = self.d_hidden[begin : begin + len(gradient)]
@@ -57,6 +70,20 @@ class Products:
                 self.d_weight.addmm_(gradient.T, part)
             else:
                 self.d_weight.add_(gradient.T @ part)
+
+    def _operands(self, part: Tensor) -> dict[str, Any]:
+        return {"rows": len(part), "ids": len(self.weight), "width": part.shape[1], "hidden": _block(part),
+                "weight": _block(self.weight), "threads": torch.get_num_threads()}  # fmt: skip
+
+
+def _readable(t: Tensor) -> Tensor:
+    """The same values with a contiguous last axis."""
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def _block(t: Tensor | None) -> tuple[int, int]:
+    """Address and row stride as the core takes them, zeros for what is not wanted."""
+    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -75,7 +102,7 @@ def _sweep(
         factors = None if factors is None else factors[chosen]
     gradient = any(want)
     with torch.autocast(hidden.device.type, enabled=False):
-        products = Products(hidden, weight, product, *want[:2])
+        products = Products(hidden, weight, product, *want[:2], native=native)
         wide = products.wide
         bias = None if bias is None else bias.to(wide).contiguous()
         labels, factors = labels.contiguous(), None if factors is None else factors.to(wide).contiguous()

@@ -17,12 +17,13 @@ from vlm.ops.vocabulary_rows import Shape, cross_entropy_rows, divergence_rows
 class _Teacher:
     """Chunks of the teacher's logits, or of its short list. parts: hidden, weight[, bias], or logits[, ids]."""
 
-    def __init__(self, parts: list[Tensor], kind: str, softcap: float, product: torch.dtype, size: int, chosen: Tensor | None) -> None:
+    def __init__(self, parts: list[Tensor], kind: str, softcap: float, product: torch.dtype, size: int, chosen: Tensor | None,
+                 native: bool) -> None:
         self.kind, self.softcap = kind, softcap
         rows = parts[0] if chosen is None else parts[0][chosen]
         if kind == "factors":
             self.bias = parts[2][:size] if len(parts) > 2 else None
-            self.products = Products(rows, parts[1][:size], product, False, False)
+            self.products = Products(rows, parts[1][:size], product, False, False, native=native)
         else:
             self.rows, self.size = rows, size
             self.ids = None if kind == "logits" else (parts[1] if chosen is None else parts[1][chosen]).long()
@@ -95,8 +96,8 @@ def _sweep(
     size = ids if kind == "top" else min(ids, len(parts[1]) if kind == "factors" else parts[0].shape[1])
     gradient, nothing = any(want), hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
-        products = Products(hidden, weight[:size], product, *want[:2])
-        teacher = _Teacher(parts, kind, teacher_softcap, teacher_product, size, chosen)
+        products = Products(hidden, weight[:size], product, *want[:2], native=how.native)
+        teacher = _Teacher(parts, kind, teacher_softcap, teacher_product, size, chosen, how.native)
         wide = products.wide
         own_bias = None if bias is None else bias[:size].to(wide)
         d_bias = None if bias is None or not want[2] else torch.zeros_like(bias, dtype=wide)

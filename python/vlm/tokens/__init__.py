@@ -2,7 +2,7 @@
 
 from vlm.tokens.merging import MergePlan, TowerMergeOptions
 from vlm.tokens.options import GatherOptions, TokensOptions
-from vlm.tokens.pre import PreStepOptions, TowerScore, TowerView
+from vlm.tokens.pre import PreStepOptions, TowerScore, TowerView, learned_steps, run_steps
 from vlm.tokens.reducer import TokenReducer, picture_counts, select_top
 from vlm.tokens.schedule import (
     KeepPlan,
@@ -29,8 +29,10 @@ __all__ = [
     "TowerScore",
     "TowerView",
     "attention_from_rows",
+    "learned_steps",
     "picture_counts",
     "query_rows",
+    "run_steps",
     "select_top",
     "sigmoid_rates",
     "solved_alpha",

@@ -59,6 +59,8 @@ class TokensOptions(Options):
         if self.keep is None and not self.pre:
             raise ValueError("expected keep, pre or both: without them nothing is dropped")
         for number, step in enumerate(self.pre):
+            if step.learned and self.when == "inference":
+                raise ValueError(f'pre.{number}: a learned choice is learned in training: set when = "always"')
             if number and step.needs_grid:
                 raise ValueError(f"pre.{number}: only the first step may read the tower's attention or rows of the grid")
         return self
@@ -86,6 +88,8 @@ class TokensOptions(Options):
         """Why a model with this table has no bundle; None where it has one."""
         if isinstance(self.select, ThresholdOptions) or any(step.select.kind == "threshold" for step in self.pre):
             return 'a threshold keeps another number of positions of every picture, and a graph has one: use select.kind = "top-k"'
+        if any(step.learned for step in self.pre):
+            return "a learned choice keeps another number of positions of every picture, and a graph has one"
         scores = [step.score for step in self.pre] + ([self.score] if self.keep is not None else [])
         if any(score is not None and score.kind == "random" for score in scores):
             return "a random order is a baseline and has no graph"

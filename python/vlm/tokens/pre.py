@@ -5,23 +5,36 @@ P pictures, N tokens of a picture, K kept ones, C width, H heads. Sources: fopru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.config.options import Options
-from vlm.ops import attention_column_sums, attention_lse, attention_pagerank, gather_tokens, select_top
+from vlm.ops import (
+    adaptive_pool,
+    attention_column_sums,
+    attention_lse,
+    attention_pagerank,
+    gather_tokens,
+    select_top,
+    stride_pool,
+)
+from vlm.tokens.attention_merge import AttentionMergeOptions
+from vlm.tokens.learned import BernoulliOptions, GumbelHardOptions, LearnedScoreOptions, LearnedStep
 from vlm.tokens.merging import merge_down
 from vlm.tokens.schedule import exact
 from vlm.tokens.score import ScoringBlock, rows_first
 from vlm.tokens.score_options import (
     NormScoreOptions,
     RandomScoreOptions,
+    UniformGridScoreOptions,
     UniformScoreOptions,
+    grid_order,
     norms,
     random_order,
     uniform_order,
@@ -118,7 +131,13 @@ class TowerPageRankOptions(TowerScore):
 
 
 PreScore = Annotated[
-    TowerAttentionOptions | TowerPageRankOptions | NormScoreOptions | RandomScoreOptions | UniformScoreOptions,
+    TowerAttentionOptions
+    | TowerPageRankOptions
+    | NormScoreOptions
+    | RandomScoreOptions
+    | UniformScoreOptions
+    | UniformGridScoreOptions
+    | LearnedScoreOptions,
     Field(discriminator="kind"),
 ]
 
@@ -156,6 +175,38 @@ class MergeDownOptions(Options):
     metric: Literal["tokens"] = Field("tokens", description="tokens: cosine of the tokens themselves")
 
 
+class PoolOptions(Options):
+    """The grid of a picture's tokens, pooled to a smaller one: by a stride, or to a shape whatever its own (core-pool)."""
+
+    kind: Literal["pool"] = "pool"
+    method: Literal["average", "max", "bilinear"] = Field("average", description="of the tokens of a window; bilinear: the grid resized")
+    stride: int | None = Field(None, ge=1, description="side of a window; the last ones may be smaller")
+    shape: tuple[int, int] | None = Field(None, description="rows and columns that are left, by adaptive averages (pllava, infmllm)")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> PoolOptions:
+        if (self.stride is None) == (self.shape is None):
+            raise ValueError("expected either stride or shape")
+        if self.shape is not None and (self.method != "average" or min(self.shape) < 1):
+            raise ValueError('shape goes with method "average", and is at least 1 x 1')
+        return self
+
+    def left(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that are left."""
+        if self.stride is None:
+            assert self.shape is not None
+            return self.shape
+        return -(-rows // self.stride), -(-columns // self.stride)
+
+    def pooled(self, x: Tensor, columns: int) -> Tensor:
+        """x [P, N, C] over a grid of so many columns -> [P, K, C]."""
+        grid = x.unflatten(1, (-1, columns))
+        if self.stride is not None:
+            return stride_pool(grid, self.stride, kind=self.method).flatten(1, 2)
+        assert self.shape is not None
+        return adaptive_pool(grid, self.shape).flatten(1, 2)
+
+
 class PickOptions(Options):
     """The chosen tokens, in their order."""
 
@@ -175,31 +226,52 @@ class PreStepOptions(Options):
 
     score: PreScore | None = Field(None, description="what speaks for a token; merging has none")
     select: Annotated[
-        TopShareOptions | RowsOptions | ThresholdShareOptions | MergeDownOptions, Field(discriminator="kind")
+        TopShareOptions | RowsOptions | ThresholdShareOptions | MergeDownOptions | GumbelHardOptions | BernoulliOptions | PoolOptions,
+        Field(discriminator="kind"),
     ]
-    apply: Annotated[PickOptions | BlendOptions, Field(discriminator="kind")] = PickOptions()
+    apply: Annotated[PickOptions | BlendOptions | AttentionMergeOptions, Field(discriminator="kind")] = PickOptions()
 
     @model_validator(mode="after")
     def _fits(self) -> PreStepOptions:
         merges = isinstance(self.select, MergeDownOptions)
         if merges != isinstance(self.apply, BlendOptions):
-            raise ValueError('select "bipartite" goes with apply "merge", every other select with "gather"')
-        if merges == (self.score is not None):
-            raise ValueError("merging takes no score" if merges else f'select "{self.select.kind}" needs a score')
+            raise ValueError('select "bipartite" goes with apply "merge", and no other select does')
+        scoreless = merges or isinstance(self.select, PoolOptions)
+        if scoreless == (self.score is not None):
+            raise ValueError("merging and pooling take no score" if scoreless else f'select "{self.select.kind}" needs a score')
+        if isinstance(self.select, GumbelHardOptions | BernoulliOptions) != isinstance(self.score, LearnedScoreOptions):
+            raise ValueError('score "learned-mlp" goes with select "gumbel-hard" or "bernoulli", and no other does')
+        if isinstance(self.apply, AttentionMergeOptions) and not self.learned:
+            raise ValueError('apply "attention-merge" needs score "learned-mlp"')
         return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has weights of its own: `build` makes them, and `reduce` is not asked."""
+        return isinstance(self.score, LearnedScoreOptions)
+
+    def build(self, width: int) -> LearnedStep | None:
+        """The module of a learned step over tokens of so many channels; None for any other. Raises ValueError where they do not fit."""
+        if not isinstance(self.select, GumbelHardOptions | BernoulliOptions):
+            return None
+        return LearnedStep(width, self.select, self.apply if isinstance(self.apply, AttentionMergeOptions) else None)
 
     @property
     def needs_grid(self) -> bool:
         """Whether tokens must be the tower's patches, one by one."""
-        return isinstance(self.score, TowerScore) or isinstance(self.select, RowsOptions)
+        return isinstance(self.score, TowerScore) or isinstance(self.select, RowsOptions | PoolOptions)
 
     def count(self, tokens: int, columns: int | None = None) -> int:
         """Tokens that are left of `tokens`, at most. columns: of the grid; default: a square one's."""
         select = self.select
         if isinstance(select, MergeDownOptions):
             return max(1, exact(select.keep).numerator * tokens // exact(select.keep).denominator)
-        if isinstance(select, ThresholdShareOptions):
+        if isinstance(select, ThresholdShareOptions | GumbelHardOptions | BernoulliOptions):
             return tokens
+        if isinstance(select, PoolOptions):
+            columns = columns or int(tokens**0.5 + 0.5)
+            rows, columns = select.left(tokens // columns, columns)
+            return rows * columns
         if isinstance(select, RowsOptions):
             columns = columns or int(tokens**0.5 + 0.5)
             left = rounded(select.ratio, tokens)
@@ -218,7 +290,9 @@ class PreStepOptions(Options):
             return norms(x, score.best)
         if isinstance(score, RandomScoreOptions):
             return random_order(number, score.seed)
-        return None if score is None else uniform_order(number)
+        if isinstance(score, UniformGridScoreOptions):
+            return grid_order(number, score.columns)
+        return uniform_order(number) if isinstance(score, UniformScoreOptions) else None
 
     def reduce(self, x: Tensor, view: TowerView | None, columns: int | None) -> tuple[Tensor, Tensor | None]:
         """x [P, N, C] -> (tokens [P, K, C], mask [P, K] where pictures keep different numbers, else None)."""
@@ -226,6 +300,8 @@ class PreStepOptions(Options):
         if isinstance(select, MergeDownOptions):
             assert isinstance(apply, BlendOptions)
             return merge_down(x, self.count(x.shape[1]), weighting=apply.weighting, order=apply.order), None
+        if isinstance(select, PoolOptions):
+            return select.pooled(x, columns or int(x.shape[1] ** 0.5 + 0.5)), None
         score = self.scores(x, view)
         assert score is not None
         if isinstance(select, ThresholdShareOptions):
@@ -237,6 +313,29 @@ class PreStepOptions(Options):
         if isinstance(select, RowsOptions):
             return gather_tokens(x, best_rows(score, count, columns or int(x.shape[1] ** 0.5 + 0.5))), None
         return gather_tokens(x, select_top(score, count).indices), None
+
+
+def learned_steps(steps: Sequence[PreStepOptions], width: int) -> nn.ModuleDict:
+    """The modules of learned steps over tokens of so many channels, by number of the step. Raises ValueError where they do not fit."""
+    made = {str(number): step.build(width) for number, step in enumerate(steps)}
+    return nn.ModuleDict({number: module for number, module in made.items() if module is not None})
+
+
+def run_steps(
+    steps: Sequence[PreStepOptions], learned: nn.ModuleDict, x: Tensor, mask: Tensor | None, view: TowerView | None, columns: int | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [P, N, C], mask [P, N] or None, through all steps -> (tokens [P, K, C], mask [P, K] or None, penalty of the share that
+    learned steps keep [P], None without such a step). Raises ValueError for a step that reads masked tokens."""
+    penalty: Tensor | None = None
+    for number, step in enumerate(steps):
+        if mask is not None:
+            raise ValueError("tokens.pre reads tokens that are all valid, and those of this connector or step are masked")
+        if str(number) in learned:
+            x, mask, own = learned[str(number)](x)
+            penalty = own if penalty is None else penalty + own
+        else:
+            x, mask = step.reduce(x, view if number == 0 else None, columns)
+    return x, mask, penalty
 
 
 def best_rows(score: Tensor, count: int, columns: int) -> Tensor:

@@ -69,14 +69,17 @@ class TokenReducer:
             return attention_from_rows(x, layout, block, rotary)
         scope = before_last_text(layout)
         number = self.numbers.gather(1, layout.kept.clamp(min=0))
-        view = View(x, before[0], before[1], block, rotary, scope, number)
+        text = layout.mask & (layout.modality != int(Modality.IMAGE))
+        view = View(x, before[0], before[1], block, rotary, scope, number, text)
         if not bool((layout.segment > 0).any()):
             score = self.score.score(view)
         else:  # packed documents, each in a row of its own
             fold = folded(layout)
             at, real = fold.clamp(min=0), fold >= 0
             parts = None if rotary is None else (_laid(rotary[0], layout, at), _laid(rotary[1], layout, at))
-            own = View(_rows(x, at), _rows(before[0], at), before[1], block, parts, _rows(scope, at) & real, _rows(number, at))
+            own = View(
+                _rows(x, at), _rows(before[0], at), before[1], block, parts, _rows(scope, at) & real, _rows(number, at), _rows(text, at)
+            )
             score = torch.zeros(layout.mask.shape, device=x.device).flatten()
             score[fold[real]] = self.score.score(own)[real]
             score = score.view(layout.mask.shape)

@@ -28,7 +28,7 @@ class View:
     """A row between two layers: x [n, T, C] after block `done`, which read `before`; block `next` is to come.
 
     scope [n, T] bool: the prompt up to its last text, one document a row; number [n, T] int64: of a visual position in its
-    picture, as that was before any drop.
+    picture, as that was before any drop; text [n, T] bool: positions of text.
     """
 
     x: Tensor
@@ -38,6 +38,7 @@ class View:
     rotary: Rotary | None
     scope: Tensor
     number: Tensor
+    text: Tensor
 
     def of(self, norm: Norm) -> tuple[Tensor, ScoringBlock]:
         """(what the block reads, the block)."""
@@ -124,13 +125,44 @@ class UniformScoreOptions(Options):
         return uniform_order(view.number)
 
 
+class UniformGridScoreOptions(Options):
+    """Evenly spaced places of a picture in both directions of its grid; fewer are a part of more."""
+
+    kind: Literal["uniform-grid"] = "uniform-grid"
+    columns: int = Field(gt=0, le=4096, description="columns of the grid, whose tokens come row by row")
+
+    def score(self, view: View) -> Tensor:
+        """[n, T] float32."""
+        return grid_order(view.number, self.columns)
+
+
+class SimilarityToTextOptions(Options):
+    """How like the text of the prompt a position is: cosine of hidden states."""
+
+    kind: Literal["similarity-to-text"] = "similarity-to-text"
+    reduce: Literal["mean", "max"] = Field("mean", description="mean: of the cosines with all positions of text; max: the best of them")
+
+    @torch.no_grad()
+    def score(self, view: View) -> Tensor:
+        """[n, T] float32; 0 in a row without text."""
+        unit = torch.nn.functional.normalize(view.x.float(), dim=-1)
+        text = (view.scope & view.text)[..., None]
+        said = torch.where(text, unit, 0.0)
+        if self.reduce == "mean":
+            return (unit * (said.sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1))).sum(-1)
+        cosines = (unit @ said.transpose(1, 2)).masked_fill(~text.transpose(1, 2), -2.0).amax(-1)
+        return torch.where(cosines < -1.5, 0.0, cosines)
+
+
 DecoderScore = Annotated[
     AttentionFromRowsOptions
     | AttentionReceivedOptions
     | PageRankOptions
     | NormScoreOptions
     | RandomScoreOptions
-    | UniformScoreOptions,
+    | UniformScoreOptions
+    | UniformGridScoreOptions
+    | SimilarityToTextOptions,
     Field(discriminator="kind"),
 ]
 """The catalogue of `tokens.score`."""
@@ -154,4 +186,17 @@ def uniform_order(number: Tensor) -> Tensor:
     for _ in range(16):
         half = torch.div(rest, 2, rounding_mode="floor")
         turned, rest = 2 * turned + (rest - 2 * half), half
+    return -turned.to(torch.float32)
+
+
+def grid_order(number: Tensor, columns: int) -> Tensor:
+    """number int64 [...] of places in a grid of so many columns -> scores [...] float32: the bits of column and row in turn,
+    turned around, small ones first. The first 4^k places of a grid whose sides are powers of 2 are an even grid themselves."""
+    place = number.clamp(min=0)
+    row, turned = torch.div(place, columns, rounding_mode="floor"), torch.zeros_like(place)
+    parts = [place - row * columns, row]
+    for _ in range(12):
+        for axis, rest in enumerate(parts):
+            half = torch.div(rest, 2, rounding_mode="floor")
+            turned, parts[axis] = 2 * turned + (rest - 2 * half), half
     return -turned.to(torch.float32)

@@ -304,6 +304,7 @@ class Run:
             picture_positions=model.training_positions,
             tiling=model.tiling,
             tiles_apart=model.tiles_apart,
+            frames=model.frames,
             template=_template_of(model, data),
             quarantine=self.directory.root if self.communicator.rank == 0 else None,
         )

@@ -52,6 +52,10 @@ def open_reader(spec: dict[str, Any], limits: PictureLimits) -> Reader:
         from vlm.data.scenes.digits import DigitsReader
 
         return DigitsReader(spec)
+    if kind == "clips":
+        from vlm.data.scenes.clips import ClipsReader
+
+        return ClipsReader(spec)
     if kind == "mixture":
         return MixedReader([open_reader(part, limits) for part in spec["parts"]])
     raise ValueError(f"no reader of kind {kind!r}")

@@ -2,7 +2,8 @@
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
 `text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`);
-`scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64` (drawn). A prefix (`wds:`,
+`scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64`,
+`clips:?n=20000&frames=8&size=32` (drawn). A prefix (`wds:`,
 `folder:`, `jsonl:`, `json:`) settles what the ending does not say. Several addresses of one kind are joined by commas.
 """
 
@@ -13,6 +14,7 @@ import os
 import re
 
 from vlm.config.errors import DataError
+from vlm.data.scenes.clips_source import ClipsSource
 from vlm.data.scenes.digits_source import DigitsSource
 from vlm.data.scenes.source import ScenesSource
 from vlm.data.sources.base import Source
@@ -22,12 +24,12 @@ from vlm.data.sources.json_lines import JsonLinesSource
 from vlm.data.sources.webdataset import WebDatasetSource
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 
-_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes|digits):(?!//)")
+_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes|digits|clips):(?!//)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
 _KNOWN = (
     "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), "
-    "scenes: or digits:"
+    "scenes:, digits: or clips:"
 )
 
 
@@ -42,6 +44,8 @@ def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
         return ScenesSource.from_uri(uri)
     if prefix == "digits":
         return DigitsSource.from_uri(uri)
+    if prefix == "clips":
+        return ClipsSource.from_uri(uri)
     remote = re.match(r"^([a-z][a-z0-9+.-]*)://|^pipe:", rest)
     if remote:
         raise DataError(

@@ -28,6 +28,7 @@ class Visual:
     A group is what one placeholder stands for: start, width [G] in `tokens`; several [G], whether these are
     several rows; tile [G], whether it is one row that is neither a whole picture nor a thumbnail. pictures, rows: (first
     group, number of groups) [B] of each sample, when a placeholder is a picture with all its tiles, or a single row.
+    penalty [B]: of the share that learned steps keep, see `vlm.tokens.learned`.
     """
 
     tokens: Tensor
@@ -38,6 +39,7 @@ class Visual:
     several: Tensor
     pictures: tuple[Tensor, Tensor]
     rows: tuple[Tensor, Tensor]
+    penalty: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Tensor, mask: Tensor | None, stream: Pictures, samples: int) -> Visual:
@@ -241,3 +243,17 @@ def divided(
     before = here.cumsum(1) - here  # of each column, the positions of the row that stand before it
     segment = torch.where(stream.mask, 0, -1) if stream.segment is None else stream.segment
     return x, layout, Media(tokens, laid.valid, laid.take(before), torch.where(laid.valid, laid.take(segment), -1))
+
+
+def mean_of_samples(values: Tensor, stream: Pictures, samples: int) -> Tensor:
+    """values [P] of the rows of a stream -> their means over the valid rows of each sample [B], 0 for a sample without any."""
+    valid = stream.mask.to(values.dtype)
+    zeros = values.new_zeros(samples)
+    counts = zeros.index_add(0, stream.sample_index, valid)
+    return zeros.index_add(0, stream.sample_index, torch.where(stream.mask, values, 0.0)) / counts.clamp(min=1)
+
+
+def kept_share(before: Layout, after: Layout) -> Tensor:
+    """[n]: share of the visual positions of each row that are left, 1 for a row without any."""
+    counts = [((part.modality == int(Modality.IMAGE)) & part.mask).sum(1).float() for part in (before, after)]
+    return torch.where(counts[0] > 0, counts[1] / counts[0].clamp(min=1), 1.0)

@@ -25,7 +25,16 @@ from vlm.models.decoder import Cache, DecoderResult, run_decoder
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.language import LanguageModel, LanguageOptions, layout_of
 from vlm.models.towers import VisionTransformer
-from vlm.models.vision_language.expand import Visual, announced, beside, divided, expand, place_pictures
+from vlm.models.vision_language.expand import (
+    Visual,
+    announced,
+    beside,
+    divided,
+    expand,
+    kept_share,
+    mean_of_samples,
+    place_pictures,
+)
 from vlm.models.vision_language.graphs import export_parts
 from vlm.models.vision_language.options import (
     CrossAttentionOptions,
@@ -38,12 +47,12 @@ from vlm.models.vision_language.parts import connector_of, copy_into, language_o
 from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import Tiling
-from vlm.tokens import TokensOptions, TowerScore, TowerView
+from vlm.tokens import TokensOptions, TowerScore, TowerView, learned_steps, run_steps
 from vlm.tokens.tiler import TilerOptions
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
 from vlm.types.export import ExportPart
-from vlm.types.layout import Layout, Modality
+from vlm.types.layout import Layout
 from vlm.types.outputs import Wanted
 
 IMAGE = "<image>"
@@ -216,6 +225,7 @@ class VisionLanguageModel(Model):
             read = next(iter(options.towers.values())).tokens
             if self.connector.count(read) != read:
                 raise ValueError(f"tokens.pre.0 reads patches, and the connector makes {self.connector.count(read)} tokens of {read}")
+        self.reducers = learned_steps([] if options.tokens is None else options.tokens.pre, options.language.width)
         self.language = LanguageModel(options.language, vocabulary)
         self.cross = nn.ModuleDict()
         if isinstance(options.fusion, CrossAttentionOptions | HybridOptions):
@@ -280,6 +290,10 @@ class VisionLanguageModel(Model):
 
     def visual_tokens(self, pixels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """tower -> pixels [P, 3, S, S], normalised, to (visual tokens [P, K, C], mask [P, K] or None)."""
+        return self._visual_tokens(pixels)[:2]
+
+    def _visual_tokens(self, pixels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same, and the penalty of the share that learned steps keep [P], None without such a step."""
         parts: list[Tensor] = []
         pre = [] if self._reduction is None else self._reduction.pre
         view: TowerView | None = None
@@ -295,13 +309,7 @@ class VisionLanguageModel(Model):
             x = vision.post_norm(run.x) if tower.norm else run.x
             parts.append(x[:, 1:] if tower.class_token and tower.drop_class else x)
         out: tuple[Tensor, Tensor | None] = self.connector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], None)
-        grid = self.options.grid
-        for step in pre:
-            if out[1] is not None:
-                raise ValueError("tokens.pre reads tokens that are all valid, and those of this connector or step are masked")
-            out = step.reduce(out[0], view, None if grid is None else grid[1])
-            view = None
-        return out
+        return run_steps(pre, self.reducers, *out, view, None if self.options.grid is None else self.options.grid[1])
 
     def _visual(self, streams: Mapping[str, Pictures], samples: int) -> Visual:
         """streams: tower -> its pictures, rows of all corresponding; a tower without a stream: no pictures."""
@@ -315,8 +323,10 @@ class VisionLanguageModel(Model):
         for name, stream in streams.items():
             if not torch.equal(stream.sample_index, first.sample_index):
                 raise ValueError(f"the pictures of tower {name!r} are not those of the first tower, row by row")
-        tokens, mask = self.visual_tokens({name: self.pixel_norms[name](stream.values) for name, stream in streams.items()})
-        return Visual.of(tokens, mask, first, samples)
+        pixels = {name: self.pixel_norms[name](stream.values) for name, stream in streams.items()}
+        tokens, mask, penalty = self._visual_tokens(pixels)
+        visual = Visual.of(tokens, mask, first, samples)
+        return visual if penalty is None else replace(visual, penalty=mean_of_samples(penalty, first, samples))
 
     def _visual_of_batch(self, batch: Batch, context: str) -> Visual:
         names = self.options.picture_streams(context)
@@ -335,7 +345,7 @@ class VisionLanguageModel(Model):
         """Outputs by `stream[@context]`: `vocabulary`, `hidden:L` and `statistics`, with the layout of the expanded row.
 
         Pictures of one context are encoded once. Statistics: `kept_share` [n], share of a row's picture positions that
-        reach the last layer, 1 without pictures. Raises KeyError for a context that the batch lacks, ValueError naming
+        reach the last layer, 1 without pictures; with a learned step `ratio_penalty` [n], see keep-ratio. Raises KeyError for a context that the batch lacks, ValueError naming
         the sample whose placeholders and pictures do not agree.
         """
         seen: dict[str | None, Visual] = {}
@@ -358,11 +368,15 @@ class VisionLanguageModel(Model):
                 )
             keys = [str(owner) for owner in range(len(seen[source].rows[0]))] if shared else batch.keys
             result, before = self._read(stream, seen[source], keys, name, context, fields)
+            penalty = seen[source].penalty
             if shared:
                 del seen[source]  # owners of another shared stream are others
             output = self.language.outputs(result, stream, fields)
             if "statistics" in fields:
-                output = replace(output, statistics={"kept_share": _kept_share(before, result.layout)})
+                found = {"kept_share": kept_share(before, result.layout)}
+                if penalty is not None:
+                    found["ratio_penalty"] = penalty[stream.sample_index]
+                output = replace(output, statistics=found)
             out[key] = output
         return out
 
@@ -440,8 +454,3 @@ class VisionLanguageModel(Model):
         except ValueError as error:
             raise RequestError(f"{name}: {error}") from error
         copy_into(mine, state, name)
-
-
-def _kept_share(before: Layout, after: Layout) -> Tensor:
-    counts = [((part.modality == int(Modality.IMAGE)) & part.mask).sum(1).float() for part in (before, after)]
-    return torch.where(counts[0] > 0, counts[1] / counts[0].clamp(min=1), 1.0)

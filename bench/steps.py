@@ -47,7 +47,7 @@ def swin_pictures(count: int = 8) -> Batch:
     """64 pixels, six in ten places hidden, a class each."""
     image = _pictures(count, 64)
     hidden = replace(image, masked=torch.rand(count, 4, 4, generator=torch.Generator().manual_seed(4)) < 0.6)
-    return _batch(count, image=image, image_masked=hidden, label=Labels(torch.arange(count), image.mask, image.sample))
+    return _batch(count, image=image, image_masked=hidden, label=Labels(torch.arange(count), image.mask, image.sample_index))
 
 
 def documents(rows: int = 2, length: int = 2048, mean: int = 256) -> Batch:

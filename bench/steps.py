@@ -24,9 +24,9 @@ def _pictures(count: int, side: int) -> Pictures:
     return Pictures(values, torch.ones(count, dtype=torch.bool), torch.arange(count))
 
 
-def _batch(count: int, **streams: Stream) -> Batch:
+def _batch(count: int, streams: dict[str, Stream]) -> Batch:
     zeros = torch.zeros(count, dtype=torch.int64)
-    return Batch({name.replace("_", "."): stream for name, stream in streams.items()}, [str(i) for i in range(count)], zeros, zeros)
+    return Batch(streams, [str(i) for i in range(count)], zeros, zeros)
 
 
 def pairs(count: int = 128) -> Batch:
@@ -35,19 +35,21 @@ def pairs(count: int = 128) -> Batch:
     ids = torch.randint(3, 4096, (count, 32), generator=generator)
     lengths = torch.randint(4, 32, (count,), generator=generator)
     ids[torch.arange(count), lengths - 1] = 1
-    return _batch(count, image=_pictures(count, 64), text=TokenIds(ids, torch.arange(32) < lengths[:, None], torch.arange(count)))
+    text = TokenIds(ids, torch.arange(32) < lengths[:, None], torch.arange(count))
+    return _batch(count, {"image": _pictures(count, 64), "text": text})
 
 
 def photographs(count: int = 8) -> Batch:
     """224 pixels: 50 tokens of a ViT-B/32."""
-    return _batch(count, image=_pictures(count, 224))
+    return _batch(count, {"image": _pictures(count, 224)})
 
 
 def swin_pictures(count: int = 8) -> Batch:
     """64 pixels, six in ten places hidden, a class each."""
     image = _pictures(count, 64)
     hidden = replace(image, masked=torch.rand(count, 4, 4, generator=torch.Generator().manual_seed(4)) < 0.6)
-    return _batch(count, image=image, image_masked=hidden, label=Labels(torch.arange(count), image.mask, image.sample_index))
+    label = Labels(torch.arange(count), image.mask, image.sample_index)
+    return _batch(count, {"image": image, "image.masked": hidden, "label": label})
 
 
 def documents(rows: int = 2, length: int = 2048, mean: int = 256) -> Batch:
@@ -115,6 +117,7 @@ def tower(count: int = 8) -> Callable[[], dict[Arm, Work]]:
 
         def run() -> object:
             embedding = model.encode(samples, wanted)["image"].embedding
+            assert embedding is not None
             optimizer.zero_grad()
             embedding[:, 0].sum().backward()
             optimizer.step()

@@ -41,6 +41,24 @@ VLM_DEVICE float probability(const AttentionProblem& p, bool allowed, const floa
   return s == minus_infinity() || lse == minus_infinity() ? 0.0f : expf(s - lse);
 }
 
+// Keys and values j0 .. j1 of a head, in tiles of `rows` rows.
+template <int T, class Exists>
+VLM_DEVICE void load_keys(const AttentionProblem& p, int rows, int64_t b, int64_t g, int64_t j0, int64_t j1,
+                          Exists exists, float* key, float* value) {
+  load_tile<T>(key, rows, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
+  load_tile<T>(value, rows, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width, exists);
+}
+
+// Queries i0 .. i1 of a head and the gradients of their outputs, likewise.
+template <int T>
+VLM_DEVICE void load_queries(const AttentionBackward& call, int rows, int64_t b, int64_t h, int64_t i0, int64_t i1,
+                             float* query, float* dout) {
+  const AttentionProblem& p = call.problem;
+  load_tile<T>(query, rows, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width, always);
+  load_tile<T>(dout, rows, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride, i1 - i0,
+               p.value_width, always);
+}
+
 template <int T>
 __global__ void __launch_bounds__(TILE_THREADS, 1)
     attention_keys_kernel(AttentionBackward call, const __grid_constant__ MaskProgram program, const float* delta) {
@@ -59,9 +77,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys);
   const HeadMask keys{program, b, g};  // for the key mask alone
   const auto exists = [&](int row) { return keys.exists(j0 + row); };
-  load_tile<T>(key, Shape::own, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
-  load_tile<T>(value, Shape::own, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width,
-               exists);
+  load_keys<T>(p, Shape::own, b, g, j0, j1, exists, key, value);
   bool there[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -82,10 +98,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
       const Cover cover = mask.cover(i0, i1, j0, j1);
       if (cover == Cover::skip) continue;
       __syncthreads();
-      load_tile<T>(query, Shape::other, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
-                   always);
-      load_tile<T>(dout, Shape::other, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride,
-                   i1 - i0, p.value_width, always);
+      load_queries<T>(call, Shape::other, b, h, i0, i1, query, dout);
       bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
       __syncthreads();
       float s[R][C], gradient[R][C];
@@ -168,9 +181,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
   const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::own, i1 = smaller(i0 + Shape::own, p.queries);
   const HeadMask mask{program, b, h};
-  load_tile<T>(query, Shape::own, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width, always);
-  load_tile<T>(dout, Shape::own, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride, i1 - i0,
-               p.value_width, always);
+  load_queries<T>(call, Shape::own, b, h, i0, i1, query, dout);
   Accumulator<R, T> dq;
   dq.clear();
   for (int64_t j0 = 0; j0 < p.keys; j0 += Shape::other) {
@@ -179,9 +190,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
     if (cover == Cover::skip) continue;
     if (__syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::other)) == 0) continue;
     const auto exists = [&](int row) { return mask.exists(j0 + row); };
-    load_tile<T>(key, Shape::other, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width, exists);
-    load_tile<T>(value, Shape::other, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0, p.value_width,
-                 exists);
+    load_keys<T>(p, Shape::other, b, g, j0, j1, exists, key, value);
     bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
     __syncthreads();
     float gradient[R][C];
@@ -233,14 +242,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
         const Cover cover = mask.cover(i0, i1, j0, j1);
         if (cover == Cover::skip) continue;
         __syncthreads();
-        load_tile<T>(key, Shape::other, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width,
-                     exists);
-        load_tile<T>(value, Shape::other, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0,
-                     p.value_width, exists);
-        load_tile<T>(query, Shape::own, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
-                     always);
-        load_tile<T>(dout, Shape::own, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride,
-                     i1 - i0, p.value_width, always);
+        load_keys<T>(p, Shape::other, b, g, j0, j1, exists, key, value);
+        load_queries<T>(call, Shape::own, b, h, i0, i1, query, dout);
         bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
         __syncthreads();
         float gradient[R][C];

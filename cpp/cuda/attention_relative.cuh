@@ -40,14 +40,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
           const Cover cover = mask.cover(i0, i1, j0, j1);
           if (cover == Cover::skip) continue;
           const auto exists = [&](int row) { return mask.exists(j0 + row); };
-          load_tile<T>(key, Shape::other, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width,
-                       exists);
-          load_tile<T>(value, Shape::other, head_of(p.v, b, g) + j0 * p.v.row_stride, p.v.row_stride, j1 - j0,
-                       p.value_width, exists);
-          load_tile<T>(query, Shape::own, head_of(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride, i1 - i0, p.width,
-                       always);
-          load_tile<T>(dout, Shape::own, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride,
-                       i1 - i0, p.value_width, always);
+          load_keys<T>(p, Shape::other, b, g, j0, j1, exists, key, value);
+          load_queries<T>(call, Shape::own, b, h, i0, i1, query, dout);
           bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
           __syncthreads();
           float gradient[R][C];

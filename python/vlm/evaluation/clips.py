@@ -11,17 +11,22 @@ from PIL import Image
 
 from vlm.config.errors import RequestError
 from vlm.runtime.film import frames_of, is_clip
+from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, decode_picture
 
 if TYPE_CHECKING:
     from vlm.runtime.preprocess import Preprocess
     from vlm.types import Pictures
 
 
-def prepared(picture: Image.Image, preprocess: Preprocess, frames: int | None) -> NDArray[np.uint8]:
-    """uint8 [3, S, S], or the frames [k, 3, S, S] for a model of clips of at most `frames`.
+def prepared(
+    picture: Any, preprocess: Preprocess, frames: int | None, limits: PictureLimits | None = None
+) -> NDArray[np.uint8]:
+    """A picture or its bytes as uint8 [3, S, S], or as frames [k, 3, S, S] for a model of clips of at most `frames`.
 
-    Raises RequestError for a clip before a model of single pictures (frames is None).
+    Raises BadPicture, and RequestError for a clip before a model of single pictures (frames is None).
     """
+    if not isinstance(picture, Image.Image):
+        picture = decode_picture(picture, limits or DEFAULT_LIMITS)
     if frames is None:
         if is_clip(picture):
             raise RequestError("this model reads single pictures, and the data are clips", remedy='a tower of kind "video" reads clips')

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vlm.config.errors import CheckpointError, RequestError
 from vlm.evaluation.clips import prepared, stream_of
@@ -75,13 +74,11 @@ class TorchEmbedder:
         return self.encode_pixels([self.prepare_image(picture) for picture in pictures])
 
     def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> NDArray[np.uint8]:
-        """uint8 [3, S, S], or frames [k, 3, S, S], what `encode_pixels` takes: a queue need not hold whole pictures. Raises BadPicture."""
-        from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
+        """uint8 [3, S, S], or frames [k, 3, S, S], what `encode_pixels` takes: a queue need not hold whole pictures.
 
-        rgb = (
-            picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
-        )
-        return prepared(rgb, self.preprocess, self.model.frames)
+        Raises BadPicture.
+        """
+        return prepared(picture, self.preprocess, self.model.frames, limits)
 
     def encode_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
         """[n, E] float32 unit rows of prepared pictures."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vlm.config.errors import RequestError
 from vlm.evaluation.clips import prepared, stream_of
@@ -34,10 +33,7 @@ class TorchVision:
 
     def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> NDArray[np.uint8]:
         """uint8 [3, S, S], or the frames of a clip [k, 3, S, S]. Raises BadPicture."""
-        from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
-
-        rgb = picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
-        return prepared(rgb, self.preprocess, self.model.frames)
+        return prepared(picture, self.preprocess, self.model.frames, limits)
 
     def encode_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
         """[n, E] float32 unit rows of prepared pictures."""

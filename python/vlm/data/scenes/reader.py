@@ -20,9 +20,9 @@ class SceneReader:
         self.most = int(spec.get("objects", MOST_OBJECTS))
 
     def read(self, recipe: Any) -> dict[str, Any]:
-        """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `placed` (one
-        object and where it is), `attributes`, `name` ("red circle"), `shape`, `color`,
-        `category` (the shape), `concept` (the name), `count`, `objects`, `boxes`, `relations`, `questions`, `dialogue`."""
+        """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `placed` (one object and where it is),
+        `attributes`, `name` ("red circle"), `shape`, `color`, `category` (the shape), `concept` (the name), `count`, `objects`,
+        `boxes`, `relations`, `questions`, `dialogue`."""
         scene, fields = self._scene(recipe)
         return {"image": draw(scene, self.size), **fields}
 

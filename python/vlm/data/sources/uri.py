@@ -2,9 +2,9 @@
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
 `text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`);
-`scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64`,
-`clips:?n=20000&frames=8&size=32` (drawn). A prefix (`wds:`,
-`folder:`, `jsonl:`, `json:`) settles what the ending does not say. Several addresses of one kind are joined by commas.
+`scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64`, `clips:?n=20000&frames=8&size=32`
+(drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles what the ending does not say. Several addresses of one kind are
+joined by commas.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from vlm.config.errors import DataError
 from vlm.data.scenes.clips_source import ClipsSource
 from vlm.data.scenes.digits_source import DigitsSource
+from vlm.data.scenes.drawn import DrawnSource
 from vlm.data.scenes.source import ScenesSource
 from vlm.data.sources.base import Source
 from vlm.data.sources.folder import FolderSource
@@ -25,6 +26,7 @@ from vlm.data.sources.webdataset import WebDatasetSource
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 
 _PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes|digits|clips):(?!//)")
+_DRAWN: dict[str, type[DrawnSource]] = {source.name: source for source in (ScenesSource, DigitsSource, ClipsSource)}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
 _KNOWN = (
@@ -40,12 +42,8 @@ def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
     found = _PREFIX.match(uri)
     prefix = found.group(1) if found else None
     rest = uri[found.end() :] if found else uri
-    if prefix == "scenes":
-        return ScenesSource.from_uri(uri)
-    if prefix == "digits":
-        return DigitsSource.from_uri(uri)
-    if prefix == "clips":
-        return ClipsSource.from_uri(uri)
+    if prefix in _DRAWN:
+        return _DRAWN[prefix].from_uri(uri)
     remote = re.match(r"^([a-z][a-z0-9+.-]*)://|^pipe:", rest)
     if remote:
         raise DataError(

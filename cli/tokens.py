@@ -25,6 +25,7 @@ _SWEEP = """\b
 Examples:
   vlm tokens sweep runs/aim --vary tokens.pre.0.select.keep=1.0,0.75,0.5,0.25,0.125 --output sweep
   vlm tokens sweep runs/tome --vary vision.merge.remove.r=0,4,8,12,15 --task retrieval --metric image_to_text/r@10 --output sweep
+  vlm tokens sweep runs/vlm --vary 'pooled: tokens.pre=[],[{select={kind="pool",stride=2}}]' --vary 'dropped: tokens.keep.ratio=0.5,0.25' --output sweep
 """
 
 
@@ -115,52 +116,51 @@ def search(model: Path, output: Path, as_json: bool, **given: Any) -> None:
 @group.command(epilog=_SWEEP)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--vary", required=True, metavar="PATH=V,V,...", help="a setting of the model and its values, the first is the one compared with"
+    "--vary", required=True, multiple=True, metavar="[NAME: ]PATH=V,V,...",
+    help="a setting of the model and its values; several give a line each, and all are compared with the very first value",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="turns in which every arm is timed once")
 @_common
 def sweep(model: Path, output: Path, as_json: bool, **given: Any) -> None:
-    """Score and speed of MODEL over the values of one setting of its token reduction.
+    """Score and speed of MODEL over the values of settings of its token reduction.
 
-    Writes sweep.json and sweep.html, a page with the curves. The arms take turns, so a machine under load slows all.
+    Writes sweep.json, sweep.svg (score against speed) and sweep.html, a page with both. The arms take turns, so a
+    machine under load slows all.
     """
     from vlm.data.tokenizer import Tokenizer
     from vlm.models.directory import find_model_directory, load_model
-    from vlm.workflows.token_search.sweep import run_sweep, write_sweep
+    from vlm.workflows.token_search.sweep import read_curve, run_sweep, value_text, write_sweep
 
-    path, separator, text = given["vary"].partition("=")
-    if not separator:
-        raise RequestError("--vary is PATH=V,V,...: tokens.keep.ratio=1.0,0.5,0.25")
-    try:
-        values = tomllib.loads(f"values = [{text}]")["values"]
-    except tomllib.TOMLDecodeError as error:
-        raise RequestError(f"--vary: {text!r} is no list of values: {error}") from error
+    curves = [read_curve(text) for text in given["vary"]]
     data, directory = _data(model, given), find_model_directory(model)
     if given["threads"] is not None:
         import torch
 
         torch.set_num_threads(given["threads"])
     report = run_sweep(
-        load_model(directory), Tokenizer.load(directory), path, values, data, _task(given), given["metric"],
+        load_model(directory), Tokenizer.load(directory), curves, data, _task(given), given["metric"],
         batch=given["batch"], repeats=given["repeats"], note=log,
     )  # fmt: skip
     written = write_sweep(report, output)
     if as_json:
         echo_json(report)
         return
-    lines = [f"{path:>24}  {given['metric']:>12}  pictures/s  speed"]
-    for row in report["rows"]:
-        lines.append(f"{row['value']!s:>24}  {row['score']:12.2f}  {row['pictures_per_second']:10.1f}  {row['speed_ratio']:.2f}")
+    arms = [f"{row['curve']} = {value_text(row['value'])}" for row in report["rows"]]
+    wide = max(map(len, arms))
+    lines = [f"{'':{wide}}  {given['metric']:>12}  {'interval':>16}  pictures/s  speed"]
+    for arm, row in zip(arms, report["rows"]):
+        interval = f"[{row['lower']:.2f}, {row['upper']:.2f}]"
+        lines.append(f"{arm:{wide}}  {row['score']:12.2f}  {interval:>16}  {row['pictures_per_second']:10.1f}  {row['speed_ratio']:.2f}")
     echo_result("\n".join([*lines, *map(str, written)]))
 
 
 def _task(given: dict[str, Any]) -> Any:
-    """The task without controls and intervals that nobody reads here. Raises RequestError for one that there is not."""
+    """The task without controls that nobody reads here. Raises RequestError for one that there is not."""
     import pydantic
 
     from vlm.evaluation import TaskOptions
 
-    values = {"task": given["task"], "limit": given["limit"], "seed": given["seed"], "resamples": 100}
+    values = {"task": given["task"], "limit": given["limit"], "seed": given["seed"], "resamples": 1000}
     adapter = pydantic.TypeAdapter[Any](TaskOptions)
     try:
         task = adapter.validate_python(values)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from vlm.workflows.token_search.changed import with_settings
 from vlm.workflows.token_search.gaussian import Process, matern52, maximise
 from vlm.workflows.token_search.run import calibration, with_keep
 from vlm.workflows.token_search.search import CurveOptions, GreedyOptions, curve, greedy, table_of
+from vlm.workflows.token_search.sweep import Curve, read_curve
 
 
 def needing(*need, calls=None):
@@ -186,16 +188,31 @@ def test_vision_token_search_command_goes_on_where_it_ended(tmp_path, capsys):
     assert "does not go with" in capsys.readouterr().err
 
 
-def test_sweep_writes_the_score_and_speed_of_every_arm(tmp_path, capsys):
+def test_sweep_writes_the_score_and_speed_of_every_arm_of_every_curve(tmp_path, capsys):
     model = answering_model("aim").parent
-    given = ["--vary", "tokens.pre.0.select.keep=1.0,0.5,0.25", "--data", "scenes:?n=12&split=val", "--limit", "3", "--threads", "1"]
-    more = ["--repeats", "2", "--batch", "4", "--output", str(tmp_path / "sweep"), "--json"]
-    assert main(["tokens", "sweep", str(model), *given, *more]) == 0
+    given = ["--vary", "tokens.pre.0.select.keep=1.0,0.5,0.25", "--vary", "half inside: tokens.keep={kind='constant',ratio=0.5}"]
+    data = ["--data", "scenes:?n=12&split=val", "--limit", "3", "--threads", "1"]
+    more = ["--repeats", "2", "--batch", "4", "--output", str(tmp_path / "sweep")]
+    assert main(["tokens", "sweep", str(model), *given, *data, *more, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [row["value"] for row in report["rows"]] == [1.0, 0.5, 0.25]
-    assert report["rows"][0]["speed_ratio"] == 1.0
-    assert all(row["pictures_per_second"] > 0 for row in report["rows"])
+    rows = report["rows"]
+    assert [row["value"] for row in rows] == [1.0, 0.5, 0.25, {"kind": "constant", "ratio": 0.5}]
+    assert [row["curve"] for row in rows] == ["tokens.pre.0.select.keep"] * 3 + ["half inside"]
+    assert rows[0]["speed_ratio"] == 1.0
+    assert all(row["pictures_per_second"] > 0 and row["lower"] <= row["score"] <= row["upper"] for row in rows)
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == report
+    chart = ElementTree.parse(tmp_path / "sweep" / "sweep.svg").getroot()
+    assert len(chart.findall("{*}circle")) == 4
+    assert len(chart.findall("{*}polyline")) == 2
     page = (tmp_path / "sweep" / "sweep.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 1
     assert "tokens.pre.0.select.keep" in page
+    assert "half inside" in page
+
+
+def test_sweep_refuses_what_is_no_curve():
+    assert read_curve("a half: tokens.keep.ratio=0.5") == Curve("a half", "tokens.keep.ratio", [0.5])
+    assert read_curve("vision.merge={remove={r=8}}, {remove={r=4}}").values == [{"remove": {"r": 8}}, {"remove": {"r": 4}}]
+    for text in ("tokens.keep.ratio", "=0.5", "tokens.keep.ratio=half"):
+        with pytest.raises(RequestError, match="--vary"):
+            read_curve(text)

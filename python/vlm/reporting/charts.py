@@ -56,9 +56,9 @@ def thin(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], *, unit: str = "", zero: bool = False, note: str = "", axis: str = "update"
+    title: str, lines: Sequence[Line], *, unit: str = "", zero: bool = False
 ) -> str:
-    """A figure with one or several lines over the updates, or over what `axis` names; '' when nothing is to draw.
+    """A figure with one or several lines over the updates; '' when nothing is to draw.
 
     zero: the axis begins at 0.
     """
@@ -84,7 +84,7 @@ def line_chart(
         return f"{px:.1f},{py:.1f}"
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_say(title, drawn[-1][1], unit, axis))}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_say(title, drawn[-1][1], unit))}">'
     ]
     for value in ticks:
         y = place(first, value).split(",")[1]
@@ -122,10 +122,10 @@ def _entry(place: int, name: str, end: float) -> str:
     return f'<li class="c{place % 5}">{escape(name)} <b>{number(end)}</b></li>'
 
 
-def _say(title: str, points: Points, unit: str, axis: str) -> str:
+def _say(title: str, points: Points, unit: str) -> str:
     (x0, y0), (x1, y1) = points[0], points[-1]
     return (
-        f"{title}: from {number(y0)} at {axis} {x0:,g} to {number(y1)} {unit} at {axis} {x1:,g}".replace(
+        f"{title}: from {number(y0)} at update {x0:,g} to {number(y1)} {unit} at update {x1:,g}".replace(
             "  ", " "
         )
     )

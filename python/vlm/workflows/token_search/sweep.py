@@ -1,33 +1,57 @@
-"""Score against speed over the values of one setting of a trained model's token reduction."""
+"""Score against speed over the values of settings of a trained model's token reduction."""
 
 from __future__ import annotations
 
 import statistics
 import time
+import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm.config.errors import RequestError
+from vlm.config.writing import toml_value
 from vlm.evaluation.encoder import of_memory
 from vlm.evaluation.reading import EvaluationData
-from vlm.evaluation.result import write_json, write_text
+from vlm.evaluation.result import flatten, write_json, write_text
 from vlm.evaluation.session import Session
-from vlm.reporting.charts import Line, line_chart
-from vlm.reporting.words import escape
+from vlm.reporting.trade_chart import Point, Trade, trade_chart
+from vlm.reporting.words import escape, label
 from vlm.workflows.token_search.changed import with_settings
 from vlm.workflows.token_search.run import figure
 
 Note = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One setting of the model and the values it takes in turn; `name` is what a reader sees."""
+
+    name: str
+    path: str
+    values: Sequence[Any]
+
+
+def read_curve(text: str) -> Curve:
+    """`PATH=V,V,...` or `NAME: PATH=V,V,...`; the values as TOML writes them. Raises RequestError."""
+    head, separator, listed = text.partition("=")
+    name, colon, path = head.rpartition(": ")
+    if not separator or not path.strip():
+        raise RequestError("--vary is PATH=V,V,...: tokens.keep.ratio=1.0,0.5,0.25")
+    try:
+        values = tomllib.loads(f"values = [{listed}]")["values"]
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"--vary: {listed!r} is no list of values: {error}") from error
+    return Curve(name.strip() if colon else path.strip(), path.strip(), values)
+
+
 def run_sweep(
     model: Any,
     tokenizer: Any,
-    path: str,
-    values: Sequence[Any],
+    curves: Sequence[Curve],
     data: EvaluationData,
     task: Any,
     metric: str,
@@ -36,25 +60,30 @@ def run_sweep(
     repeats: int = 5,
     note: Note = lambda text: None,
 ) -> dict[str, Any]:
-    """One row a value of the setting `path`: score, pictures a second, and both against the first of the values.
+    """One row a value of a curve: score with its interval, pictures a second, and both against the first row.
 
-    Speed is from prepared pictures to embeddings, or to the first token of an answer about each: the arms take turns in
-    every repeat and the median counts. Raises RequestError for fewer than two values.
+    Speed is from prepared pictures to embeddings, or to the first token of an answer about each: the arms of all curves
+    take turns in every repeat and the median counts. Raises RequestError for fewer than two values and for two curves of one name.
     """
-    if len(values) < 2:
+    if sum(len(curve.values) for curve in curves) < 2:
         raise RequestError("a sweep needs two values at least")
+    if len({curve.name for curve in curves}) < len(curves):
+        raise RequestError("two curves have one name", remedy="name them: --vary 'NAME: PATH=V,V,...'")
     rows: list[dict[str, Any]] = []
     runs: list[Callable[[], None]] = []
     count = 0
-    for value in values:
-        made = with_settings(model, {path: value})
-        view = of_memory(made, tokenizer, made.preprocess(), batch=batch)
-        session = Session(view, data, batch=batch)
-        result = session.run(task)
-        run, count = _work(view, data, batch)
-        runs.append(run)
-        rows.append({"value": value, "score": figure(result, metric), "samples": result.samples})
-        note(f"{path} = {value}: {metric} {rows[-1]['score']:.4g}")
+    for curve in curves:
+        for value in curve.values:
+            made = with_settings(model, {curve.path: value})
+            view = of_memory(made, tokenizer, made.preprocess(), batch=batch)
+            result = Session(view, data, batch=batch).run(task)
+            run, count = _work(view, data, batch)
+            runs.append(run)
+            ends = dict(flatten(result.intervals))
+            score = figure(result, metric)
+            rows.append({"curve": curve.name, "setting": curve.path, "value": value, "score": score, "samples": result.samples})
+            rows[-1] |= {end: ends.get(f"{metric}/{end}", score) for end in ("lower", "upper")}
+            note(f"{curve.name} = {value_text(value)}: {metric} {score:.4g}")
     seconds: list[list[float]] = [[] for _ in runs]
     for run in runs:  # once unmeasured
         run()
@@ -72,7 +101,12 @@ def run_sweep(
             "speed_ratio": round(first / middle, 4),
             "score_difference": round(row["score"] - rows[0]["score"], 4),
         }
-    return {"setting": path, "task": task.task, "metric": metric, "data": data.uri, "batch": count, "repeats": repeats, "rows": rows}
+    return {"task": task.task, "metric": metric, "data": data.uri, "batch": count, "repeats": repeats, "rows": rows}
+
+
+def value_text(value: Any) -> str:
+    """A value as the command line takes it, short: `none`, `0.5`, `{remove = {r = 8}}`."""
+    return value if isinstance(value, str) else toml_value(value)
 
 
 def _work(view: Any, data: EvaluationData, batch: int) -> tuple[Callable[[], None], int]:
@@ -93,25 +127,27 @@ def _done(numbers: np.ndarray) -> None:
 
 
 def write_sweep(report: dict[str, Any], output: Path) -> list[Path]:
-    """`sweep.json` and `sweep.html`, a page with the two curves and the table."""
-    style = Path(line_chart.__code__.co_filename).with_name("page.css").read_text(encoding="utf-8")
+    """`sweep.json`, `sweep.svg` (score over speed, a line a curve) and `sweep.html`, a page with the figure and the table."""
+    style = Path(trade_chart.__code__.co_filename).with_name("page.css").read_text(encoding="utf-8")
     rows = report["rows"]
-    numeric = all(isinstance(row["value"], int | float) for row in rows)
-    place = (lambda i, row: float(row["value"])) if numeric else (lambda i, row: float(i))
-    charts = []
-    figures = {report["metric"]: "score", "pictures a second": "pictures_per_second", "speed against the first": "speed_ratio"}
-    for title, key in figures.items():
-        points = sorted((place(i, row), float(row[key])) for i, row in enumerate(rows))
-        charts.append(line_chart(title, [Line(title, points)], axis=report["setting"]))
-    names = ("value", "score", "score_difference", "pictures_per_second", "speed_ratio")
+    trades = []
+    for name in dict.fromkeys(row["curve"] for row in rows):
+        own = [row for row in rows if row["curve"] == name]
+        points = [Point(row["speed_ratio"], row["score"], row["lower"], row["upper"], value_text(row["value"])) for row in own]
+        trades.append(Trade(name, points))
+    title = f"{report['task']}: {report['metric']} against speed"
+    chart = trade_chart(title, trades, across="speed, times that of the first arm", up=label(report["metric"].rpartition("/")[2]))
+    names = ("curve", "value", "score", "lower", "upper", "score_difference", "pictures_per_second", "speed_ratio")
     head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(row[name]))}</td>" for name in names) + "</tr>" for row in rows)
-    title = f"{report['metric']} and speed over {report['setting']}"
+    cells = [{**row, "value": value_text(row["value"])} for row in rows]
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(row[name]))}</td>" for name in names) + "</tr>" for row in cells)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style></head>'
-        f"<body><main><h1>{escape(title)}</h1><p>{escape(report['task'])} on {escape(report['data'])}; {report['batch']} pictures at once, "
-        f"median of {report['repeats']} turns.</p>{''.join(charts)}<table><tr>{head}</tr>{body}</table></main></body></html>"
+        f"<body><main><h1>{escape(title)}</h1><p>{escape(report['task'])} on {escape(report['data'])}, {rows[0]['samples']} samples, bars: 95 %. "
+        f"Speed: {report['batch']} pictures at once, median of {report['repeats']} turns.</p>"
+        f'<figure>{chart}</figure><div class="scroll"><table><tr>{head}</tr>{body}</table></div></main></body></html>'
     )
     write_json(output / "sweep.json", report)
+    write_text(output / "sweep.svg", chart)
     write_text(output / "sweep.html", page)
-    return [output / "sweep.json", output / "sweep.html"]
+    return [output / "sweep.json", output / "sweep.svg", output / "sweep.html"]

@@ -13,7 +13,7 @@ from vlm.training.trainer import Cursor
 from vlm.workflows.bases import with_bases
 
 FEW = "scenes:?n=96"
-FEW_CLIPS = "clips:?n=96&frames=4&size=16"
+FEW_OF = {"clips": "clips:?n=96&frames=4&size=16", "digits": "digits:?n=96&length=2&width=64"}
 VISION = "{width=24, depth=1, heads=3, image_size=32, patch_size=4}"
 TEXT = "{width=24, depth=1, heads=3, length=16}"
 SMALL = {
@@ -26,19 +26,24 @@ SMALL = {
 """Family -> overrides that make its presets small."""
 
 
+def few(source):
+    """A few samples of the kind that `source` draws, of scenes where it draws none."""
+    return FEW_OF.get((source or "").partition(":")[0], FEW)
+
+
 def small(key, models, *overrides):
-    """(preset, resolved) of a packaged preset with stand-ins for its bases, tiny batches and no data but scenes or clips."""
+    """(preset, resolved) of a packaged preset with stand-ins for its bases, tiny batches and no data but what is drawn."""
     preset, _ = load_preset(key)
     stages = preset.stages or [{}]
     given = ["train.batch_size=4", "train.accumulate=1", "scale={threads=1, processes=1}", "data.workers=0"]
     clips = (preset.data.source or "").startswith("clips:")
-    few = FEW_CLIPS if clips else FEW
-    mixed = [(s["name"], part) for s in stages for part in s.get("data", {}).get("mixture", {})]
-    own = [f'data.mixture.{part}.source="{FEW}"' for part in preset.data.mixture]
-    given += [f'stages.{name}.data.mixture.{part}.source="{FEW}"' for name, part in mixed] or own or [f'data.source="{few}"']
+    mixed = [(s["name"], name, part["source"]) for s in stages for name, part in s.get("data", {}).get("mixture", {}).items()]
+    own = [f'data.mixture.{name}.source="{few(part.source)}"' for name, part in preset.data.mixture.items()]
+    parts = [f'stages.{stage}.data.mixture.{name}.source="{few(source)}"' for stage, name, source in mixed]
+    given += parts or own or [f'data.source="{few(preset.data.source)}"']
     given += [f'stages.{stage["name"]}.train.batch_size=4' for stage in stages if "batch_size" in stage.get("train", {})]
     if preset.data.val is not None:
-        given.append(f'data.val="{few.replace("96", "12")}&split=val"')
+        given.append(f'data.val="{few(preset.data.val).replace("96", "12")}&split=val"')
     if preset.model is not None:
         given += SMALL["video" if clips else preset.model.kind]
         tokens = getattr(preset.model, "tokens", None)
@@ -59,7 +64,7 @@ def small(key, models, *overrides):
 def make_stand_ins(folder):
     """Base -> a model directory of its family and parts, with weights of no meaning."""
     models = {}
-    for key in ("clip-tiny", "clip-tiny-objects", "lm-tiny", "lm-tiny-student", "vlm-tiny"):
+    for key in ("clip-tiny", "clip-tiny-objects", "clip-tiny-digits", "lm-tiny", "lm-tiny-student", "vlm-tiny"):
         run = Run(RunDirectory(folder / key), *small(key, models), note=quiet)
         write_stand_in(run)
         models[key] = folder / key

@@ -43,8 +43,9 @@ def test_nvlm_stages(key):
     options = instruct.model
     assert isinstance(options, VisionLanguageOptions)
     assert (options.fusion.kind, options.tiler.tags, options.tiler.thumbnail) == (FORMS[key], "text-1d", "last")
-    assert align.tuning.train == (("connector.*",) if key == "nvlm" else ("connector.*", "cross.*"))
-    assert instruct.tuning.train == ("*",)
+    new = ("connector.*",) if key == "nvlm" else ("connector.*", "cross.*")
+    assert align.tuning.train == new
+    assert instruct.tuning.train == (*new, "language.*")  # never the tower
     assert options.connector.depth == (1 if key == "nvlm-x" else 2)
     whole = batch_of(align, options)
     assert {tuple(place) for place in whole["image"].place.tolist()} == {(0, *THUMBNAIL)}
@@ -63,6 +64,7 @@ def test_nvlm_claims_compare_tags_with_none_and_nothing_else(key):
     stages = [stages_of(settled(arm.values)[1]) for arm in claim.arms]
     for with_tags, without in zip(*stages):
         assert (with_tags.model.tiler.tags, without.model.tiler.tags) == ("text-1d", "none")
+        assert not any(pattern.startswith(("tower", "*")) for pattern in with_tags.tuning.train)
         same = without.model.model_copy(update={"tiler": with_tags.model.tiler})
         assert without.model_copy(update={"model": same}) == with_tags
         assert with_tags.data.source == "digits:?n=40000"

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from vlm.config.errors import DataError, RequestError
+from vlm.config.errors import DataError, RequestError, RunFailed
+from vlm.training.checkpoint import Checkpoints
+from vlm.training.engine import Engine
 from vlm.training.preset import load_preset
 from vlm.training.run import Run
 
@@ -108,6 +111,66 @@ def test_accumulation_gives_the_same_losses(tmp_path):
     first, second = (digest(tmp_path / name)[1] for name in ("one", "four"))
     for a, b in zip(first, second, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
+
+
+def test_evaluation_on_the_way_sees_the_averaged_weights(tmp_path):
+    """The same updates, with an average and without: evaluated in the middle of one, at the end of the other."""
+    tasks = 'evaluation={every=6, tasks=[{task="retrieval", resamples=100}]}'
+    schedule, average = 'schedule={kind="constant", warmup=0}', "train.average=0.9"
+
+    def scores(name, *settings):
+        begin(tmp_path / name, tasks, schedule, *settings).train()
+        lines = digest(tmp_path / name)[1]
+        return [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines if any(k.startswith("eval/") for k in line)]
+
+    on_the_way, last = scores("twelve", average)
+    (at_six,) = scores("six", average, "train.steps=6")
+    assert on_the_way == at_six != last
+    assert digest(tmp_path / "twelve")[1][-2] == scores_free(tmp_path, schedule, average)
+
+
+def scores_free(tmp_path, *settings):
+    """The last update of the same run without any evaluation, which must not have moved it."""
+    begin(tmp_path / "free", *settings).train()
+    return digest(tmp_path / "free")[1][-1]
+
+
+@pytest.mark.parametrize(("settings", "table"), [
+    (["data.image.augment=random-resized-crop"], "data.image"),
+    (["data.image.flip=true"], "data.image"),
+    (['data.captions={kind="random"}'], "data.captions"),
+])
+def test_embeddings_of_samples_that_change_are_not_kept(tmp_path, settings, table):
+    begin(tmp_path / "base", "train.steps=0").train()
+    run = begin(
+        tmp_path / "run", f'companions.teacher={{source="{tmp_path / "base"}", cache=true}}',
+        'objectives=[{name="distill", kind="distill"}]', "train.steps=1", *settings,
+    )  # fmt: skip
+    with pytest.raises(RequestError, match=rf"teacher.*{table}[\s\S]*cache = false"):
+        run.train()
+
+
+@pytest.mark.parametrize(("policy", "error"), [("stop", "objective 'contrastive' is nan at update 3; samples: "), ("skip", None)])
+def test_a_loss_that_is_not_finite_names_its_objective_and_samples(tmp_path, monkeypatch, policy, error):
+    said = []
+    preset, resolved = load_preset(TOY, ["scale.threads=1", "train.checkpoint_every=1", f"train.not_finite={policy}"])
+    run = Run.begin(tmp_path / "run", preset, resolved, note=said.append)
+    plain = Engine.update
+
+    def broken(self, batches, clock):
+        result = plain(self, batches, clock)
+        if clock.step == 2:
+            result.loss = result.losses["contrastive"] = math.nan
+        return result
+
+    monkeypatch.setattr(Engine, "update", broken)
+    if error is None:
+        run.train()
+        assert [text for text in said if "'contrastive' is nan at update 3" in text and text.endswith("skipped")]
+        return
+    with pytest.raises(RunFailed, match=error):
+        run.train()
+    assert Checkpoints(run.directory.checkpoints).steps() == [1, 2]
 
 
 def test_an_output_that_holds_something_is_refused(tmp_path):

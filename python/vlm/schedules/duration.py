@@ -46,3 +46,9 @@ def in_steps(length: int | str, *, total: int | None, batch_size: int, samples: 
     if total is None:
         raise ValueError(f"{length!r} is a share, expected an absolute length here")
     return round(number / 100 * total)
+
+
+def interval_in_steps(length: int | str, *, total: int | None, batch_size: int, samples: int | None) -> int:
+    """How many updates lie between two of something: as `in_steps`, 0 for never, and at least 1 for any other length."""
+    steps = in_steps(length, total=total, batch_size=batch_size, samples=samples)
+    return steps or int(isinstance(length, str) and re.search("[1-9]", length) is not None)

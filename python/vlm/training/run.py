@@ -38,7 +38,7 @@ from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of
-from vlm.training.requests import check_offers
+from vlm.training.requests import check_caches, check_offers
 from vlm.training.start import Start, vocabulary_of
 from vlm.training.trainer import Cursor, Parts, Trainer
 from vlm.tuning import add_lora, lora_files, merged_state
@@ -232,6 +232,7 @@ class Run:
             objectives = nn.ModuleDict({options.name: build_objective(options, context) for options in stage.objectives})
             weighted = [Weighted(o.name, objectives[o.name], o.weight) for o in stage.objectives]  # type: ignore[arg-type]
             asked = {entry.name: entry.objective.requires for entry in weighted}
+            check_caches(asked, stage.companions, stage.data)
             companions = sources.companions(asked, self.note)
             check_offers(asked, {**companions.models(), "model": model})
             engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
@@ -326,13 +327,14 @@ class Run:
         }
 
     def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
-        """Evaluation during training, on rank 0; the others wait."""
+        """Evaluation during training, of the averaged weights if there is an average, on rank 0; the others wait."""
         values: dict[str, float] = {}
         if self.communicator.rank == 0:
             parts.model.eval()
             tasks = parts.stage.evaluation.tasks
             settings = self._evaluation_settings(parts.stage)
-            values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
+            with contextlib.nullcontext() if parts.average is None else parts.average.applied(parts.model):
+                values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
             parts.model.train()
         self.communicator.barrier()
         return values

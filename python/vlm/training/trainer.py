@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import nn
 from vlm.config.errors import ExitCode, OutOfMemory, RunFailed
 from vlm.data.loader import Loader
 from vlm.models import Model
-from vlm.schedules import in_steps, rate_factor
+from vlm.schedules import interval_in_steps, rate_factor
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
 from vlm.training.checkpoint import Checkpoints
@@ -41,16 +42,24 @@ class Interrupted(Exception):
         self.code = code
 
 
+SAME_PRESS = 1.0
+"""Seconds within which two SIGINT are one: a terminal sends it to every rank, and the process that started them passes it on."""
+
+
 class Signals:
     """Remembers SIGINT and SIGTERM until the loop asks; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.number = 0
+        self.came = 0.0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.number == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.number = number
+            if now - self.came >= SAME_PRESS:
+                raise KeyboardInterrupt
+            return
+        self.number, self.came = number, now
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Signals]:
@@ -165,8 +174,8 @@ class Trainer:
         """All updates that are left. Raises Interrupted after a signal, with the checkpoint written."""
         parts, cursor = self.parts, self.cursor
         train = parts.stage.train
-        every = in_steps(train.checkpoint_every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
-        look = in_steps(parts.stage.evaluation.every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
+        every = interval_in_steps(train.checkpoint_every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
+        look = interval_in_steps(parts.stage.evaluation.every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
         with Signals().watched() as signals, Progress(parts.steps, cursor.step, self.show, self.note) as progress:
             while cursor.step < parts.steps:
                 started = time.perf_counter()
@@ -211,7 +220,7 @@ class Trainer:
         values = {"train/loss": result.loss, "train/grad_norm": norm, "train/lr": parts.optimizer.base_rate * factor, "wait": waited}
         values |= {f"train/{name}": loss for name, loss in result.losses.items()} if len(result.losses) > 1 else {}
         values |= {f"train/{name}": value for name, value in result.scalars.items()}
-        if not (torch.isfinite(torch.tensor(result.loss)) and torch.isfinite(torch.tensor(norm))):
+        if not (math.isfinite(result.loss) and math.isfinite(norm)):
             self._not_finite(result, list(batch.keys))
             return values
         self.skipped = 0
@@ -234,7 +243,9 @@ class Trainer:
         """A loss that is NaN or infinite: stop, or skip the update and say which samples it had."""
         self.skipped += 1
         some = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        text = f"loss {result.loss} or its gradient is not finite at update {self.cursor.total + 1}; samples: {some}"
+        wrong = [f"{name!r} is {loss}" for name, loss in result.losses.items() if not math.isfinite(loss)]
+        what = f"the loss of objective {', '.join(wrong)}" if wrong else f"the gradient of the loss ({result.loss:g}) is not finite"
+        text = f"{what} at update {self.cursor.total + 1}; samples: {some}"
         if self.parts.stage.train.not_finite == "skip" and self.skipped < SKIP_LIMIT:
             self.note(f"{text}; skipped")
             return

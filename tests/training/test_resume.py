@@ -3,17 +3,22 @@
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from vlm.config.errors import DataError, RequestError, RunFailed
+from vlm.config.errors import DataError, ExitCode, RequestError, RunFailed
+from vlm.training import run as module
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.engine import Engine
 from vlm.training.preset import load_preset
 from vlm.training.run import Run
+from vlm.training.trainer import Interrupted
 
 TOY = str(Path(__file__).parent / "toy.toml")
 
@@ -127,6 +132,30 @@ def test_evaluation_on_the_way_sees_the_averaged_weights(tmp_path):
     (at_six,) = scores("six", average, "train.steps=6")
     assert on_the_way == at_six != last
     assert digest(tmp_path / "twelve")[1][-2] == scores_free(tmp_path, schedule, average)
+
+
+@pytest.mark.parametrize("average", [[], ["train.average=0.9"]], ids=["plain", "average"])
+def test_a_signal_ends_an_evaluation_at_once_and_the_resumed_run_makes_up_for_it(tmp_path, monkeypatch, average):
+    settings = ['evaluation={every=4, tasks=[{task="retrieval", resamples=100}]}', "train.checkpoint_every=0", *average]
+    begin(tmp_path / "whole", *settings).train()
+    plain, asked = module.evaluate_in_memory, []
+
+    def slow(model, *rest, **more):
+        asked.append(model)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return plain(model, *rest, **more)
+
+    monkeypatch.setattr(module, "evaluate_in_memory", slow)
+    started = time.monotonic()
+    with pytest.raises(Interrupted) as stopped:
+        begin(tmp_path / "run", *settings).train()
+    assert stopped.value.code == ExitCode.TERMINATED
+    assert time.monotonic() - started < 60
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [8]
+    finish(tmp_path / "run")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
 
 
 def scores_free(tmp_path, *settings):

@@ -327,16 +327,12 @@ class Run:
         }
 
     def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
-        """Evaluation during training, of the averaged weights if there is an average, on rank 0; the others wait."""
-        values: dict[str, float] = {}
-        if self.communicator.rank == 0:
-            parts.model.eval()
-            tasks = parts.stage.evaluation.tasks
-            settings = self._evaluation_settings(parts.stage)
-            with contextlib.nullcontext() if parts.average is None else parts.average.applied(parts.model):
-                values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
-            parts.model.train()
-        self.communicator.barrier()
+        """Evaluation during training; it changes nothing but the mode of the model."""
+        parts.model.eval()
+        tasks = parts.stage.evaluation.tasks
+        settings = self._evaluation_settings(parts.stage)
+        values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
+        parts.model.train()
         return values
 
     def _finish(

@@ -179,6 +179,21 @@ def test_embeddings_of_samples_that_change_are_not_kept(tmp_path, settings, tabl
         run.train()
 
 
+@pytest.mark.parametrize(("streams", "refused"), [('["image", "text"]', True), ('["image"]', False)])
+def test_a_teacher_of_another_tokenizer_reads_no_texts_of_the_run(tmp_path, streams, refused):
+    """As many ids, trained on other texts: they would be read without a word, and mean something else."""
+    begin(tmp_path / "base", "train.steps=0", "data.source=\"scenes:?n=7&size=16&seed=5\"", "tokenizer.vocab_size=290").train()
+    distil = f'objectives=[{{name="distill", kind="distill", streams={streams}}}]'
+    settings = [f'companions.teacher={{source="{tmp_path / "base"}"}}', distil, "train.steps=1", "tokenizer.vocab_size=300"]
+    if not refused:
+        begin(tmp_path / "run", *settings).train()
+        return
+    with pytest.raises(RequestError, match=r"'teacher' has another tokenizer[\s\S]*kind = \"directory\""):
+        begin(tmp_path / "run", *settings).train()
+    own = f'tokenizer={{kind="directory", path="{tmp_path / "base" / "model"}"}}'
+    begin(tmp_path / "same", *settings[:3], own).train()
+
+
 @pytest.mark.parametrize(("policy", "error"), [("stop", "objective 'contrastive' is nan at update 3; samples: "), ("skip", None)])
 def test_a_loss_that_is_not_finite_names_its_objective_and_samples(tmp_path, monkeypatch, policy, error):
     said = []

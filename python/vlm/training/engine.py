@@ -107,6 +107,7 @@ class Engine:
         """
         if not self._checked:
             check_streams(self.asked, {**self.companions.models(), "model": self.model}, batches[0])
+            self.companions.check_texts(self.asked, batches[0])
             self._checked = True
         totals = {o.name: self._total_weight(o, batches) for o in self.per_sample}
         sums: dict[str, Tensor] = {}

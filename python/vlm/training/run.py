@@ -226,6 +226,7 @@ class Run:
                 self.directory.root / "cache",
                 carried.companions,
                 lambda name: self._stage_model(name, cursor.stage, carried, rehearse=rehearse),
+                self.tokenizer,
             )
             torch.manual_seed(draw_key(seed, "objectives", cursor.stage))
             context = BuildContext(model, sources, loader.classes().get(stage.data.label or "", ()))

@@ -1,16 +1,20 @@
 """A run that was stopped anywhere and resumed ends with the same bits as one that was not."""
 
 import hashlib
+import io
 import json
 import math
 import os
+import random
 import shutil
 import signal
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from vlm.config.errors import DataError, ExitCode, RequestError, RunFailed
 from vlm.training import run as module
@@ -177,6 +181,33 @@ def test_embeddings_of_samples_that_change_are_not_kept(tmp_path, settings, tabl
     )  # fmt: skip
     with pytest.raises(RequestError, match=rf"teacher.*{table}[\s\S]*cache = false"):
         run.train()
+
+
+def archive(folder, seed):
+    """Sixty little pictures; archives of all seeds have the same names."""
+    folder.mkdir()
+    draw = random.Random(seed)
+    with tarfile.open(folder / "shard-00000.tar", "w") as out:
+        for i in range(60):
+            color, picture = [draw.randrange(256) for _ in range(3)], io.BytesIO()
+            Image.new("RGB", (16, 16), tuple(color)).save(picture, "png")
+            for ending, data in (("png", picture.getvalue()), ("txt", " ".join(str(c // 64) for c in color).encode())):
+                info = tarfile.TarInfo(f"{i:03d}.{ending}")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+    return folder / "shard-00000.tar"
+
+
+def test_kept_embeddings_are_those_of_the_stages_own_samples(tmp_path):
+    first, second = (archive(tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
+    begin(tmp_path / "base", "train.steps=0", f'data.source="{first}"').train()
+    stages = f'stages=[{{name="a", train={{steps=4}}}}, {{name="b", train={{steps=4}}, data={{source="{second}"}}}}]'
+    distil = ['objectives=[{name="distill", kind="distill"}]', f'data.source="{first}"', "data.group_by=!delete", "train.checkpoint_every=1", stages]
+    for kept in ("true", "false"):
+        begin(tmp_path / kept, f'companions.teacher={{source="{tmp_path / "base"}", cache={kept}}}', *distil).train()
+    (_, lines), (_, expected) = digest(tmp_path / "true"), digest(tmp_path / "false")
+    for a, b in zip(lines, expected, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(("streams", "refused"), [('["image", "text"]', True), ('["image"]', False)])

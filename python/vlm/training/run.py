@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ class Run:
             sources = CompanionSources(
                 stage.companions,
                 model,
-                self.directory.root / "cache",
+                self.directory.root / "cache" / _prepared(stage.data, model),
                 carried.companions,
                 lambda name: self._stage_model(name, cursor.stage, carried, rehearse=rehearse),
                 self.tokenizer,
@@ -376,6 +376,14 @@ class Run:
             classes = {name: getattr(o, "classes", None) for name, o in parts.objectives.items()}
             metadata = {name: json.dumps(list(values)) for name, values in classes.items() if values}
             save_file(tensors, self.directory.root / "objectives.safetensors", metadata=metadata)
+
+
+def _prepared(data: DataOptions, model: Model) -> str:
+    """A name for what an embedding stands for beside the weights: from where and how samples are read. Archives of two stages
+    may call different samples alike."""
+    read = data.model_dump(mode="json", exclude={"val", "workers", "prefetch", "bad_samples"})
+    pictures = {name: asdict(preprocess) for name, preprocess in (model.preprocesses() or {}).items()}
+    return f"{draw_key(0, 'prepared', json.dumps([read, pictures], sort_keys=True)):016x}"
 
 
 def _template_of(model: Model, data: DataOptions) -> Template | None:

@@ -183,6 +183,13 @@ def test_embeddings_of_samples_that_change_are_not_kept(tmp_path, settings, tabl
         run.train()
 
 
+def test_a_rate_for_no_parameter_is_refused_and_one_for_a_frozen_part_is_not(tmp_path):
+    with pytest.raises(RequestError, match=r"tuning.rates: 'visoin.\*' matches no parameter"):
+        begin(tmp_path / "run", 'tuning.rates=[{pattern="visoin.*", factor=0.1}]').train()
+    rates = 'tuning={rates=[{pattern="vision.*", factor=0.1}, {pattern="objectives.contrastive.*", factor=2}], freeze=["vision.*"]}'
+    begin(tmp_path / "run", rates, "objectives.contrastive.temperature=own", "train.steps=1").train()
+
+
 def archive(folder, seed):
     """Sixty little pictures; archives of all seeds have the same names."""
     folder.mkdir()

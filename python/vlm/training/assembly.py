@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,16 @@ def choose_trainable(model: Model, tuning: TuningOptions) -> None:
         else:
             everything = tuning.train == ("*",)
             parameter.requires_grad_(".lora_" in name or (not everything and plain[name] in chosen))
+
+
+def check_rates(model: Model, objectives: nn.ModuleDict, tuning: TuningOptions) -> None:
+    """Raises RequestError for a pattern of `tuning.rates` that no parameter has, trained or not: its rate would be said in vain."""
+    names = [name for name, _ in model.named_parameters()]
+    names += [*map(plain_name, names), *(f"objectives.{name}" for name, _ in objectives.named_parameters())]
+    for rate in tuning.rates:
+        if not any(fnmatchcase(name, rate.pattern) for name in names):
+            some = ", ".join(names[:: max(1, len(names) // 5)][:5])
+            raise RequestError(f"tuning.rates: {rate.pattern!r} matches no parameter", remedy=f"parameters are called like {some}")
 
 
 def build_objective(options: Any, context: BuildContext) -> nn.Module:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from vlm.config.errors import RequestError
 from vlm.schedules import interval_in_steps
 from vlm.training import trainer
 from vlm.training.trainer import Signals
@@ -17,6 +18,11 @@ from vlm.training.trainer import Signals
 ])  # fmt: skip
 def test_a_short_time_between_checkpoints_is_not_never(length, steps):
     assert interval_in_steps(length, total=40, batch_size=32, samples=100) == steps
+
+
+def test_an_epoch_of_packed_rows_is_no_length():
+    with pytest.raises(RequestError, match=r"'1 epochs' needs a source of known length[\s\S]*share"):
+        interval_in_steps("1 epochs", total=40, batch_size=32, samples=None)
 
 
 def test_an_interrupt_that_comes_twice_at_once_is_one(monkeypatch):

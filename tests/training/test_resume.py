@@ -190,6 +190,18 @@ def test_a_rate_for_no_parameter_is_refused_and_one_for_a_frozen_part_is_not(tmp
     begin(tmp_path / "run", rates, "objectives.contrastive.temperature=own", "train.steps=1").train()
 
 
+def test_parameters_of_an_objective_can_be_frozen(tmp_path):
+    own = "objectives.contrastive.temperature=own"
+    for name, pattern in (("free", None), ("frozen", "objectives.contrastive.*")):
+        freeze = [] if pattern is None else [f'tuning.freeze=["{pattern}"]']
+        begin(tmp_path / name, own, "train.steps=2", *freeze).train()
+    scales = [[line["train/contrastive/scale"] for line in digest(tmp_path / name)[1]] for name in ("free", "frozen")]
+    assert scales[0][0] != scales[0][1]
+    assert scales[1][0] == scales[1][1]
+    with pytest.raises(RequestError, match=r"'objectives.other.\*' matches no parameter[\s\S]*objectives.contrastive.log_scale"):
+        begin(tmp_path / "wrong", own, 'tuning.freeze=["objectives.other.*"]').train()
+
+
 def archive(folder, seed):
     """Sixty little pictures; archives of all seeds have the same names."""
     folder.mkdir()

@@ -27,7 +27,7 @@ from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.objectives import BuildContext
 from vlm.runtime.chat import TEMPLATES, Template
-from vlm.training.assembly import build_objective, check_rates, choose_trainable, steps_of
+from vlm.training.assembly import build_objective, check_rates, choose_trainable, freeze_objectives, steps_of
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
 from vlm.training.checkpoint import Checkpoints
@@ -237,6 +237,7 @@ class Run:
             companions = sources.companions(asked, self.note)
             check_offers(asked, {**companions.models(), "model": model})
             engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
+            freeze_objectives(objectives, tuning)
             check_rates(model, objectives, tuning)
             named = {name: p for name, p in model.named_parameters() if p.requires_grad}
             named |= {f"objectives.{name}": p for name, p in objectives.named_parameters() if p.requires_grad}

@@ -13,7 +13,6 @@ from vlm.objectives import BuildContext
 from vlm.training.preset import Stage
 from vlm.tuning import TuningOptions, plain_name, trainable
 
-
 OBJECTIVES = "objectives."
 """How the names of objectives' parameters begin in patterns."""
 

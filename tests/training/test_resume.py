@@ -202,6 +202,20 @@ def test_parameters_of_an_objective_can_be_frozen(tmp_path):
         begin(tmp_path / "wrong", own, 'tuning.freeze=["objectives.other.*"]').train()
 
 
+RETRIEVAL = '{task="retrieval", resamples=100}'
+
+
+@pytest.mark.parametrize(("tasks", "val", "error", "message"), [
+    (RETRIEVAL, "!delete", RequestError, "no data to evaluate on"),
+    (RETRIEVAL, '"/no/such/*.tar"', DataError, "no file matches"),
+    (RETRIEVAL + ', {task="vqa"}', '"scenes:?n=40&size=16&split=val"', RequestError, "vqa needs a model that reads pictures and writes"),
+])  # fmt: skip
+def test_what_cannot_be_evaluated_is_said_before_the_training(tmp_path, tasks, val, error, message):
+    with pytest.raises(error, match=message):
+        begin(tmp_path / "run", f"evaluation={{tasks=[{tasks}]}}", f"data.val={val}").train()
+    assert not (tmp_path / "run").exists()
+
+
 def archive(folder, seed):
     """Sixty little pictures; archives of all seeds have the same names."""
     folder.mkdir()

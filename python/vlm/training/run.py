@@ -22,7 +22,7 @@ from vlm.data.loader import Loader, build_loader, open_split
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
-from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
+from vlm.evaluation import check_tasks, evaluate_in_memory, numbers_of, save_results
 from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.objectives import BuildContext
@@ -213,6 +213,7 @@ class Run:
         if tuning.lora is not None:
             torch.manual_seed(draw_key(seed, "lora", cursor.stage))
             add_lora(model, tuning.lora)
+        self._check_evaluations(model, cursor.stage)
         choose_trainable(model, tuning)
         model.set_recompute(stage.train.recompute)
         source = open_split(stage.data, "train")
@@ -319,6 +320,13 @@ class Run:
             return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
         with parts.average.applied(parts.model):
             return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
+
+    def _check_evaluations(self, model: Model, now: int) -> None:
+        """Raises RequestError or DataError, before anything is trained, for what could not be measured when it is."""
+        for stage in self.stages[now:]:
+            if stage.evaluation.tasks and (stage is self.stages[-1] or stage.evaluation.every != 0):
+                data = stage.data
+                check_tasks(model, self.tokenizer, stage.evaluation.tasks, data.val, Reading.of(data.columns, data.limits))
 
     def _evaluation_settings(self, stage: Stage) -> dict[str, Any]:
         """Evaluation reads with the columns, caps and budget of the run's own data; tasks the data cannot serve are said."""

@@ -114,13 +114,16 @@ class CompanionSources(Mapping[str, Model]):
         )
 
     def _foreign(self, table: CompanionOptions) -> Path | None:
-        """The directory of a companion from elsewhere whose tokenizer gives texts other ids than the run's."""
+        """The directory of a companion from elsewhere whose tokenizer gives texts other ids than the run's, or cannot be read."""
         if self.tokenizer is None or table.source == "model" or table.stage is not None:
             return None
         folder = find_model_directory(table.source)
         if not (folder / "tokenizer.json").is_file():
             return None
-        return None if Tokenizer.load(folder).agrees(self.tokenizer) else folder
+        try:
+            return None if Tokenizer.load(folder).agrees(self.tokenizer) else folder
+        except VlmError:  # it may still be asked for pictures
+            return folder
 
     def _named(self, name: str, load: Callable[[str], Model], source: str) -> Model:
         try:

@@ -216,6 +216,16 @@ def test_what_cannot_be_evaluated_is_said_before_the_training(tmp_path, tasks, v
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_although_its_evaluation_data_are_gone(tmp_path):
+    data = archive(tmp_path / "val", 0)
+    begin(tmp_path / "run", f"evaluation={{tasks=[{RETRIEVAL}]}}", f'data.val="{data}"').train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-12")
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(data.parent)
+    assert finish(tmp_path / "run").evaluations == []
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
 def archive(folder, seed):
     """Sixty little pictures; archives of all seeds have the same names."""
     folder.mkdir()

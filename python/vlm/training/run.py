@@ -213,7 +213,8 @@ class Run:
         if tuning.lora is not None:
             torch.manual_seed(draw_key(seed, "lora", cursor.stage))
             add_lora(model, tuning.lora)
-        self._check_evaluations(model, cursor.stage)
+        if initial and cursor.total == 0:  # what was begun goes on, whatever became of the evaluation data
+            self._check_evaluations(model, cursor.stage)
         choose_trainable(model, tuning)
         model.set_recompute(stage.train.recompute)
         source = open_split(stage.data, "train")

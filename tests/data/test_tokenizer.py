@@ -112,6 +112,18 @@ def test_left_padding_is_read_from_the_configuration(tmp_path):
     assert mask.tolist() == [[False, False, True, True]]
 
 
+def test_tokenizers_agree_where_texts_have_the_same_ids():
+    words = ["a red star above a blue ring", "two green squares"] * 3
+    one, again = (Tokenizer.train_bpe(words, 300) for _ in range(2))
+    other = Tokenizer.train_bpe([text[::-1] for text in words], 300)
+    assert one.agrees(again)
+    assert one.agrees(one.with_special(["<image>"]))
+    assert one.with_special(["<image>"]).agrees(one)
+    assert not one.with_special(["<image>", "<box>"]).agrees(one.with_special(["<box>", "<image>"]))
+    assert other.vocab_size == one.vocab_size
+    assert not one.agrees(other)
+
+
 def test_what_cannot_be_read_is_named(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no tokenizer.json"):
         Tokenizer.load(tmp_path)

@@ -67,6 +67,19 @@ def test_duplicate_pictures_with_other_texts_tie_and_count_as_misses(material):
     assert result.metrics["image_to_text"]["r@5"] == 100.0
 
 
+def test_texts_of_one_picture_are_drawn_together(material):
+    generator = np.random.default_rng(0)
+    texts = [tuple(f"{i} {k}" for k in range(5)) for i in range(20)]
+    vectors, images = {}, np.eye(40)[:20]
+    for i, own in enumerate(texts):  # all five find their picture, or none does
+        place = i if generator.random() < 0.5 else 20 + i
+        vectors |= {text: np.eye(40)[place] for text in own}
+    result = retrieval(material(images, texts, table=vectors), RetrievalOptions())
+    details, bounds = result.details["text_to_image"], result.intervals["text_to_image"]["r@1"]
+    assert (details["queries"], details["clusters"]) == (100, 20)
+    assert bounds["upper"] - bounds["lower"] > 30  # twenty coins, not a hundred
+
+
 def test_interval_is_wider_by_concept(material):
     generator = np.random.default_rng(0)
     vectors = {f"t{i}": np.eye(20)[i] for i in range(20)}

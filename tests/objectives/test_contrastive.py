@@ -206,6 +206,21 @@ def test_multi_has_every_column_of_the_sample_as_a_positive():
     torch.testing.assert_close(terms.values, expected)
 
 
+@pytest.mark.parametrize("options", [{"targets": "groups"}, {"exclude": "group"}])
+def test_groups_are_those_of_the_samples_that_have_rows(options):
+    """Neither stream has a row of sample 0: pairs keep the groups of their own samples."""
+    batch, model = pairs(), encoder()
+    left_out = batch.samples(1, 12)
+    streams = {name: batch[name].rows(batch[name].sample_index > 0) for name in ("image", "text")}
+    objective = ContrastiveOptions.model_validate(options).build(BuildContext(model))
+    values = []
+    for one in (left_out, batch.with_streams(streams)):
+        wanted = {name: frozenset({"embedding"}) for name in ("image", "text")}
+        views = Views({f"model/{key}": out for key, out in model.encode(one, wanted).items()})
+        values.append(objective(views, Context(one, SingleProcess())).values)
+    torch.testing.assert_close(values[0], values[1])
+
+
 def test_queue_holds_the_newest_and_counts_as_negatives():
     options = ContrastiveOptions.model_validate({"queue": 5})
     objective = options.build(BuildContext(encoder()))

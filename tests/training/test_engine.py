@@ -7,9 +7,10 @@ import torch
 
 from vlm.models import DualEncoderOptions, LanguageOptions
 from vlm.objectives import BuildContext, ContrastiveOptions, DistillOptions, TokenCrossEntropyOptions
+from vlm.objectives.base import Objective
 from vlm.training.companions import Companion, Companions
 from vlm.training.engine import Clock, Engine, Weighted
-from vlm.types import Batch, Labels, Pictures, SingleProcess, TokenIds, VocabularyLayout
+from vlm.types import Batch, Labels, Pictures, SingleProcess, Terms, TokenIds, VocabularyLayout
 
 VOCABULARY = VocabularyLayout.of_text(50, {"bos": 1, "eos": 2 + 1, "pad": 0})
 ENCODER = {
@@ -150,6 +151,21 @@ def test_sample_scope_divides_by_the_weight_of_the_whole_update():
     assert first.loss == pytest.approx(second.loss, abs=1e-6)
     for a, b in zip(gradients(whole), gradients(cut), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+class Numbers(Objective):
+    """The samples' own numbers, and their mean, which for no sample is no number."""
+
+    def forward(self, views, context):
+        values = context.batch.draws.float()
+        return Terms(values, torch.ones_like(values), context.batch["image"].sample_index, {"mean": values.mean()})
+
+
+def test_numbers_of_a_micro_batch_without_terms_do_not_count():
+    engine = Engine(encoder(), [Weighted("numbers", Numbers(), 1.0)], Companions(), SingleProcess(), seed=0)
+    result = engine.update(pairs(3).split(5), Clock(0, 10))
+    assert result.losses == {"numbers": pytest.approx(1.0)}
+    assert result.scalars == {"numbers/mean": pytest.approx(1.0)}
 
 
 def test_distillation_reads_the_companion_and_bridges_widths():

@@ -147,6 +147,16 @@ class Tokenizer:
             config["additional_special_tokens"] = more
         return Tokenizer(core, config)
 
+    def agrees(self, other: Tokenizer) -> bool:
+        """Whether a text has the same ids under both; special tokens that only one of them has do not count."""
+        if self.eos_id != other.eos_id:
+            return False
+        one, two = (json.loads(tokenizer._core.to_str()) for tokenizer in (self, other))
+        if any(one.get(part) != two.get(part) for part in ("model", "normalizer", "pre_tokenizer")):
+            return False
+        added = {token["content"]: token["id"] for token in two["added_tokens"]}
+        return all(added.get(token["content"], token["id"]) == token["id"] for token in one["added_tokens"])
+
     def token_to_id(self, token: str) -> int | None:
         return self._core.token_to_id(token)
 

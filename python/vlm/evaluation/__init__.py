@@ -18,7 +18,7 @@ from vlm.evaluation.perplexity import PerplexityOptions
 from vlm.evaluation.preference import PreferenceTaskOptions
 from vlm.evaluation.result import Result, save_results
 from vlm.evaluation.retrieval import RetrievalOptions
-from vlm.evaluation.session import evaluate, evaluate_in_memory, numbers_of
+from vlm.evaluation.session import check_tasks, evaluate, evaluate_in_memory, numbers_of
 from vlm.evaluation.text_probe import TextProbeOptions
 from vlm.evaluation.vqa import VqaOptions
 from vlm.evaluation.zero_shot import ZeroShotOptions
@@ -67,6 +67,7 @@ __all__ = [
     "TextProbeOptions",
     "VqaOptions",
     "ZeroShotOptions",
+    "check_tasks",
     "evaluate",
     "evaluate_in_memory",
     "numbers_of",

@@ -81,7 +81,9 @@ def retrieval(material: Material, options: RetrievalOptions) -> Result:
     images = material.images[kept]
     rows = material.embed_texts(texts)
     image_rank, text_rank = rank_both(images, rows, pairs)
-    concepts = [material.concepts()[i] for i in kept]
+    # Texts of one picture are no independent evidence: without a concept the sample is the cluster.
+    known = material.concepts()
+    concepts: list[Hashable] = [(1, i) if known[i] is None else (0, known[i]) for i in kept]
     of_text: list[Hashable] = [None] * len(texts)
     for sample, text in reversed(pairs.tolist()):
         of_text[text] = concepts[sample]

@@ -122,13 +122,17 @@ class Session:
         everything = limit is None or limit >= len(data)
         return data.uri, None if everything else limit, 0 if everything else seed
 
-    def run(self, task: TaskOptions) -> Result:
-        """One task. Raises RequestError when the model cannot do it, DataError when the data cannot."""
+    def check(self, task: TaskOptions) -> EvaluationData:
+        """The data of a task that the model can do. Raises RequestError when it cannot, DataError for data that are not there."""
         kinds = kinds_of(self.model)
         if task.needs not in kinds:
             remedy = "; ".join(_KINDS[kind][1] for kind in kinds)
             raise RequestError(f"{task.task} needs {_KINDS[task.needs][0]}", remedy=remedy or None)
-        data = self.data_of(task.data)
+        return self.data_of(task.data)
+
+    def run(self, task: TaskOptions) -> Result:
+        """One task. Raises RequestError when the model cannot do it, DataError when the data cannot."""
+        data = self.check(task)
         if isinstance(task, PerplexityOptions):
             items = data.items(task.limit, task.seed)
             result = perplexity(self.model, items, task, BadTally(self.bad_budget))  # type: ignore[arg-type]
@@ -182,6 +186,13 @@ def evaluate(
                 raise
             skip(f"evaluation {task.title!r} left out: {error}")
     return results
+
+
+def check_tasks(model: Model, tokenizer: Tokenizer | None, tasks: Sequence[TaskOptions], data: str | None, reading: Reading) -> None:
+    """Raises RequestError or DataError for tasks that `evaluate_in_memory` would have to refuse after the training."""
+    session = Session(of_memory(model, tokenizer, model.preprocess()), data, reading=reading)
+    for task in tasks:
+        session.check(task)
 
 
 def evaluate_in_memory(

@@ -300,7 +300,7 @@ def _calibration(
     """Percent: |confidence in the likelier of yes and no - share right|, over ten bins. corrected: p(yes), if calibrated."""
     yes = yes_confidence(samples, [asks[i] for i in chosen], shown, batch) if corrected is None else corrected
     true = np.array([normalise_answer(questions[i].answers[0]) == "yes" for i in chosen])
-    return round(100 * calibration_error(np.maximum(yes, 1 - yes), (yes >= 0.5) == true), 6)
+    return round(100 * calibration_error(np.maximum(yes, 1 - yes), (yes > 0.5) == true), 6)  # of a tie the answer is no
 
 
 def _chance(questions: Sequence[Question], figures: Figures, kinds: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlm.attention import DecoderAttention, MixerOptions, TrunkAttentionOptions, sees_all
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
+from vlm.models.adapted import weight_of
 from vlm.models.base import Model
 from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
 from vlm.models.decoder import Cache, DecoderResult, run_decoder
@@ -118,7 +119,7 @@ class LanguageModel(Model):
     @property
     def head_weight(self) -> Tensor:
         """[V, C]"""
-        return self.tokens.weight if self.head is None else self.head.weight
+        return self.tokens.weight if self.head is None else weight_of(self.head)
 
     def run(self, ids: Tensor, *, collect: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Right-padded ids [n, T] -> (hidden after the final norm [n, T, C], hidden states by layer)."""

@@ -192,13 +192,14 @@ class ContrastiveObjective(Objective):
         """Positives, excluded pairs and soft targets, as the operators take them."""
         rows, columns = pairing
         options: dict[str, Any] = {}
-        right = views[f"model/{self.options.columns}"]
+        left, right = views[f"model/{self.options.rows}"], views[f"model/{self.options.columns}"]
         if self.reads and "group" in self.reads:
-            group = context.batch["group"].values
+            group = context.batch["group"]
+            values = group.values[where(group.sample_index)]  # by sample: a sample may have a group and no row
             kind = "groups" if self.options.targets == "groups" else "exclude"
-            options |= {f"{kind}_x": group[rows], f"{kind}_y": group[columns]}
+            options |= {f"{kind}_x": values[left.sample_index[rows]], f"{kind}_y": values[right.sample_index[columns]]}
         if self.options.targets in ("multi", "listed"):
-            options |= {"groups_x": views[f"model/{self.options.rows}"].sample_index[rows], "groups_y": right.sample_index[columns]}
+            options |= {"groups_x": left.sample_index[rows], "groups_y": right.sample_index[columns]}
         scale = float(log_scale.detach().exp()) if self.options.teacher_scale is None else self.options.teacher_scale
         if self.options.teacher is not None:
             a, b = (views[f"{self.options.teacher}/{s}"].embedding for s in (self.options.rows, self.options.columns))

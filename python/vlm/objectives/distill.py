@@ -189,7 +189,7 @@ def _visual_rows(batch: Batch, stream: str) -> Tensor:
     rows = batch[pictures]
     live = rows.mask if rows.mask.dim() == 1 else rows.mask.any(1)
     counts = sample_counts(rows.sample_index[live], len(batch))[text.sample_index]
-    return counts * text.mask.reshape(len(text), -1).any(1)
+    return counts * text.mask.flatten(1).any(1)
 
 
 class _PositionDistill(Objective):

@@ -62,7 +62,8 @@ class MaskedPixels(Objective):
         difference = self.picture(view.tokens, wanted.shape[-1]) - wanted
         distance = (difference.abs() if self.options.distance == "l1" else difference.square()).sum(1)
         n, grid = stream.masked.shape[:2]
-        by_square = distance.reshape(n, grid, wanted.shape[-1] // grid, grid, -1).sum((2, 4))  # [n, g, g]
+        side = wanted.shape[-1] // grid
+        by_square = distance.reshape(n, grid, side, grid, side).sum((2, 4))  # [n, g, g]
         weights = stream.masked.flatten(1).sum(1) * self._values_of_square(stream) * stream.mask
         total = (by_square * stream.masked).flatten(1).sum(1)
         return Terms(total / weights.clamp(min=1), weights.to(total.dtype), view.sample_index)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from vlm.config.errors import RequestError
+
 _FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(steps?|samples?|epochs?|%)\s*")
 
 
@@ -26,8 +28,8 @@ Duration = Annotated[int | str, AfterValidator(_checked)]
 def in_steps(length: int | str, *, total: int | None, batch_size: int, samples: int | None) -> int:
     """A length as a number of updates, rounded to the nearest.
 
-    total: updates of the stage, for percentages. samples: samples of one epoch. Raises ValueError when the unit
-    needs what is not known (an epoch of an endless source).
+    total: updates of the stage, for percentages. samples: samples of one epoch. Raises RequestError when the unit
+    needs what is not known (an epoch of packed rows).
     """
     if isinstance(length, int):
         return length
@@ -41,8 +43,14 @@ def in_steps(length: int | str, *, total: int | None, batch_size: int, samples: 
         return round(number / batch_size)
     if unit == "epoch":
         if samples is None:
-            raise ValueError(f"{length!r} needs a source of known length")
+            raise RequestError(f"{length!r} needs a source of known length", remedy="say it in steps, or as a share of the stage")
         return round(number * samples / batch_size)
     if total is None:
-        raise ValueError(f"{length!r} is a share, expected an absolute length here")
+        raise RequestError(f"{length!r} is a share, expected an absolute length here")
     return round(number / 100 * total)
+
+
+def interval_in_steps(length: int | str, *, total: int | None, batch_size: int, samples: int | None) -> int:
+    """How many updates lie between two of something: as `in_steps`, 0 for never, and at least 1 for any other length."""
+    steps = in_steps(length, total=total, batch_size=batch_size, samples=samples)
+    return steps or int(isinstance(length, str) and re.search("[1-9]", length) is not None)

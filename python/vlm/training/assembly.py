@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -12,17 +13,44 @@ from vlm.objectives import BuildContext
 from vlm.training.preset import Stage
 from vlm.tuning import TuningOptions, plain_name, trainable
 
+OBJECTIVES = "objectives."
+"""How the names of objectives' parameters begin in patterns."""
+
 
 def choose_trainable(model: Model, tuning: TuningOptions) -> None:
     """requires_grad by the patterns; with LoRA only adapters (and what `train` names besides) learn."""
     plain = {name: plain_name(name) for name, _ in model.named_parameters()}
-    chosen = set(trainable([n for n in plain.values() if ".lora_" not in n], tuning.train, tuning.freeze))
+    freeze = [pattern for pattern in tuning.freeze if not pattern.startswith(OBJECTIVES)]
+    chosen = set(trainable([n for n in plain.values() if ".lora_" not in n], tuning.train, freeze))
     for name, parameter in model.named_parameters():
         if tuning.lora is None:
             parameter.requires_grad_(plain[name] in chosen)
         else:
             everything = tuning.train == ("*",)
             parameter.requires_grad_(".lora_" in name or (not everything and plain[name] in chosen))
+
+
+def freeze_objectives(objectives: nn.ModuleDict, tuning: TuningOptions) -> None:
+    """Parameters of objectives learn, but those that `tuning.freeze` names. Raises RequestError for a pattern that matches none."""
+    named = {f"{OBJECTIVES}{name}": parameter for name, parameter in objectives.named_parameters()}
+    for pattern in tuning.freeze:
+        if pattern.startswith(OBJECTIVES):
+            found = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
+            if not found:
+                known = f"parameters of objectives: {', '.join(named) or 'none'}"
+                raise RequestError(f"tuning pattern {pattern!r} matches no parameter", remedy=known)
+            for parameter in found:
+                parameter.requires_grad_(False)
+
+
+def check_rates(model: Model, objectives: nn.ModuleDict, tuning: TuningOptions) -> None:
+    """Raises RequestError for a pattern of `tuning.rates` that no parameter has, trained or not: its rate would be said in vain."""
+    names = [name for name, _ in model.named_parameters()]
+    names += [*map(plain_name, names), *(f"{OBJECTIVES}{name}" for name, _ in objectives.named_parameters())]
+    for rate in tuning.rates:
+        if not any(fnmatchcase(name, rate.pattern) for name in names):
+            some = ", ".join(names[:: max(1, len(names) // 5)][:5])
+            raise RequestError(f"tuning.rates: {rate.pattern!r} matches no parameter", remedy=f"parameters are called like {some}")
 
 
 def build_objective(options: Any, context: BuildContext) -> nn.Module:

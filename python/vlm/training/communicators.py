@@ -16,6 +16,9 @@ from vlm.types import Communicator, SingleProcess
 TIMEOUT = timedelta(minutes=10)
 """A collective that waits longer than this fails, so that a lost rank cannot hang a run for ever."""
 
+PATIENCE = timedelta(days=1)
+"""The same of a barrier: before it one rank may work alone, and long (a tokenizer, an evaluation, a report)."""
+
 
 class ProcessGroup:
     """All ranks of the default group."""
@@ -23,6 +26,7 @@ class ProcessGroup:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self._patient = dist.new_group(timeout=PATIENCE)
 
     def sum(self, tensor: Tensor) -> Tensor:
         out = tensor.detach().clone()
@@ -63,7 +67,7 @@ class ProcessGroup:
         return came
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(self._patient)
 
 
 @contextmanager
@@ -79,7 +83,8 @@ def joined() -> Iterator[Communicator]:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=TIMEOUT,
     )
-    yield ProcessGroup()
+    group = ProcessGroup()
+    yield group
     # Only after success: destroying a group that another rank has left can abort the process.
-    dist.barrier()
+    group.barrier()
     dist.destroy_process_group()

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from vlm.config.errors import RequestError, VlmError
+from vlm.data.tokenizer import Tokenizer
 from vlm.models import Model, load_model
+from vlm.models.directory import find_model_directory
 from vlm.training.companion_options import CompanionOptions, ThreeWayUpdate
 from vlm.training.companions import Companion, Companions
 from vlm.tuning import has_adapters, load_merged
@@ -31,6 +33,7 @@ class CompanionSources(Mapping[str, Model]):
 
     model: the run's model as the stage begins. kept: weights, without adapters, of copies that an earlier stage took for
     the whole run. of_stage: the model with the final weights of an earlier stage, RequestError for any other name.
+    tokenizer: of the run, None where it reads no text.
     """
 
     options: Mapping[str, CompanionOptions]
@@ -38,6 +41,7 @@ class CompanionSources(Mapping[str, Model]):
     cache_folder: Path | None = None
     kept: Mapping[str, State] = field(default_factory=dict)
     of_stage: Callable[[str], Model] = _no_stage
+    tokenizer: Tokenizer | None = None
     made: dict[str, Companion] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Model:
@@ -106,7 +110,20 @@ class CompanionSources(Mapping[str, Model]):
             adapter_off=table.adapter is not None,
             lasting=table.copied and table.refresh == "run",
             cache_folder=self.cache_folder if table.cache else None,
+            foreign=self._foreign(table),
         )
+
+    def _foreign(self, table: CompanionOptions) -> Path | None:
+        """The directory of a companion from elsewhere whose tokenizer gives texts other ids than the run's, or cannot be read."""
+        if self.tokenizer is None or table.source == "model" or table.stage is not None:
+            return None
+        folder = find_model_directory(table.source)
+        if not (folder / "tokenizer.json").is_file():
+            return None
+        try:
+            return None if Tokenizer.load(folder).agrees(self.tokenizer) else folder
+        except VlmError:  # it may still be asked for pictures
+            return folder
 
     def _named(self, name: str, load: Callable[[str], Model], source: str) -> Model:
         try:

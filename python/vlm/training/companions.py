@@ -22,7 +22,7 @@ from vlm.training.companion_options import (
     ThreeWayUpdate,
 )
 from vlm.tuning import adapters_off
-from vlm.types import Batch, Outputs, Request, Stream, Views
+from vlm.types import Batch, Outputs, Request, Stream, TokenIds, Views
 from vlm.types.outputs import Wanted, wanted_of
 from vlm.types.state import Tree
 
@@ -35,6 +35,7 @@ class Companion:
 
     copied: it began as a copy of the model. live: `model` is the run's model itself; adapter_off: without its adapters.
     lasting: a copy that is taken once a run. cache_folder: where embeddings are kept, None for nowhere.
+    foreign: the directory that it is from, where its tokenizer is another than the run's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Companion:
     adapter_off: bool = False
     lasting: bool = False
     cache_folder: Path | None = None
+    foreign: Path | None = None
 
     @property
     def stateful(self) -> bool:
@@ -164,6 +166,20 @@ class Companions:
                         remedy=f'add [companions.{member.update.with_}] with source = "model" and no update',
                     )
                 _same_shapes(member.name, member.model, third.model, f"companion {third.name!r}")
+
+    def check_texts(self, asked: Mapping[str, Sequence[Request]], batch: Batch) -> None:
+        """asked: objective -> its requests. Raises RequestError for a companion that is to read this run's token ids and to
+        which they are other words."""
+        for objective, requests in asked.items():
+            for request in requests:
+                member = self.members.get(request.companion)
+                if member is not None and member.foreign is not None and isinstance(batch[request.stream], TokenIds):
+                    raise RequestError(
+                        f"objective {objective!r} asks for {request}, and companion {member.name!r} has another tokenizer than this "
+                        "run: the same ids are other words to it",
+                        remedy=f'set tokenizer = {{ kind = "directory", path = "{member.foreign}" }}, or start from a model that '
+                        "has the companion's tokenizer",
+                    )
 
     def flush(self) -> None:
         for member in self.members.values():

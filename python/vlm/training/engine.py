@@ -107,6 +107,7 @@ class Engine:
         """
         if not self._checked:
             check_streams(self.asked, {**self.companions.models(), "model": self.model}, batches[0])
+            self.companions.check_texts(self.asked, batches[0])
             self._checked = True
         totals = {o.name: self._total_weight(o, batches) for o in self.per_sample}
         sums: dict[str, Tensor] = {}
@@ -237,7 +238,8 @@ class Engine:
     def _note(self, scalars: dict[str, list[tuple[float, float]]], name: str, terms: Terms) -> None:
         weight = float(terms.weights.sum())
         for key, value in terms.scalars.items():
-            scalars.setdefault(f"{name}/{key}", []).append((float(value) * weight, weight))
+            # Of no terms a number may be nan (the mean of nothing), and nan times 0 is nan.
+            scalars.setdefault(f"{name}/{key}", []).append((float(value) * weight if weight else 0.0, weight))
 
     def _share_gradients(self) -> None:
         """Sum gradients over ranks, in one flat buffer so that the order of additions is fixed.

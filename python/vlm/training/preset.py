@@ -66,7 +66,7 @@ class TrainOptions(Options):
     clip: float | None = Field(None, gt=0, description="greatest norm of the gradient")
     not_finite: Literal["stop", "skip"] = Field("stop", description="what a loss that is NaN or infinite does")
     recompute: bool = Field(False, description="activation checkpointing: less memory, about a third more time")
-    average: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of the weights")
+    average: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of the weights of the model; those of objectives stay the last ones")
     log_every: int = Field(1, gt=0, description="updates between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="also write TensorBoard files (needs vlm-forge[tensorboard])")
 

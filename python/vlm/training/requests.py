@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vlm.config.errors import RequestError
+from vlm.data.options import DataOptions
 from vlm.models import Model
+from vlm.training.companion_options import CompanionOptions
 from vlm.types import Batch, Pictures, Request, Stream, TokenIds
 
 Asked = Mapping[str, Sequence[Request]]
@@ -46,6 +48,31 @@ def check_streams(asked: Asked, models: Mapping[str, Model], batch: Batch) -> No
             kind = _kind(batch[request.stream])
             if kind is not None and request.field not in model.offers.get(kind, ()):
                 raise _refusal(objective, request, model, f"has no {request.field} of {kind}")
+
+
+def check_caches(asked: Asked, companions: Mapping[str, CompanionOptions], data: DataOptions) -> None:
+    """A cached embedding stands for a sample in every epoch. Raises RequestError where the sample differs from epoch to epoch."""
+    for objective, requests in asked.items():
+        for request in requests:
+            table = companions.get(request.companion)
+            why = _drawn(request.stream, data) if table is not None and table.cache else None
+            if why is not None:
+                raise RequestError(
+                    f"objective {objective!r} asks for {request}, companion {request.companion!r} keeps its embeddings, and {why}",
+                    remedy=f"set companions.{request.companion}.cache = false",
+                )
+
+
+def _drawn(stream: str, data: DataOptions) -> str | None:
+    """The table that draws a stream anew in every epoch; None for one that stays."""
+    made = {*data.streams, *(name for part in data.mixture.values() for name in part.streams)}
+    if stream in made:
+        return f"data.streams.{stream} may draw another every time"
+    if stream.partition(".")[0] == "image" and (data.image.augment != "none" or data.image.flip):
+        return "data.image draws another crop or side every time"
+    if stream == "text" and data.captions.kind != "one":
+        return "data.captions draws another text every time"
+    return None
 
 
 def _kind(stream: Stream) -> str | None:

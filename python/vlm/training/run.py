@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from vlm.data.loader import Loader, build_loader, open_split
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
-from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
+from vlm.evaluation import check_tasks, evaluate_in_memory, numbers_of, save_results
 from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.objectives import BuildContext
 from vlm.runtime.chat import TEMPLATES, Template
-from vlm.training.assembly import build_objective, choose_trainable, steps_of
+from vlm.training.assembly import build_objective, check_rates, choose_trainable, freeze_objectives, steps_of
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
 from vlm.training.checkpoint import Checkpoints
@@ -38,7 +38,7 @@ from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of
-from vlm.training.requests import check_offers
+from vlm.training.requests import check_caches, check_offers
 from vlm.training.start import Start, vocabulary_of
 from vlm.training.trainer import Cursor, Parts, Trainer
 from vlm.tuning import add_lora, lora_files, merged_state
@@ -213,6 +213,8 @@ class Run:
         if tuning.lora is not None:
             torch.manual_seed(draw_key(seed, "lora", cursor.stage))
             add_lora(model, tuning.lora)
+        if initial and cursor.total == 0:  # what was begun goes on, whatever became of the evaluation data
+            self._check_evaluations(model, cursor.stage)
         choose_trainable(model, tuning)
         model.set_recompute(stage.train.recompute)
         source = open_split(stage.data, "train")
@@ -223,18 +225,22 @@ class Run:
             sources = CompanionSources(
                 stage.companions,
                 model,
-                self.directory.root / "cache",
+                self.directory.root / "cache" / _prepared(stage.data, model),
                 carried.companions,
                 lambda name: self._stage_model(name, cursor.stage, carried, rehearse=rehearse),
+                self.tokenizer,
             )
             torch.manual_seed(draw_key(seed, "objectives", cursor.stage))
             context = BuildContext(model, sources, loader.classes().get(stage.data.label or "", ()))
             objectives = nn.ModuleDict({options.name: build_objective(options, context) for options in stage.objectives})
             weighted = [Weighted(o.name, objectives[o.name], o.weight) for o in stage.objectives]  # type: ignore[arg-type]
             asked = {entry.name: entry.objective.requires for entry in weighted}
+            check_caches(asked, stage.companions, stage.data)
             companions = sources.companions(asked, self.note)
             check_offers(asked, {**companions.models(), "model": model})
             engine = Engine(model, weighted, companions, self.communicator, seed=seed, precision=stage.train.precision)
+            freeze_objectives(objectives, tuning)
+            check_rates(model, objectives, tuning)
             named = {name: p for name, p in model.named_parameters() if p.requires_grad}
             named |= {f"objectives.{name}": p for name, p in objectives.named_parameters() if p.requires_grad}
             if not named:
@@ -316,6 +322,13 @@ class Run:
         with parts.average.applied(parts.model):
             return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
 
+    def _check_evaluations(self, model: Model, now: int) -> None:
+        """Raises RequestError or DataError, before anything is trained, for what could not be measured when it is."""
+        for stage in self.stages[now:]:
+            if stage.evaluation.tasks and (stage is self.stages[-1] or stage.evaluation.every != 0):
+                data = stage.data
+                check_tasks(model, self.tokenizer, stage.evaluation.tasks, data.val, Reading.of(data.columns, data.limits))
+
     def _evaluation_settings(self, stage: Stage) -> dict[str, Any]:
         """Evaluation reads with the columns, caps and budget of the run's own data; tasks the data cannot serve are said."""
         data = stage.data
@@ -326,15 +339,12 @@ class Run:
         }
 
     def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
-        """Evaluation during training, on rank 0; the others wait."""
-        values: dict[str, float] = {}
-        if self.communicator.rank == 0:
-            parts.model.eval()
-            tasks = parts.stage.evaluation.tasks
-            settings = self._evaluation_settings(parts.stage)
-            values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
-            parts.model.train()
-        self.communicator.barrier()
+        """Evaluation during training; it changes nothing but the mode of the model."""
+        parts.model.eval()
+        tasks = parts.stage.evaluation.tasks
+        settings = self._evaluation_settings(parts.stage)
+        values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
+        parts.model.train()
         return values
 
     def _finish(
@@ -377,6 +387,14 @@ class Run:
             classes = {name: getattr(o, "classes", None) for name, o in parts.objectives.items()}
             metadata = {name: json.dumps(list(values)) for name, values in classes.items() if values}
             save_file(tensors, self.directory.root / "objectives.safetensors", metadata=metadata)
+
+
+def _prepared(data: DataOptions, model: Model) -> str:
+    """A name for what an embedding stands for beside the weights: from where and how samples are read. Archives of two stages
+    may call different samples alike."""
+    read = data.model_dump(mode="json", exclude={"val", "workers", "prefetch", "bad_samples"})
+    pictures = {name: asdict(preprocess) for name, preprocess in (model.preprocesses() or {}).items()}
+    return f"{draw_key(0, 'prepared', json.dumps([read, pictures], sort_keys=True)):016x}"
 
 
 def _template_of(model: Model, data: DataOptions) -> Template | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import nn
 from vlm.config.errors import ExitCode, OutOfMemory, RunFailed
 from vlm.data.loader import Loader
 from vlm.models import Model
-from vlm.schedules import in_steps, rate_factor
+from vlm.schedules import interval_in_steps, rate_factor
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
 from vlm.training.checkpoint import Checkpoints
@@ -41,16 +42,42 @@ class Interrupted(Exception):
         self.code = code
 
 
+class Stopped(BaseException):
+    """A signal came inside `Signals.ending`. No error, so that nothing takes it for one and goes on."""
+
+
+SAME_PRESS = 1.0
+"""Seconds within which two SIGINT are one: a terminal sends it to every rank, and the process that started them passes it on."""
+
+
 class Signals:
     """Remembers SIGINT and SIGTERM until the loop asks; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.number = 0
+        self.came = 0.0
+        self.ends = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.number == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.number = number
+            if now - self.came >= SAME_PRESS:
+                raise KeyboardInterrupt
+            return
+        self.number, self.came = number, now
+        if self.ends:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """A signal ends the block at once by Stopped: for work that may be done again and leaves no state behind."""
+        self.ends = True
+        try:
+            if self.number:
+                raise Stopped
+            yield
+        finally:
+            self.ends = False
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Signals]:
@@ -68,12 +95,14 @@ class Signals:
 
 @dataclass
 class Cursor:
-    """Where a run stands: loop round, stage and updates done in that stage; `done` once the last stage ended."""
+    """Where a run stands: loop round, stage and updates done in that stage; `due` when the evaluation after the last of them
+    is still to come; `done` once the last stage ended."""
 
     round: int = 0
     stage: int = 0
     step: int = 0
     total: int = 0
+    due: bool = False
     done: bool = False
 
     def state_dict(self) -> Tree:
@@ -165,29 +194,47 @@ class Trainer:
         """All updates that are left. Raises Interrupted after a signal, with the checkpoint written."""
         parts, cursor = self.parts, self.cursor
         train = parts.stage.train
-        every = in_steps(train.checkpoint_every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
-        look = in_steps(parts.stage.evaluation.every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
+        every = interval_in_steps(train.checkpoint_every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
+        look = interval_in_steps(parts.stage.evaluation.every, total=parts.steps, batch_size=train.batch_size, samples=parts.samples)
         with Signals().watched() as signals, Progress(parts.steps, cursor.step, self.show, self.note) as progress:
             while cursor.step < parts.steps:
-                started = time.perf_counter()
-                values = self.step()
-                cursor.step += 1
-                cursor.total += 1
-                values["perf/step_s"] = time.perf_counter() - started
-                values["perf/samples_per_s"] = train.batch_size / values["perf/step_s"]
-                values["perf/data_wait_share"] = values.pop("wait") / values["perf/step_s"]
-                if cursor.step % train.log_every == 0 or cursor.step == parts.steps:
-                    self.metrics.write(cursor.total, values)
-                progress.update(cursor.step, values)
+                if not cursor.due:  # else a signal came in the evaluation, which is made up for
+                    started = time.perf_counter()
+                    values = self.step()
+                    cursor.step += 1
+                    cursor.total += 1
+                    values["perf/step_s"] = time.perf_counter() - started
+                    values["perf/samples_per_s"] = train.batch_size / values["perf/step_s"]
+                    values["perf/data_wait_share"] = values.pop("wait") / values["perf/step_s"]
+                    if cursor.step % train.log_every == 0 or cursor.step == parts.steps:
+                        self.metrics.write(cursor.total, values)
+                    progress.update(cursor.step, values)
                 last = cursor.step == parts.steps
-                if self.evaluate is not None and look and cursor.step % look == 0 and not last:
-                    self.metrics.write(cursor.total, self.evaluate(parts))
+                cursor.due = self.evaluate is not None and look > 0 and cursor.step % look == 0 and not last
+                if cursor.due:
+                    cursor.due = not self._evaluated(signals)
                 number = max(n for (n,) in self.communicator.gather_numbers([signals.number]))
                 if number:
                     self.save()
                     raise Interrupted(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
                 if every and cursor.step % every == 0 and not last:
                     self.save()
+
+    def _evaluated(self, signals: Signals) -> bool:
+        """Evaluate the weights, averaged if there is an average, on rank 0, while the others wait. False where a signal ended it."""
+        parts, done = self.parts, True
+        assert self.evaluate is not None
+        if self.communicator.rank == 0:
+            with contextlib.nullcontext() if parts.average is None else parts.average.applied(parts.model):
+                try:
+                    with signals.ending():
+                        values = self.evaluate(parts)
+                except Stopped:
+                    done = False
+            if done:
+                self.metrics.write(self.cursor.total, values)
+        self.communicator.barrier()
+        return all(n for (n,) in self.communicator.gather_numbers([int(done)]))
 
     def step(self) -> dict[str, float]:
         """One update; the numbers of its metrics line."""
@@ -211,7 +258,7 @@ class Trainer:
         values = {"train/loss": result.loss, "train/grad_norm": norm, "train/lr": parts.optimizer.base_rate * factor, "wait": waited}
         values |= {f"train/{name}": loss for name, loss in result.losses.items()} if len(result.losses) > 1 else {}
         values |= {f"train/{name}": value for name, value in result.scalars.items()}
-        if not (torch.isfinite(torch.tensor(result.loss)) and torch.isfinite(torch.tensor(norm))):
+        if not (math.isfinite(result.loss) and math.isfinite(norm)):
             self._not_finite(result, list(batch.keys))
             return values
         self.skipped = 0
@@ -234,7 +281,9 @@ class Trainer:
         """A loss that is NaN or infinite: stop, or skip the update and say which samples it had."""
         self.skipped += 1
         some = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        text = f"loss {result.loss} or its gradient is not finite at update {self.cursor.total + 1}; samples: {some}"
+        wrong = [f"{name!r} is {loss}" for name, loss in result.losses.items() if not math.isfinite(loss)]
+        what = f"the loss of objective {', '.join(wrong)}" if wrong else f"the gradient of the loss ({result.loss:g}) is not finite"
+        text = f"{what} at update {self.cursor.total + 1}; samples: {some}"
         if self.parts.stage.train.not_finite == "skip" and self.skipped < SKIP_LIMIT:
             self.note(f"{text}; skipped")
             return

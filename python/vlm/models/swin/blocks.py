@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm import ops
+from vlm.models.adapted import weight_of
 from vlm.models.blocks import activation_of
 from vlm.models.swin.options import StageShape, SwinOptions
 
@@ -67,7 +68,7 @@ class SwinAttention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         y = ops.window_attention(
-            F.linear(x, self.qkv.weight, bias), self.scale(), self.position(), window=self.window, shift=self.shift
+            F.linear(x, weight_of(self.qkv), bias), self.scale(), self.position(), window=self.window, shift=self.shift
         )
         return self.out(y[:, :height, :width] if fill else y)
 

@@ -179,7 +179,7 @@ def test_unknown_and_dangerous_files_are_explained(tmp_path):
     for name, said in [
         ("a.pkl", "pickle"),
         ("a.pth", "pickle"),
-        ("a.csv", "cannot be told"),
+        ("a.xlsx", "cannot be told"),
         ("a.tar.gz", "compressed"),
     ]:
         (tmp_path / name).write_bytes(b"x")

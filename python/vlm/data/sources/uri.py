@@ -1,9 +1,9 @@
 """One address for every source: what it is, is detected and said.
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
-`text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`);
+`text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`); a table with a header (`.csv`, `.tsv`);
 `scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64`, `clips:?n=20000&frames=8&size=32`
-(drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles what the ending does not say. Several addresses of one kind are
+(drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`, `csv:`) settles what the ending does not say. Several addresses of one kind are
 joined by commas.
 """
 
@@ -22,16 +22,18 @@ from vlm.data.sources.base import Source
 from vlm.data.sources.folder import FolderSource
 from vlm.data.sources.json_array import JsonArraySource
 from vlm.data.sources.json_lines import JsonLinesSource
+from vlm.data.sources.tables import TableSource
 from vlm.data.sources.webdataset import WebDatasetSource
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 
-_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes|digits|clips):(?!//)")
+_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|csv|text|scenes|digits|clips):(?!//)")
 _DRAWN: dict[str, type[DrawnSource]] = {source.name: source for source in (ScenesSource, DigitsSource, ClipsSource)}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
+_TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _KNOWN = (
     "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), "
-    "scenes:, digits: or clips:"
+    "a table (.csv, .tsv), scenes:, digits: or clips:"
 )
 
 
@@ -65,6 +67,8 @@ def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
         source = FolderSource(files[0], limits)
     elif prefix == "json":
         source = JsonArraySource(files, limits)
+    elif prefix == "csv":
+        source = TableSource(files, limits)
     else:
         source = JsonLinesSource(files, limits)
     if not len(source):
@@ -85,7 +89,7 @@ def expand(pattern: str) -> list[str]:
             elif any(c in name for c in "*?["):
                 matches = sorted(glob.glob(name))
                 if not matches:
-                    raise DataError("no file matches this pattern", where=name)
+                    raise DataError("no file matches this pattern", where=name, remedy=f"relative paths start at {os.getcwd()}")
                 files += matches
             else:
                 files.append(name)
@@ -157,9 +161,11 @@ def _detect(files: list[str], uri: str) -> str:
         return "jsonl"
     if all(name.lower().endswith((".json", ".json.gz")) for name in files):
         return "json"
+    if all(name.lower().endswith(_TABLES) for name in files):
+        return "csv"
     if all(name.lower().endswith(".tar") for name in files):
         return "wds"
-    odd = next(n for n in files if not n.lower().endswith((".tar", ".jsonl", ".jsonl.gz", ".json", ".json.gz")))
+    odd = next(n for n in files if not n.lower().endswith((".tar", ".jsonl", ".jsonl.gz", ".json", ".json.gz", *_TABLES)))
     if odd.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise DataError(
             "the archive is compressed", where=odd, remedy="decompress it: samples are read from its middle"

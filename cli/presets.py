@@ -77,6 +77,8 @@ def show(key: str, overrides: Sequence[str], presets: Sequence[Path], resolved: 
     KEY is a preset's key, a path that ends in .toml, or a run directory.
     """
     found = resolve(key, overrides, presets)
+    if overrides:
+        _check_overrides(key, overrides, presets)
     if as_json:
         origins = {path: str(origin) for path, origin in found.origins.items()}
         echo_json(
@@ -94,6 +96,21 @@ def show(key: str, overrides: Sequence[str], presets: Sequence[Path], resolved: 
         echo_result(to_toml(found.values, found.origins).rstrip("\n"))
     else:
         echo_result(found.files[-1].text.rstrip("\n"))
+
+
+def _check_overrides(key: str, overrides: Sequence[str], presets: Sequence[Path]) -> None:
+    """Raises PresetError for what the command line sets and no preset may have. The schema is the trainer's, so this needs torch."""
+    try:
+        from vlm.training.preset import load_preset
+    except ModuleNotFoundError:
+        log("without torch the settings of the command line are not checked")
+        return
+    try:
+        load_preset(key, overrides, presets)
+    except PresetError as error:
+        for problem in error.problems or (error,):
+            if str(problem.where).startswith("command line"):
+                raise PresetError(problem.message, where=problem.where, remedy=problem.remedy) from None
 
 
 @group.command()

@@ -13,7 +13,7 @@ import click
 
 from vlm.cli.completion import addresses
 from vlm.cli.output import echo_json, echo_result, log, table
-from vlm.config.errors import DataError, VlmError
+from vlm.config.errors import DataError, RequestError, VlmError
 from vlm.config.files import read_toml
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
@@ -86,10 +86,11 @@ def compare(folders: Sequence[Path], names: Sequence[str], as_json: bool) -> Non
     for run in runs:
         if run.problem:
             log(f"warning: {run.problem}", fg="yellow")
+    for folder in folders:
+        if not find_runs([folder]):
+            raise DataError("is no run and holds none", where=str(folder), remedy="give the directory that vlm pretrain --output named")
     if len(runs) < 2:
-        raise DataError(
-            "a comparison needs at least two runs", where=", ".join(str(folder) for folder in folders)
-        )
+        raise RequestError("a comparison needs at least two runs", where=", ".join(str(folder) for folder in folders))
     settings = differing_settings(runs)
     metrics = sorted({n for run in runs for n in run.metrics if not n.startswith(_MACHINE)})
     metrics = [name for name in metrics if not names or name.startswith(tuple(names))]

@@ -188,8 +188,11 @@ def test_gates(vlm, place):
         (
             ("{p}/dual", "--task", "zero-shot", "--data", "{p}/val.tar", "--classes", "{p}/none.txt"),
             3,
-            "none.txt",
+            "none.txt: cannot be read: No such file or directory",
         ),
+        (("{p}/dual", "--task", "retrieval", "--data", "{p}/val.tar", "--output", "{p}"), 2, "is a directory, expected a file"),
+        (("{p}/dual", "--task", "retrieval", "--data", "{p}/val.tar", "--output", "/proc/none/x.json"), 1, "cannot be written"),
+        (("{p}/dual", "--task", "retrieval", "--data", "{p}/none-*.tar"), 3, "relative paths start at"),
     ],
 )
 def test_exit_codes_and_messages(vlm, place, words, code, message):
@@ -285,10 +288,11 @@ def test_a_language_model_is_asked_in_another_way_by_overrides(vlm, place):
 
 @pytest.mark.parametrize(("words", "told"), [
     (("data.val=x",), "no setting of the model"),
-    (("model.attention.kind=sparse",), "model.attention"),
+    (("model.attention.kind=sparse",), "known kinds: "),
     (("model.attention.kind=hierarchical", "model.attention.k=-1"), "model.attention.k: "),
     (("model.width=8",), "expected (286, 8)"),
-    (("model.depht=2",), "model.depht: Extra inputs"),
+    (("model.depht=2",), "unknown key 'depht' in [model]; did you mean 'depth'"),
+    (("model.attention.window=2",), "[model.attention]"),
 ])
 def test_overrides_that_make_no_model_are_refused(vlm, place, words, told):
     code, _, err = vlm("evaluate", place / "language", *words, "--task", "perplexity", "--data", place / "text.jsonl")

@@ -65,11 +65,11 @@ def test_show_prints_the_file_as_it_is_written(capsys, folder):
 
 
 def test_show_resolved_says_what_set_each_value_and_reads_back(capsys, folder):
-    text = result(capsys, "presets", "show", "mine/x.toml", "--resolved", "train.lr=0.5")
+    text = result(capsys, "presets", "show", "mine/x.toml", "--resolved", "train.seed=7")
     assert "steps = 5  # from mine/base/b.toml:5" in text
-    assert "lr = 0.5  # from the command line (train.lr)" in text
+    assert "seed = 7  # from the command line (train.seed)" in text
     again = tomllib.loads(text)
-    assert digest(again) == digest(resolve("mine/x.toml", ["train.lr=0.5"]).values)
+    assert digest(again) == digest(resolve("mine/x.toml", ["train.seed=7"]).values)
 
 
 def test_what_is_shown_resolved_runs_the_same_again(capsys, folder):
@@ -83,6 +83,13 @@ def test_show_as_json_has_values_origins_and_digest(capsys, folder):
     assert shown["origins"]["train.steps"] == "mine/base/b.toml:5"
     assert shown["files"] == ["mine/base/b.toml", "mine/x.toml"]
     assert shown["digest"] == digest(shown["values"])
+
+
+@pytest.mark.parametrize(("override", "says"), [("train.stesp=3", "did you mean 'steps'"), ("train.steps=soon", "expected integer")])
+def test_show_refuses_a_wrong_setting_of_the_command_line(capsys, override, says):
+    assert main(["presets", "show", "clip-tiny", override]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, says in captured.err) == ("", True)
 
 
 def test_show_of_an_unknown_preset_exits_with_2(capsys):

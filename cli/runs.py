@@ -15,6 +15,7 @@ from vlm.cli.completion import addresses
 from vlm.cli.output import echo_json, echo_result, log, table
 from vlm.config.errors import DataError, RequestError, VlmError
 from vlm.config.files import read_toml
+from vlm.training.lock import is_locked
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 _folder = click.Path(path_type=Path)
@@ -121,6 +122,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _below(folder: Path, depth: int) -> list[Path]:
+    if (folder / "bundle.json").is_file():
+        return []  # which has a preset.toml too: that of the run it was made from
     if (folder / "preset.toml").is_file():
         return [folder]
     if depth == 0:
@@ -225,6 +228,8 @@ def _to_json(run: RunSummary) -> dict[str, Any]:
 
 
 def _state(run: RunSummary) -> str:
+    if is_locked(run.path):
+        return "running"
     if run.finished:
         return "finished"
     checkpoints = run.path / "checkpoints"

@@ -82,7 +82,7 @@ def _table_of(preset: str) -> dict[str, Any]:
 def check_command(uri: Sequence[str], budget: float, preset: str | None, placeholders: bool, as_json: bool, **table: Any) -> None:
     """Decode every sample of URI and count what is wrong.
 
-    URI is a pattern, a folder, files of one kind, or scenes:. Exit code 3 when more samples are bad than the budget
+    URI is tar shards, a folder, JSON lines, CSV, a JSON array or scenes:. Exit code 3 when more samples are bad than the budget
     allows. Samples with messages and no caption are read as conversations.
     """
     from vlm.data.check import check
@@ -144,7 +144,8 @@ def _progress(count: int) -> Callable[[int], None] | None:
 
 
 def _described(source: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in source.items() if value is not None)
+    shown = {name: " ".join(map(str, value)) if isinstance(value, list | tuple) else value for name, value in source.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if value is not None)
 
 
 def _print_check(result: dict[str, Any]) -> None:

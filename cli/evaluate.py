@@ -34,7 +34,7 @@ Examples:
 @click.argument("overrides", nargs=-1, metavar="[model.KEY=VALUE]...")
 @click.option("--task", required=True, type=click.Choice(TASKS), help="what to measure")
 @click.option(
-    "--data", metavar="URI", help="tar shards, a folder, JSON lines or scenes: [default: the run's data.val]"
+    "--data", metavar="URI", help="tar shards, a folder, JSON lines, CSV or scenes: [default: the run's data.val]"
 )
 @click.option(
     "--text-from", metavar="FIELD", help="field with the text, dotted for nested ones (captions.de)"

@@ -155,7 +155,15 @@ def cli(debug: bool) -> None:
 def run() -> None:
     """The console command: runs `sys.argv` and leaves with its exit code."""
     threads_that_sleep()
+    streams_that_are_there()
     sys.exit(main())
+
+
+def streams_that_are_there() -> None:
+    """Python has None for a stream that the shell closed (`>&-`): what is written goes nowhere then, what is read is empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the whole process
 
 
 def threads_that_sleep() -> None:

@@ -62,7 +62,8 @@ def list_(presets: Sequence[Path], only: str | None, tag: str | None, as_json: b
     elif entries:
         echo_result(table([(e.key, e.command, e.title) for e in entries], ("KEY", "COMMAND", "TITLE")))
     else:
-        log("no preset fits")
+        known = sorted({name for entry in list_presets(presets) for name in entry.tags})
+        log(f"no preset fits; there are the tags {', '.join(known)}" if tag else "no preset fits")
 
 
 @group.command()

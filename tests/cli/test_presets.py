@@ -52,6 +52,14 @@ def test_list_is_narrowed_by_command_and_tag(capsys, folder):
     assert all(e["command"] == "distill" for e in json.loads(result(capsys, *words, "--command", "distill")))
 
 
+def test_a_tag_that_no_preset_has_is_answered_with_those_there_are(capsys, folder):
+    assert main(["presets", "list", "--tag", "huge", "--presets", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "small" in captured.err.split("tags ")[1]
+    assert "dual-encoder" in captured.err
+
+
 def test_a_broken_file_is_warned_of_and_hides_no_other(capsys, folder):
     (folder / "bad.toml").write_text("a = \n")
     assert main(["presets", "list", "--presets", str(folder), "--json"]) == 0

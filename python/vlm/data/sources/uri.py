@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from difflib import get_close_matches
 
 from vlm.config.errors import DataError
 from vlm.data.scenes.clips_source import ClipsSource
@@ -26,7 +27,8 @@ from vlm.data.sources.tables import TableSource
 from vlm.data.sources.webdataset import WebDatasetSource
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 
-_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|csv|text|scenes|digits|clips):(?!//)")
+_NAMES = ("wds", "webdataset", "folder", "jsonl", "json", "csv", "text", "scenes", "digits", "clips")
+_PREFIX = re.compile(rf"^({'|'.join(_NAMES)}):(?!//)")
 _DRAWN: dict[str, type[DrawnSource]] = {source.name: source for source in (ScenesSource, DigitsSource, ClipsSource)}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
@@ -89,11 +91,15 @@ def expand(pattern: str) -> list[str]:
             elif any(c in name for c in "*?["):
                 matches = sorted(glob.glob(name))
                 if not matches:
-                    raise DataError("no file matches this pattern", where=name, remedy=f"relative paths start at {os.getcwd()}")
+                    said = f"no file matches this pattern{_prefix_meant(name)}"
+                    raise DataError(said, where=name, remedy=f"relative paths start at {os.getcwd()}")
                 files += matches
             else:
                 files.append(name)
     missing = [name for name in files if not os.path.exists(name)]
+    if missing and len(files) == 1:
+        remedy = f"expected {_KNOWN}; relative paths start at {os.getcwd()}"
+        raise DataError(f"does not exist{_prefix_meant(missing[0])}", where=pattern, remedy=remedy)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DataError(
@@ -104,6 +110,13 @@ def expand(pattern: str) -> list[str]:
     if len(files) > _MAX_FILES:
         raise DataError(f"{len(files)} files, expected at most {_MAX_FILES}", where=pattern)
     return files
+
+
+def _prefix_meant(name: str) -> str:
+    """The prefix that a misspelt one is nearest to, as the end of a message."""
+    word = re.match(r"^(\w+):", name)
+    near = get_close_matches(word[1], _NAMES, n=1) if word else []
+    return f"; did you mean {near[0]}:?" if near else ""
 
 
 def _commas(text: str) -> list[str]:

@@ -224,6 +224,11 @@ def explain_schema(key: str, name: str | None, presets: Sequence[Path], as_json:
     found = resolve(key, (), presets)
     docs = {_address(doc.path, found.values): doc for doc in document(schema, found.values)}
     chosen = {a: d for a, d in docs.items() if name is None or a == name or a.startswith(f"{name}.")}
+    if not chosen and str(name).startswith("stages."):
+        inside = ".".join(str(name).split(".")[2:]) or "train"
+        raise RequestError(
+            f"{name} is not explained by itself: a stage may set what the preset may", remedy=f"vlm presets explain {key} {inside}"
+        )
     if not chosen:
         near = get_close_matches(str(name), docs, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -159,6 +159,11 @@ def test_explain_uses_the_schema_of_presets(capsys):
     assert {"objectives.contrastive.form", "objectives.contrastive.weight"} <= {row["key"] for row in rows}
 
 
+def test_explain_of_a_stage_says_where_its_keys_are_explained(capsys):
+    assert main(["presets", "explain", "vlm-tiny", "stages.align.optimizer.lr"]) == 2
+    assert "vlm presets explain vlm-tiny optimizer.lr" in capsys.readouterr().err
+
+
 def test_check_accepts_every_packaged_preset(capsys):
     checked = json.loads(result(capsys, "presets", "check", "--all", "--json"))
     listed = json.loads(result(capsys, "presets", "list", "--json"))

@@ -124,7 +124,8 @@ def _talks(source: Source, options: DataOptions) -> bool:
             fields = source.read(index).fields
         except (BadSample, BadPicture):
             continue
-        return any(isinstance(fields.get(name), list) for name in AUTO_MESSAGES) and all(field_at(fields, name) is None for name in AUTO_TEXT)
+        talks = any(isinstance(fields.get(name), list) for name in AUTO_MESSAGES)
+        return talks and all(field_at(fields, name) is None for name in AUTO_TEXT)
     return False
 
 
@@ -151,7 +152,7 @@ def _described(source: dict[str, Any]) -> str:
 def _print_check(result: dict[str, Any]) -> None:
     echo_result(f"detected   {_described(result['source'])}")
     echo_result(
-        f"samples    {result['samples']}: {result['good']} good, {result['bad']} bad (budget {result['budget']})"
+        f"samples    {result['samples']}: {result['good']} good, {result['bad']} bad (at most {result['budget']} may be)"
     )
     for reason, count in result["reasons"].items():
         echo_result(f"  {reason:20} {count}")

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from vlm.evaluation.reading import Reading
     from vlm.evaluation.task import Task
 
-TASKS = ("retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "text-probe", "caption", "vqa", "hallucination", "preference", "cost")
+TASKS = (
+    "retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "text-probe",
+    "caption", "vqa", "hallucination", "preference", "cost",
+)  # fmt: skip
 
 _EPILOG = """\b
 MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.

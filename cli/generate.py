@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL")
 @click.option("--image", "images", multiple=True, metavar="PATH", help="a picture, or - for one on stdin; again for more, in order")
 @click.option("--prompt", metavar="TEXT", help="what is asked; - reads it from stdin")
-@click.option("--jsonl", metavar="-|PATH", help='requests, a line each: {"prompt" or "messages", "image": path, data URI or a list, "id": kept}')
+@click.option(
+    "--jsonl", metavar="-|PATH",
+    help='requests, a line each: {"prompt" or "messages", "image": path, data URI or a list}; an "id" comes back',
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="longest answer in tokens")
 @click.option("--temperature", type=click.FloatRange(min=0), help="draw tokens, logits divided by this; 0 takes the likeliest")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="draw from the fewest tokens that reach this probability")

@@ -31,8 +31,8 @@ def command(
     """Score pictures with labels that are given as text, or with the head that a run has trained.
 
     MODEL is a run, a Hugging Face directory or a bundle; IMAGE a path, or - for a picture on stdin. Without --labels
-    a run of `vlm finetune linear-probe`, or a model with classes (`model.classes`), answers with its own head. A picture that cannot be read is named, and
-    the exit code is then 3.
+    a run of `vlm finetune linear-probe`, or a model with classes (`model.classes`), answers with its own head. A picture that cannot be read is
+    named, and the exit code is then 3.
     """
     if "{}" not in template:
         raise RequestError("expected {} where the label goes", where="--template", remedy="for example 'a photo of a {}'")

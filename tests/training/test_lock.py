@@ -14,7 +14,14 @@ from vlm.training import lock
 from vlm.training.lock import is_locked, locked_run
 from vlm.training.run import Run
 
-HOLD = "import sys, time; from pathlib import Path; from vlm.training.lock import locked_run\nwith locked_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(120)"
+HOLD = """
+import sys, time
+from pathlib import Path
+from vlm.training.lock import locked_run
+with locked_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(120)
+"""
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ def locked_run(folder: Path) -> Iterator[None]:
         until = time.monotonic() + PATIENCE
         while not _taken(handle, fcntl.LOCK_EX):
             if time.monotonic() > until:
-                raise RequestError("another process is training this run", where=str(folder), remedy="wait for it, or choose another --output")
+                remedy = "wait for it, or choose another --output"
+                raise RequestError("another process is training this run", where=str(folder), remedy=remedy)
             time.sleep(0.05)
         yield
     finally:

@@ -6,7 +6,7 @@ Sources: weight-average (uniform soup), and WiSE-FT (two models, one the start o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ def soup(models: Sequence[str | Path], output: Path, weights: Sequence[float] | 
         other = load_model(folder)
         state = other.state_dict()
         if type(other) is not type(first) or other.vocabulary != first.vocabulary or _tokenizer_of(folder) != told:
-            raise CheckpointError("is of another kind, or has another tokenizer", where=str(folder), remedy=f"expected one like {folders[0]}")
-        odd = next((name for name in {**total, **state} if name not in state or name not in total or state[name].shape != total[name].shape), None)
+            remedy = f"expected one like {folders[0]}"
+            raise CheckpointError("is of another kind, or has another tokenizer", where=str(folder), remedy=remedy)
+        odd = _first_difference(total, state)
         if odd is not None or other.options != first.options:
             what = f"tensor {odd!r} differs from" if odd else "has other settings than"
             raise CheckpointError(f"{what} {folders[0]}", where=str(folder), remedy="a soup is of models of one architecture")
@@ -57,6 +58,12 @@ def soup(models: Sequence[str | Path], output: Path, weights: Sequence[float] | 
         "models": [{"path": str(path), "weight": share} for path, share in zip(models, shares)],
         "parameters": sum(tensor.numel() for tensor in made.values()),
     }
+
+
+def _first_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor that is not in both with one shape."""
+    names = [*one, *(name for name in other if name not in one)]
+    return next((n for n in names if n not in one or n not in other or one[n].shape != other[n].shape), None)
 
 
 def _tokenizer_of(folder: Path) -> bytes | None:

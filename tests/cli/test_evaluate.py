@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm.cli.evaluate import TASKS
 from vlm.cli.main import main
 from vlm.data.tokenizer import Tokenizer
+from vlm.evaluation.session import _KINDS
 from vlm.models import DualEncoderOptions, LanguageOptions, save_model
 from vlm.types import VocabularyLayout
 
@@ -304,3 +306,15 @@ def test_figures_of_a_changed_model_are_not_stored_in_its_run(vlm, place):
     code, _, err = vlm("evaluate", place / "run", "model.embed_dim=8", "--task", "retrieval", "--save")
     assert code == 2
     assert "--save" in err
+
+
+def test_the_tasks_that_an_error_suggests_are_tasks_of_the_command():
+    suggested = {word.strip(",") for _, remedy in _KINDS.values() for word in remedy.split("try ")[1].replace(" or ", " ").split()}
+    assert suggested <= set(TASKS)
+    assert "text-probe" in suggested
+
+
+def test_a_text_probe_of_a_language_model(vlm, place):
+    found = evaluated(vlm, place / "language", "--task", "text-probe", "--data", "scenes:?n=40", "--labels-from", "shape")
+    assert set(found["metrics"]) == {"top1"}
+    assert found["details"]["labels_from"] == "shape"

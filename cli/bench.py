@@ -27,7 +27,10 @@ def command(name: str | None, threads: int | None, no_memory: bool, list_only: b
 
     cases = selected(name)
     if not cases:
-        raise RequestError(f"no benchmark case contains {name!r}", remedy="`vlm bench --list` prints their names.")
+        raise RequestError(f"no benchmark case contains {name!r}", remedy="vlm bench --list prints their names")
+    if list_only and as_json:
+        echo_json([case.name for case in cases])
+        return
     if list_only:
         echo_result("\n".join(case.name for case in cases))
         return

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlm.cli.output import echo_json, echo_result, log, wants_bar
-from vlm.config.errors import DataError, ExitCode
+from vlm.cli.output import check_writable, echo_json, echo_result, log, wants_bar
+from vlm.config.errors import ExitCode, RunFailed
 
 if TYPE_CHECKING:
     from vlm.data.options import DataOptions
@@ -82,16 +82,14 @@ def _table_of(preset: str) -> dict[str, Any]:
 def check_command(uri: Sequence[str], budget: float, preset: str | None, placeholders: bool, as_json: bool, **table: Any) -> None:
     """Decode every sample of URI and count what is wrong.
 
-    URI is a pattern, a folder, files of one kind, or scenes:. Exit code 3 when more samples are bad than the budget
-    allows.
+    URI is tar shards, a folder, JSON lines, CSV, a JSON array or scenes:. Exit code 3 when more samples are bad than the budget
+    allows. Samples with messages and no caption are read as conversations.
     """
     from vlm.data.check import check
 
     source, options = _open(uri, preset=preset, bad_samples={"budget": budget}, **table)
-    if placeholders and not options.conversations:
-        talk = {"text": {"kind": "conversation", "messages": "auto", "text_only": True}}
-        values = options.model_dump(exclude_unset=True)
-        options = type(options).model_validate({**values, "streams": {**values.get("streams", {}), **talk}})
+    if not options.conversations and (placeholders or (preset is None and _talks(source, options))):
+        options = _with_talk(options)
     result = check(source, options, _progress(len(source)))
     if as_json:
         echo_json({"schema": 1, **result})
@@ -103,6 +101,32 @@ def check_command(uri: Sequence[str], budget: float, preset: str | None, placeho
             fg="red",
         )
         click.get_current_context().exit(int(ExitCode.WRONG_DATA))
+
+
+def _with_talk(options: DataOptions) -> DataOptions:
+    """The options with a stream that reads messages."""
+    talk = {"text": {"kind": "conversation", "messages": "auto", "text_only": True}}
+    values = options.model_dump(exclude_unset=True)
+    return type(options).model_validate({**values, "streams": {**values.get("streams", {}), **talk}})
+
+
+def _talks(source: Source, options: DataOptions) -> bool:
+    """Whether the first of these samples that can be read is a conversation and has no caption: nothing else could be read of it."""
+    from vlm.data.captions import AUTO_TEXT
+    from vlm.data.samples import BadSample, field_at
+    from vlm.data.streams.messages import AUTO_MESSAGES
+    from vlm.runtime.pictures import BadPicture
+
+    if options.columns.text != "auto":
+        return False
+    for index in range(min(len(source), 10)):
+        try:
+            fields = source.read(index).fields
+        except (BadSample, BadPicture):
+            continue
+        talks = any(isinstance(fields.get(name), list) for name in AUTO_MESSAGES)
+        return talks and all(field_at(fields, name) is None for name in AUTO_TEXT)
+    return False
 
 
 def _progress(count: int) -> Callable[[int], None] | None:
@@ -121,13 +145,14 @@ def _progress(count: int) -> Callable[[int], None] | None:
 
 
 def _described(source: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in source.items() if value is not None)
+    shown = {name: " ".join(map(str, value)) if isinstance(value, list | tuple) else value for name, value in source.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if value is not None)
 
 
 def _print_check(result: dict[str, Any]) -> None:
     echo_result(f"detected   {_described(result['source'])}")
     echo_result(
-        f"samples    {result['samples']}: {result['good']} good, {result['bad']} bad (budget {result['budget']})"
+        f"samples    {result['samples']}: {result['good']} good, {result['bad']} bad (at most {result['budget']} may be)"
     )
     for reason, count in result["reasons"].items():
         echo_result(f"  {reason:20} {count}")
@@ -162,13 +187,17 @@ def inspect_command(uri: Sequence[str], count: int, output: Path | None, as_json
     """Say what URI was detected as, and show its first samples."""
     from vlm.data.check import contact_sheet, first_samples
 
+    if output is not None:
+        check_writable(output)
     source, options = _open(uri, **table)
+    if _talks(source, options):
+        options = _with_talk(options)
     samples = first_samples(source, options, count)
     if output is not None:
         try:
             contact_sheet(samples).save(output, format="PNG")
         except OSError as error:
-            raise DataError(f"cannot be written: {error.strerror}", where=str(output)) from error
+            raise RunFailed(f"cannot be written: {error.strerror}", where=str(output)) from error
     shown = [
         s if "bad" in s else {**s, "picture": list(s["picture"].size) if s["picture"] is not None else None}
         for s in samples

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, cast
 
-from vlm.config.errors import CheckpointError, RequestError
+from vlm.config.errors import RequestError
 from vlm.runtime.embedder import Embedder, PreparingEmbedder
 
 
@@ -22,7 +22,7 @@ def open_embedder(path: str, *, threads: int | None = None, batch_size: int = 32
 
         bundle = open_any_bundle(path, threads=threads, batch_size=batch_size)
         if not isinstance(bundle, Bundle | VisionBundle):
-            raise CheckpointError(
+            raise RequestError(
                 f"a {bundle.kind} bundle embeds no pictures", where=path, remedy="give the bundle of a dual encoder or a vision model"
             )
         return bundle

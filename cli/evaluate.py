@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlm.cli.output import echo_json, echo_result, log, wants_bar
+from vlm.cli.output import check_writable, echo_json, echo_result, log, wants_bar
 from vlm.config.errors import DataError, RequestError
 
 if TYPE_CHECKING:
     from vlm.evaluation.reading import Reading
     from vlm.evaluation.task import Task
 
-TASKS = ("retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "caption", "vqa", "hallucination", "preference", "cost")
+TASKS = (
+    "retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "text-probe",
+    "caption", "vqa", "hallucination", "preference", "cost",
+)  # fmt: skip
 
 _EPILOG = """\b
 MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.
@@ -34,7 +37,7 @@ Examples:
 @click.argument("overrides", nargs=-1, metavar="[model.KEY=VALUE]...")
 @click.option("--task", required=True, type=click.Choice(TASKS), help="what to measure")
 @click.option(
-    "--data", metavar="URI", help="tar shards, a folder, JSON lines or scenes: [default: the run's data.val]"
+    "--data", metavar="URI", help="tar shards, a folder, JSON lines, CSV or scenes: [default: the run's data.val]"
 )
 @click.option(
     "--text-from", metavar="FIELD", help="field with the text, dotted for nested ones (captions.de)"
@@ -58,7 +61,7 @@ Examples:
     metavar="P",
     help='below this probability the answer is "none of these"',
 )
-@click.option("--train", metavar="URI", help="linear probe: data to fit on [default: folds by concept]")
+@click.option("--train", metavar="URI", help="probes: data to fit on [default: folds by concept]")
 @click.option(
     "--prompt", metavar="TEXT", help="what the user says about each picture; for vqa with {} for the question"
 )
@@ -120,6 +123,8 @@ def command(model: Path, overrides: tuple[str, ...], as_json: bool, **given: Any
             where=str(model),
             remedy="or use --output FILE",
         )
+    if given["output"] is not None:
+        check_writable(given["output"])  # before the work, not after it
     task = _task(given)
     data, reading = _data(given, run)
     changes = _changes(overrides)
@@ -249,7 +254,7 @@ def _preset_of(run: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path)) from error
+        raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from error
 
 
 def _bar() -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from vlm.cli.output import echo_json
 from vlm.config.errors import RequestError
 
 
@@ -36,7 +36,7 @@ def command(model: str, output: Path, opset: int, name: str | None, as_json: boo
     check_target(output)  # before the work, not after it
     report = export_bundle(load_model(model), model, output, opset=opset, name=name)
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        echo_json(report)
         return
     click.echo(
         f"{report['output']}: {report['kind']} {report['name']}, {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}; "

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL")
 @click.option("--image", "images", multiple=True, metavar="PATH", help="a picture, or - for one on stdin; again for more, in order")
 @click.option("--prompt", metavar="TEXT", help="what is asked; - reads it from stdin")
-@click.option("--jsonl", metavar="-|PATH", help='requests, a line each: {"prompt" or "messages", "image": path, data URI or a list}')
+@click.option(
+    "--jsonl", metavar="-|PATH",
+    help='requests, a line each: {"prompt" or "messages", "image": path, data URI or a list}; an "id" comes back',
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="longest answer in tokens")
 @click.option("--temperature", type=click.FloatRange(min=0), help="draw tokens, logits divided by this; 0 takes the likeliest")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="draw from the fewest tokens that reach this probability")
@@ -105,6 +108,8 @@ def _one(generator: Any, images: Sequence[str], text: str, decoding: Decoding, a
     from vlm.cli.output import echo_json
     from vlm.runtime.generation import stream
 
+    if images:
+        _reads_pictures(generator, "--image")
     shown = [generator.prepare_image(sys.stdin.buffer.read(_MAX_PICTURE) if image == "-" else image) for image in images]
     prompt = generator.prompt([user_message(text, len(shown))], shown)
     if as_json:
@@ -115,6 +120,12 @@ def _one(generator: Any, images: Sequence[str], text: str, decoding: Decoding, a
         if event.text and sys.stdout.isatty():
             sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _reads_pictures(generator: Any, where: str | None = None) -> None:
+    """Raises RequestError where pictures were given to a language model."""
+    if generator.negatives is None:
+        raise RequestError("this model reads no pictures", where=where, remedy="give a vision-language model")
 
 
 def _printable(text: str) -> str:
@@ -165,9 +176,19 @@ def _rows(generator: Any, lines: Sequence[bytes], first: int, decoding: Decoding
     )
     for i, prompt in enumerate(made):
         if isinstance(prompt, DataError | RequestError):
-            yield {"error": prompt.message}
+            said = f"{prompt.where}: {prompt.message}" if prompt.where else prompt.message
+            yield {**_id_of(lines[i]), "error": said}
         else:
-            yield _row(generator, prompt, answers[i])
+            yield {**_id_of(lines[i]), **_row(generator, prompt, answers[i])}
+
+
+def _id_of(line: bytes) -> dict[str, Any]:
+    """The `id` of a request as it was given, so that its answer carries it; nothing where there is none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return {"id": value["id"]} if isinstance(value, dict) and "id" in value else {}
 
 
 def _attempt(generator: Any, line: bytes, decoding: Decoding) -> Any:
@@ -176,6 +197,8 @@ def _attempt(generator: Any, line: bytes, decoding: Decoding) -> Any:
 
     try:
         messages, pictures = request_of(line)
+        if pictures:
+            _reads_pictures(generator)
         prompt: Prompt = generator.prompt(messages, [generator.prepare_image(picture) for picture in pictures])
         plan(generator, [prompt], decoding, None, generator.negatives)  # too long by itself: it must not end the others
     except (DataError, RequestError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +28,7 @@ def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8
     """
     from vlm.runtime.manifest import is_bundle
 
+    chosen = None if template is None else _template(template)
     if is_bundle(path):
         from vlm.runtime.bundle import open_any_bundle
 
@@ -36,11 +38,19 @@ def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8
         model.stepper()  # a bundle of an earlier release cannot write: said before anything is read
     else:
         model = _torch_generator(path, threads)
-    if template is not None:
-        from vlm.runtime.chat import template_named
-
-        model.template = template_named(template)
+    if chosen is not None:
+        model.template = chosen
     return model
+
+
+def _template(name: str) -> Any:
+    from vlm.runtime.chat import TEMPLATES, template_named
+
+    if name not in TEMPLATES:
+        near = get_close_matches(name, TEMPLATES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RequestError(f"there is no template {name!r}{hint}", where="--template", remedy=f"known: {', '.join(TEMPLATES)}")
+    return template_named(name)
 
 
 def open_served(path: str, *, threads: int | None = None, batch_size: int = 32) -> Any:

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("vlm.cli.train:distill", "Train a student from a teacher."),
     "evaluate": (
         "vlm.cli.evaluate:command",
-        "Measure a model: retrieval, zero-shot, linear probe, perplexity.",
+        "Measure a model: retrieval, zero-shot, probes, perplexity, captions, answers, cost.",
     ),
     "reproduce": (
         "vlm.cli.reproduce:command",
@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("vlm.cli.predict:command", "Classify pictures among labels that you name."),
     "generate": ("vlm.cli.generate:command", "Answer prompts about pictures, or continue texts."),
     "tokens": ("vlm.cli.tokens:group", "Search how many visual tokens a model needs; sweep score against speed."),
+    "soup": ("vlm.cli.soup:command", "Average the weights of models, or go between two."),
     "export": ("vlm.cli.export:command", "Write an ONNX bundle and prove that it equals the model."),
     "serve": ("vlm.cli.serve:command", "Serve a model or bundle over HTTP."),
     "data": ("vlm.cli.data:group", "Check and inspect data."),
@@ -155,7 +156,15 @@ def cli(debug: bool) -> None:
 def run() -> None:
     """The console command: runs `sys.argv` and leaves with its exit code."""
     threads_that_sleep()
+    streams_that_are_there()
     sys.exit(main())
+
+
+def streams_that_are_there() -> None:
+    """Python has None for a stream that the shell closed (`>&-`): what is written goes nowhere then, what is read is empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the whole process
 
 
 def threads_that_sleep() -> None:

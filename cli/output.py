@@ -6,11 +6,14 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from vlm.config.errors import RequestError, RunFailed
 
 
 def echo_json(obj: Any, *, line: bool = False) -> None:
@@ -40,6 +43,19 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def check_writable(path: Path) -> None:
+    """Raises RequestError or RunFailed where a file cannot be written, before the work whose result it is to hold."""
+    parent = path.absolute().parent
+    above = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if path.is_dir():
+        raise RequestError("is a directory, expected a file", where=str(path))
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise RunFailed(f"cannot be written: {error.strerror}", where=str(path), remedy="choose another --output") from error
 
 
 def echo_result(text: str = "") -> None:

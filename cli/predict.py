@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlm.config.errors import RequestError
+from vlm.config.errors import ExitCode, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,16 +31,26 @@ def command(
     """Score pictures with labels that are given as text, or with the head that a run has trained.
 
     MODEL is a run, a Hugging Face directory or a bundle; IMAGE a path, or - for a picture on stdin. Without --labels
-    a run of `vlm finetune linear-probe`, or a model with classes (`model.classes`), answers with its own head.
+    a run of `vlm finetune linear-probe`, or a model with classes (`model.classes`), answers with its own head. A picture that cannot be read is
+    named, and the exit code is then 3.
     """
     if "{}" not in template:
         raise RequestError("expected {} where the label goes", where="--template", remedy="for example 'a photo of a {}'")
     names, score, form, head = _scorer(model, labels, template, threads)
 
     from vlm.runtime.embedder import probabilities
+    from vlm.runtime.pictures import BadPicture
 
+    failed = 0
     for image in images:
-        values = score(sys.stdin.buffer.read(_MAX_STDIN) if image == "-" else image)
+        try:
+            values = score(sys.stdin.buffer.read(_MAX_STDIN) if image == "-" else image)
+        except BadPicture as error:
+            failed += 1
+            if as_json:
+                print(json.dumps({"input": image, "error": error.message}), flush=True)
+            click.echo(f"error: {error}", err=True)
+            continue
         chances = probabilities(values, form)[0]
         order = sorted(range(len(names)), key=lambda i: -values[0, i])
         found = [{"label": names[i], "score": float(values[0, i]), "probability": float(chances[i])} for i in order]
@@ -50,6 +60,8 @@ def command(
             print(image)
             for entry in found[:top]:
                 print(f"  {entry['probability']:7.2%}  {entry['label']}", flush=True)
+    if failed:
+        sys.exit(int(ExitCode.WRONG_DATA))
 
 
 def _scorer(

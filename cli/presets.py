@@ -62,7 +62,8 @@ def list_(presets: Sequence[Path], only: str | None, tag: str | None, as_json: b
     elif entries:
         echo_result(table([(e.key, e.command, e.title) for e in entries], ("KEY", "COMMAND", "TITLE")))
     else:
-        log("no preset fits")
+        known = sorted({name for entry in list_presets(presets) for name in entry.tags})
+        log(f"no preset fits; there are the tags {', '.join(known)}" if tag else "no preset fits")
 
 
 @group.command()
@@ -77,6 +78,8 @@ def show(key: str, overrides: Sequence[str], presets: Sequence[Path], resolved: 
     KEY is a preset's key, a path that ends in .toml, or a run directory.
     """
     found = resolve(key, overrides, presets)
+    if overrides:
+        _check_overrides(key, overrides, presets)
     if as_json:
         origins = {path: str(origin) for path, origin in found.origins.items()}
         echo_json(
@@ -94,6 +97,21 @@ def show(key: str, overrides: Sequence[str], presets: Sequence[Path], resolved: 
         echo_result(to_toml(found.values, found.origins).rstrip("\n"))
     else:
         echo_result(found.files[-1].text.rstrip("\n"))
+
+
+def _check_overrides(key: str, overrides: Sequence[str], presets: Sequence[Path]) -> None:
+    """Raises PresetError for what the command line sets and no preset may have. The schema is the trainer's, so this needs torch."""
+    try:
+        from vlm.training.preset import load_preset
+    except ModuleNotFoundError:
+        log("without torch the settings of the command line are not checked")
+        return
+    try:
+        load_preset(key, overrides, presets)
+    except PresetError as error:
+        for problem in error.problems or (error,):
+            if str(problem.where).startswith("command line"):
+                raise PresetError(problem.message, where=problem.where, remedy=problem.remedy) from None
 
 
 @group.command()
@@ -206,6 +224,11 @@ def explain_schema(key: str, name: str | None, presets: Sequence[Path], as_json:
     found = resolve(key, (), presets)
     docs = {_address(doc.path, found.values): doc for doc in document(schema, found.values)}
     chosen = {a: d for a, d in docs.items() if name is None or a == name or a.startswith(f"{name}.")}
+    if not chosen and str(name).startswith("stages."):
+        inside = ".".join(str(name).split(".")[2:]) or "train"
+        raise RequestError(
+            f"{name} is not explained by itself: a stage may set what the preset may", remedy=f"vlm presets explain {key} {inside}"
+        )
     if not chosen:
         near = get_close_matches(str(name), docs, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -13,8 +13,9 @@ import click
 
 from vlm.cli.completion import addresses
 from vlm.cli.output import echo_json, echo_result, log, table
-from vlm.config.errors import DataError, VlmError
+from vlm.config.errors import DataError, RequestError, VlmError
 from vlm.config.files import read_toml
+from vlm.training.lock import is_locked
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 _folder = click.Path(path_type=Path)
@@ -86,10 +87,11 @@ def compare(folders: Sequence[Path], names: Sequence[str], as_json: bool) -> Non
     for run in runs:
         if run.problem:
             log(f"warning: {run.problem}", fg="yellow")
+    for folder in folders:
+        if not find_runs([folder]):
+            raise DataError("is no run and holds none", where=str(folder), remedy="give the directory that vlm pretrain --output named")
     if len(runs) < 2:
-        raise DataError(
-            "a comparison needs at least two runs", where=", ".join(str(folder) for folder in folders)
-        )
+        raise RequestError("a comparison needs at least two runs", where=", ".join(str(folder) for folder in folders))
     settings = differing_settings(runs)
     metrics = sorted({n for run in runs for n in run.metrics if not n.startswith(_MACHINE)})
     metrics = [name for name in metrics if not names or name.startswith(tuple(names))]
@@ -120,6 +122,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _below(folder: Path, depth: int) -> list[Path]:
+    if (folder / "bundle.json").is_file():
+        return []  # which has a preset.toml too: that of the run it was made from
     if (folder / "preset.toml").is_file():
         return [folder]
     if depth == 0:
@@ -224,6 +228,8 @@ def _to_json(run: RunSummary) -> dict[str, Any]:
 
 
 def _state(run: RunSummary) -> str:
+    if is_locked(run.path):
+        return "running"
     if run.finished:
         return "finished"
     checkpoints = run.path / "checkpoints"

@@ -18,7 +18,7 @@ def _command(name: str, help_text: str) -> click.Command:
     @click.command(name=name, help=help_text, epilog=_EPILOG)
     @click.argument("preset", required=False, shell_complete=complete_preset)
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_override)
-    @click.option("--data", metavar="URI", help="training data: tar shards, a folder, JSONL or scenes:")
+    @click.option("--data", metavar="URI", help="training data: tar shards, a folder, JSON lines, CSV or scenes:")
     @click.option("--val", metavar="URI", help="data for evaluation")
     @click.option("--output", type=click.Path(path_type=Path), help="run directory [default: runs/PRESET]")
     @click.option("--model", metavar="DIR", help="model to start from: a run, a Hugging Face directory, or a preset to train first")

@@ -46,6 +46,29 @@ class Job:
         return options + list(self.overrides)
 
 
+def overrides_of(job: Job, name: str) -> list[str]:
+    """What the command line changes in the preset.
+
+    --model for a preset that starts from parts: a finetuning preset whose parts are all of one model gets them all from DIR, and its own
+    architecture stays; for any other DIR is the whole model, and no part is laid over it. Parts that the command line names
+    are left as they are said.
+    """
+    given = job.all_overrides()
+    if job.model is None or any(text.startswith("start.parts") for text in job.overrides):
+        return given
+    from vlm.config.load import resolve
+
+    values = resolve(name).values
+    parts = values.get("start", {}).get("parts", {})
+    if not isinstance(parts, dict) or not parts:
+        return given
+    place = json.dumps(job.model, ensure_ascii=False)
+    if len(set(parts.values())) == 1 and values.get("method", {}).get("command") == job.command == "finetune":
+        given.remove(f"start.model={place}")
+        return [*(f"start.parts.{json.dumps(part)}={place}" for part in parts), *given]
+    return ['start.parts="!delete"', *given]
+
+
 def settings_of(preset: str | None, overrides: tuple[str, ...], resume: Path | None) -> tuple[str | None, tuple[str, ...]]:
     """PRESET and KEY=VALUE apart; with --resume the first word may already be a setting, which is refused."""
     if resume is not None:
@@ -72,7 +95,7 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
     preset: Any = None
     resolved: Any = None
     if name is not None:
-        preset, resolved = load_preset(name, job.all_overrides())
+        preset, resolved = load_preset(name, overrides_of(job, name))
         _check_command(job, preset)
         output = job.output or Path("runs") / preset.method.key
         if not job.dry_run:

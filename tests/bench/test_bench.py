@@ -42,6 +42,11 @@ def test_json_is_an_array_of_rows() -> None:
     assert rows[0]["ratio"] == pytest.approx(rows[0]["peer_ms"] / rows[0]["dispatched_ms"], rel=0.01)
 
 
+def test_the_list_may_be_json() -> None:
+    result = CliRunner().invoke(command, ["attention/dense/256", "--list", "--json"])
+    assert json.loads(result.stdout) == ["attention/dense/256/forward", "attention/dense/256/forward+backward"]
+
+
 def test_a_peer_that_needs_too_much_memory_is_not_run() -> None:
     def peer() -> object:
         raise AssertionError("must not run")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm.cli.evaluate import TASKS
 from vlm.cli.main import main
 from vlm.data.tokenizer import Tokenizer
+from vlm.evaluation.session import _KINDS
 from vlm.models import DualEncoderOptions, LanguageOptions, save_model
 from vlm.types import VocabularyLayout
 
@@ -188,8 +190,11 @@ def test_gates(vlm, place):
         (
             ("{p}/dual", "--task", "zero-shot", "--data", "{p}/val.tar", "--classes", "{p}/none.txt"),
             3,
-            "none.txt",
+            "none.txt: cannot be read: No such file or directory",
         ),
+        (("{p}/dual", "--task", "retrieval", "--data", "{p}/val.tar", "--output", "{p}"), 2, "is a directory, expected a file"),
+        (("{p}/dual", "--task", "retrieval", "--data", "{p}/val.tar", "--output", "/proc/none/x.json"), 1, "cannot be written"),
+        (("{p}/dual", "--task", "retrieval", "--data", "{p}/none-*.tar"), 3, "relative paths start at"),
     ],
 )
 def test_exit_codes_and_messages(vlm, place, words, code, message):
@@ -285,10 +290,11 @@ def test_a_language_model_is_asked_in_another_way_by_overrides(vlm, place):
 
 @pytest.mark.parametrize(("words", "told"), [
     (("data.val=x",), "no setting of the model"),
-    (("model.attention.kind=sparse",), "model.attention"),
+    (("model.attention.kind=sparse",), "known kinds: "),
     (("model.attention.kind=hierarchical", "model.attention.k=-1"), "model.attention.k: "),
     (("model.width=8",), "expected (286, 8)"),
-    (("model.depht=2",), "model.depht: Extra inputs"),
+    (("model.depht=2",), "unknown key 'depht' in [model]; did you mean 'depth'"),
+    (("model.attention.window=2",), "[model.attention]"),
 ])
 def test_overrides_that_make_no_model_are_refused(vlm, place, words, told):
     code, _, err = vlm("evaluate", place / "language", *words, "--task", "perplexity", "--data", place / "text.jsonl")
@@ -300,3 +306,15 @@ def test_figures_of_a_changed_model_are_not_stored_in_its_run(vlm, place):
     code, _, err = vlm("evaluate", place / "run", "model.embed_dim=8", "--task", "retrieval", "--save")
     assert code == 2
     assert "--save" in err
+
+
+def test_the_tasks_that_an_error_suggests_are_tasks_of_the_command():
+    suggested = {word.strip(",") for _, remedy in _KINDS.values() for word in remedy.split("try ")[1].replace(" or ", " ").split()}
+    assert suggested <= set(TASKS)
+    assert "text-probe" in suggested
+
+
+def test_a_text_probe_of_a_language_model(vlm, place):
+    found = evaluated(vlm, place / "language", "--task", "text-probe", "--data", "scenes:?n=40", "--labels-from", "shape")
+    assert set(found["metrics"]) == {"top1"}
+    assert found["details"]["labels_from"] == "shape"

@@ -118,16 +118,19 @@ def test_lines_are_answered_in_order_with_errors_as_lines(monkeypatch, capsys, p
         "not json",
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
         {"prompt": "x", "colour": 1},
+        {"prompt": "x", "image": 3, "id": "a wrong one too"},
     ]
     lines = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in requests).encode()
     args = [prefix_bundle, "--jsonl", "-", "--max-new-tokens", 6, "--batch-size"]
     code, out, err = run(monkeypatch, capsys, [*args, 4], lines)
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 3
-    assert "5 of 10" in err
-    assert ["error" in row for row in rows] == [False, False, False, True, True, True, False, True, False, True]
+    assert "6 of 11" in err
+    assert ["error" in row for row in rows] == [False, False, False, True, True, True, False, True, False, True, True]
     for number, says in ((3, "not_a_picture"), (4, "nothing is fetched"), (5, "positions"), (7, "not JSON"), (9, "colour")):
         assert says in rows[number]["error"]
+    assert rows[3]["error"].startswith(str(broken))
+    assert [row.get("id") for row in rows] == [None, 7, *[None] * 8, "a wrong one too"]
     ours = bundle_of("prefix")
     assert rows[0]["ids"] == list(answer_of(ours, "a red circle", [picture], max_new_tokens=6)[0].ids)
     assert rows[6]["ids"] == list(answer_of(ours, "a star", [picture], max_new_tokens=6)[0].ids)
@@ -166,10 +169,10 @@ def test_wrong_requests_are_refused(monkeypatch, capsys, clip_bundle, clip_model
         ([prefix_bundle, "--jsonl", "-", "--image", picture], 2, "--image goes with --prompt"),
         ([prefix_bundle, "--prompt", "x", "--beams", 2, "--temperature", 1], 2, "beam search draws nothing"),
         ([prefix_bundle, "--prompt", "x", "--image", tmp_path / "none.png"], 3, "none.png"),
-        ([prefix_bundle, "--prompt", "x", "--template", "nothing"], 3, "unknown template"),
+        ([prefix_bundle, "--prompt", "x", "--template", "vicunna"], 2, "did you mean 'vicuna'"),
         ([prefix_bundle, "--prompt", "x", "--max-new-tokens", 500], 2, "max_new_tokens at most"),
         ([language, "--prompt", "x", "--contrast", 1], 2, "reads no pictures"),
-        ([language, "--prompt", "x", "--image", picture], 3, "reads no pictures"),
+        ([language, "--prompt", "x", "--image", picture], 2, "reads no pictures"),
         ([tmp_path / "none", "--prompt", "x"], 3, "no such model"),
     ):
         got, out, err = run(monkeypatch, capsys, args)

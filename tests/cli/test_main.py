@@ -196,6 +196,14 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly():
     assert done.stderr == b""
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_the_shell_closed_is_no_fault(closed):
+    line = f"exec {sys.executable} -m vlm presets show clip-tiny {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("schema = 1" in done.stdout) == (closed != ">&-")
+
+
 def test_json_goes_to_stdout_alone():
     done = vlm("presets", "list", "--json")
     assert done.returncode == 0

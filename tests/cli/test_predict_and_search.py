@@ -70,6 +70,17 @@ def test_predict_refuses_wrong_requests(capsys, clip_bundle, pictures, tmp_path)
         assert says in err
 
 
+def test_predict_goes_on_after_a_picture_that_cannot_be_read(capsys, clip_bundle, pictures, tmp_path):
+    (tmp_path / "page.png").write_text("<html>")
+    args = ("predict", clip_bundle, tmp_path / "page.png", pictures[0], "--labels", "a,b")
+    code, out, err = run(capsys, *args, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, [sorted(row)[0] for row in rows]) == (3, ["error", "form"])
+    assert "page.png" in err
+    code, out, _ = run(capsys, *args)
+    assert (code, out.splitlines()[0]) == (3, str(pictures[0]))
+
+
 def test_search_finds_the_nearest_of_an_index(capsys, clip_bundle, pictures, tmp_path):
     index = tmp_path / "index.jsonl"
     assert main(["embed", str(clip_bundle), "--images", str(tmp_path)]) == 0

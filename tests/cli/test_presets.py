@@ -52,6 +52,14 @@ def test_list_is_narrowed_by_command_and_tag(capsys, folder):
     assert all(e["command"] == "distill" for e in json.loads(result(capsys, *words, "--command", "distill")))
 
 
+def test_a_tag_that_no_preset_has_is_answered_with_those_there_are(capsys, folder):
+    assert main(["presets", "list", "--tag", "huge", "--presets", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "small" in captured.err.split("tags ")[1]
+    assert "dual-encoder" in captured.err
+
+
 def test_a_broken_file_is_warned_of_and_hides_no_other(capsys, folder):
     (folder / "bad.toml").write_text("a = \n")
     assert main(["presets", "list", "--presets", str(folder), "--json"]) == 0
@@ -65,11 +73,11 @@ def test_show_prints_the_file_as_it_is_written(capsys, folder):
 
 
 def test_show_resolved_says_what_set_each_value_and_reads_back(capsys, folder):
-    text = result(capsys, "presets", "show", "mine/x.toml", "--resolved", "train.lr=0.5")
+    text = result(capsys, "presets", "show", "mine/x.toml", "--resolved", "train.seed=7")
     assert "steps = 5  # from mine/base/b.toml:5" in text
-    assert "lr = 0.5  # from the command line (train.lr)" in text
+    assert "seed = 7  # from the command line (train.seed)" in text
     again = tomllib.loads(text)
-    assert digest(again) == digest(resolve("mine/x.toml", ["train.lr=0.5"]).values)
+    assert digest(again) == digest(resolve("mine/x.toml", ["train.seed=7"]).values)
 
 
 def test_what_is_shown_resolved_runs_the_same_again(capsys, folder):
@@ -83,6 +91,13 @@ def test_show_as_json_has_values_origins_and_digest(capsys, folder):
     assert shown["origins"]["train.steps"] == "mine/base/b.toml:5"
     assert shown["files"] == ["mine/base/b.toml", "mine/x.toml"]
     assert shown["digest"] == digest(shown["values"])
+
+
+@pytest.mark.parametrize(("override", "says"), [("train.stesp=3", "did you mean 'steps'"), ("train.steps=soon", "expected integer")])
+def test_show_refuses_a_wrong_setting_of_the_command_line(capsys, override, says):
+    assert main(["presets", "show", "clip-tiny", override]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, says in captured.err) == ("", True)
 
 
 def test_show_of_an_unknown_preset_exits_with_2(capsys):
@@ -142,6 +157,11 @@ def test_explain_of_an_unknown_key_names_the_nearest(folder):
 def test_explain_uses_the_schema_of_presets(capsys):
     rows = json.loads(result(capsys, "presets", "explain", "clip-tiny", "objectives.contrastive", "--json"))
     assert {"objectives.contrastive.form", "objectives.contrastive.weight"} <= {row["key"] for row in rows}
+
+
+def test_explain_of_a_stage_says_where_its_keys_are_explained(capsys):
+    assert main(["presets", "explain", "vlm-tiny", "stages.align.optimizer.lr"]) == 2
+    assert "vlm presets explain vlm-tiny optimizer.lr" in capsys.readouterr().err
 
 
 def test_check_accepts_every_packaged_preset(capsys):

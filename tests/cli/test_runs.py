@@ -108,8 +108,12 @@ def test_a_loss_that_is_not_finite_is_shown_as_null(runs, capsys):
     assert compared["metrics"]["train/loss"][0] == {"last": None, "step": 1, "min": None, "max": None}
 
 
-def test_a_comparison_of_one_run_and_a_missing_folder_are_data_errors(runs, capsys):
+def test_a_comparison_of_one_run_and_a_missing_folder_are_errors(runs, capsys, tmp_path):
     runs("a", LINES)
-    assert main(["runs", "compare", "runs/a"]) == 3
+    assert main(["runs", "compare", "runs/a"]) == 2
+    assert "at least two runs" in capsys.readouterr().err
+    (tmp_path / "else").mkdir()
+    assert main(["runs", "compare", "runs/a", str(tmp_path / "else")]) == 3
+    assert "is no run and holds none" in capsys.readouterr().err
     assert main(["runs", "list", "nowhere"]) == 3
     assert "nowhere: there is no such directory" in capsys.readouterr().err

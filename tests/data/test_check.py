@@ -85,4 +85,4 @@ def test_inspect_shows_samples_and_draws_a_sheet(run, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 960
     assert "drawn scenes" in run("inspect", "scenes:?n=3", "-n", 1).stdout
-    assert run("inspect", uri, "--output", tmp_path / "no" / "sheet.png").exit_code == 3
+    assert run("inspect", uri, "--output", tmp_path / "no" / "sheet.png").exit_code == 1

@@ -53,7 +53,18 @@ def test_a_llava_file_is_checked_and_inspected(run, uri, tmp_path):
     code, out, _ = run("check", tmp_path / "all.json", "--placeholders")
     assert code == 0
     assert "LLaVA conversations" in out
-    assert "LLaVA conversations" in run("inspect", tmp_path / "all.json")[1]
+    code, out, _ = run("inspect", tmp_path / "all.json")
+    assert code == 0
+    assert "LLaVA conversations" in out
+    assert "BAD" not in out
+
+
+def test_messages_are_read_as_such_unasked(run, uri):
+    code, out, _ = run("check", uri, "--json")
+    report = json.loads(out)
+    assert (code, report["reasons"]) == (3, {"placeholder_mismatch": 2})
+    # With a caption beside the messages there is something to read without them.
+    assert "placeholders" not in json.loads(run("check", "scenes:?n=5", "--json")[1])
 
 
 def test_a_preset_says_how_data_are_read(run, uri, tmp_path):

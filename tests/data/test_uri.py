@@ -179,7 +179,7 @@ def test_unknown_and_dangerous_files_are_explained(tmp_path):
     for name, said in [
         ("a.pkl", "pickle"),
         ("a.pth", "pickle"),
-        ("a.csv", "cannot be told"),
+        ("a.xlsx", "cannot be told"),
         ("a.tar.gz", "compressed"),
     ]:
         (tmp_path / name).write_bytes(b"x")
@@ -209,3 +209,10 @@ def test_group_ids_agree_for_texts_that_differ_in_case_or_spacing(tmp_path):
         batch = next(loader)
     groups = dict(zip([key[-1] for key in batch.keys], batch["group"].values.tolist()))
     assert groups["0"] == groups["1"] != groups["2"]
+
+
+def test_one_missing_file_is_said_in_few_words_and_a_misspelt_prefix_with_the_nearest(tmp_path):
+    with pytest.raises(DataError, match=r"none.jsonl: does not exist\n"):
+        open_source(str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match=r"did you mean scenes:\?"):
+        open_source("sences:?n=4")

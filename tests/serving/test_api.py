@@ -139,7 +139,7 @@ def test_models_health_and_schema(address, client):
         ({"input": "x", "dimensions": 8}, 400, "dimensions", "24 numbers"),
         ({"input": "x", "dimensions": 0}, 400, "dimensions", "greater than 0"),
         ({"input": "x", "encoding_format": "hex"}, 400, "encoding_format", "float"),
-        ({"input": "x", "inptu": 1}, 400, "inptu", "not permitted"),
+        ({"input": "x", "inptu": 1}, 400, "inptu", "did you mean 'input'"),
         ({"input": [{"type": "image_url"}]}, 400, "input.0.image_url", "required"),
         ({"input": [{"type": "video", "video": "x"}]}, 400, "input.0", "image_url"),
         (
@@ -186,10 +186,14 @@ def test_wrong_classifications(address, uri):
 
 
 def test_unknown_paths_and_methods(address):
-    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/embeddings", 405), ("GET", "/docs", 404)):
+    for method, path, status, says in (
+        ("GET", "/v1/nothing", 404, "/openapi.json lists"),
+        ("GET", "/v1/embeddings", 405, "takes POST"),
+        ("GET", "/docs", 404, "no such route"),
+    ):
         answer = httpx.request(method, address + path)
         assert answer.status_code == status
-        assert answer.json()["error"]["message"]
+        assert says in answer.json()["error"]["message"]
 
 
 def test_metrics_parse_and_add_up(bundle, uri):

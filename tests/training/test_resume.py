@@ -294,9 +294,13 @@ def test_a_loss_that_is_not_finite_names_its_objective_and_samples(tmp_path, mon
 def test_an_output_that_holds_something_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RequestError, match="not empty") as caught:
+        begin(tmp_path / "run")
+    assert caught.value.remedy == "choose another --output"  # there is no run to continue
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "run" / "preset.toml").write_text("schema = 1\n")
     with pytest.raises(RequestError, match=r"not empty[\s\S]*--resume"):
         begin(tmp_path / "run")
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path):

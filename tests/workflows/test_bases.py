@@ -225,6 +225,30 @@ def test_a_dry_run_for_a_person(capsys):
     assert "base tiny: would be trained first, once: about" in capsys.readouterr().out
 
 
+def test_a_model_that_is_given_is_the_whole_model_and_no_base_is_laid_over_it(capsys):
+    plain, resolved = load_preset("tiny", ("train.seed=9", "train.steps=1"))
+    Run.begin(Path("other"), plain, resolved, note=lambda text: None).train()
+    words = (("command", "pretrain"), ("preset", "whole"), ("model", "other"), ("output", Path("again")))
+    code, answer, _ = command(capsys, *words, ("overrides", ("scale.threads=1", "train.steps=0")))
+    assert (code, answer["steps"]) == (ExitCode.DONE, 0)
+    assert not Path("runs/bases").exists()
+    given, found = load_model("other").state_dict(), load_model("again").state_dict()
+    assert all(torch.equal(given[name], tensor) for name, tensor in found.items())
+
+
+def test_a_finetuning_preset_in_parts_of_one_model_gets_them_all_from_the_one_that_is_given(presets):
+    (presets / "drop.toml").write_text(
+        'schema = 1\nextends = "tiny"\n[method]\nkey = "drop"\ncommand = "finetune"\n[start.parts]\nvision = "tiny"\n"text.trunk" = "tiny"\n'
+    )
+    job = dict.fromkeys(("data", "val", "output", "teacher", "processes", "resume", "strict", "dry_run", "as_json", "no_report"))
+    made = training_job.Job(command="finetune", preset="drop", model="dir", overrides=("train.steps=1",), **job)
+    assert training_job.overrides_of(made, "drop") == ['start.parts."vision"="dir"', 'start.parts."text.trunk"="dir"', "train.steps=1"]
+    start = load_preset("drop", training_job.overrides_of(made, "drop"))[0].start
+    assert (start.model, start.parts) == (None, {"vision": "dir", "text.trunk": "dir"})
+    said = training_job.Job(command="finetune", preset="drop", model="dir", overrides=('start.parts.vision="mine"',), **job)
+    assert training_job.overrides_of(said, "drop") == said.all_overrides()
+
+
 def test_the_origins_of_a_preset_stay_when_bases_take_their_places():
     preset, resolved = load_preset("whole")
     placed = with_bases(resolved, {"tiny": Path("runs/bases/tiny-0")})

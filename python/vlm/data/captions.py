@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm.data.samples import BadSample, clean_text, field_at
 
-AUTO_TEXT = ("txt", "caption", "text")
+AUTO_TEXT = ("txt", "caption", "text", "title")
 
 
 def text_values(fields: dict[str, Any], column: str) -> list[Any]:

@@ -14,7 +14,8 @@ from vlm.runtime.pictures import PictureLimits
 
 
 class Columns(Options):
-    """Which fields hold the picture and the text. `auto`: `image`; then `txt`, `caption`, `text` in this order.
+    """Which fields hold the picture and the text. `auto`: the first there is of `image`, `picture`,
+    `file_name`, `filepath` and `image_path`, and of `txt`, `caption`, `text` and `title`.
 
     A further key is a name that a stream reads (`answer.preferred`), its value the field that holds it.
     """
@@ -166,7 +167,7 @@ class MixturePart(Options):
 class DataOptions(Options):
     """The `[data]` table."""
 
-    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, scenes:, digits: or clips:")
+    source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, CSV, scenes:, digits: or clips:")
     val: str | None = Field(None, description="evaluation data, an address like source")
     mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
     where: Where = Field({}, description="samples to keep: field = pattern, or patterns of which one must fit")

@@ -108,7 +108,8 @@ def read_classes(path: str | Path) -> list[ClassEntry]:
             raise DataError(f"larger than {MAX_FILE} bytes", where=text)
         content = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", where=text, remedy=_EXPECTED) from error
+        said = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot be read: {said}", where=text, remedy=_EXPECTED) from error
     if file.suffix == ".json" or content.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(content)

@@ -29,7 +29,7 @@ def prepared(
         picture = decode_picture(picture, limits or DEFAULT_LIMITS)
     if frames is None:
         if is_clip(picture):
-            raise RequestError("this model reads single pictures, and the data are clips", remedy='a tower of kind "video" reads clips')
+            raise RequestError("this model reads one picture a sample, and the data have several (clips)", remedy='a tower of kind "video" reads clips')
         return preprocess.to_array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     return np.stack([preprocess.to_array(one if one.mode == "RGB" else one.convert("RGB")) for one in frames_of(picture, frames)])
 

@@ -17,8 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.config.errors import CheckpointError, RequestError
-from vlm.config.load import dotted_name, merge_tables
+from vlm.config.errors import CheckpointError
+from vlm.config.load import merge_tables
+from vlm.config.options import Options
+from vlm.config.resolved import Resolved
+from vlm.config.tree import Node
+from vlm.config.validation import validate
 from vlm.models.base import Model
 from vlm.models.catalogue import ModelOptions
 from vlm.models.layouts import LAYOUTS, PublishedLayout
@@ -29,6 +33,14 @@ from vlm.types.vocabulary import Span
 SCHEMA = 1
 MAX_JSON = 16 * 2**20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class _Whole(Options):
+    """A preset of which only the model is looked at."""
+
+    model: ModelOptions
+
+
 _OPTIONS: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ModelOptions)
 
 
@@ -104,17 +116,7 @@ def load_model(path: str | Path, *, weights: bool = True, changes: Mapping[str, 
 def _changed(options: Any, changes: Mapping[str, Any]) -> Any:
     """The options with settings laid over them. Raises RequestError that names the first one that cannot be."""
     values = merge_tables(options.model_dump(), changes)
-    try:
-        return _OPTIONS.validate_python(values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place: list[str | int] = ["model"]
-        inside: Any = values
-        for part in first["loc"]:  # which names the kinds of tables too
-            if isinstance(inside, dict) and part in inside:
-                place.append(part)
-                inside = inside[part]
-        raise RequestError(str(first["msg"]).removeprefix("Value error, "), where=dotted_name(place)) from error
+    return validate(Resolved(Node({})).derive({"model": values}), _Whole).model
 
 
 def _own_description(path: Path) -> tuple[Any, VocabularyLayout]:

@@ -148,7 +148,7 @@ def _decode(data: bytes, limits: PictureLimits) -> Image.Image:
             w in text.lower() for w in ("truncated", "unexpected end", "eof")
         )
         raise BadPicture(
-            "truncated" if cut else "damaged", f"{type(error).__name__}: {text}"[:200]
+            "truncated" if cut else "damaged", (text or type(error).__name__)[:200]
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -62,7 +63,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail), code=f"http_{error.status_code}", headers=dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        said = str(error.detail)
+        if error.status_code == 404:
+            said = "there is no such route; GET /openapi.json lists those there are"
+        elif error.status_code == 405:
+            said = f"this route takes {headers.get('allow') or headers.get('Allow') or 'another method'}"
+        return error_response(error.status_code, said, code=f"http_{error.status_code}", headers=headers)
 
     @app.exception_handler(Exception)
     async def _any(request: Request, error: Exception) -> JSONResponse:
@@ -92,4 +99,7 @@ def _first(errors: Any) -> tuple[str, str | None]:
             place.append(str(part))
     param = ".".join(place) or None
     message = str(problem.get("msg", "the request does not fit the schema"))
+    if problem.get("type") == "extra_forbidden":
+        near = get_close_matches(str(problem["loc"][-1]), sorted(_FIELDS), n=1)
+        message = "there is no such field" + (f"; did you mean {near[0]!r}?" if near else "")
     return (f"{param}: {message}" if param else message), param

@@ -63,11 +63,8 @@ class RunDirectory:
     def refuse_used(self) -> None:
         """Raises RequestError when the directory already holds something."""
         if self.root.exists() and any(self.root.iterdir()):
-            raise RequestError(
-                "the output directory is not empty",
-                where=str(self.root),
-                remedy=f"continue it with --resume {self.root}, or choose another --output",
-            )
+            begun = f"continue it with --resume {self.root}, or " if self.preset.is_file() else ""
+            raise RequestError("the output directory is not empty", where=str(self.root), remedy=f"{begun}choose another --output")
 
     def create(self, preset_text: str) -> None:
         """Begin a new run. Raises RequestError when the directory already holds something."""

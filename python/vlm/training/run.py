@@ -34,6 +34,7 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.companion_sources import CompanionSources
 from vlm.training.directory import Note, RunDirectory
 from vlm.training.engine import Engine, Weighted
+from vlm.training.lock import locked_run
 from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
@@ -114,7 +115,12 @@ class Run:
         return cls(directory, preset, resolved, **settings)
 
     def train(self, *, strict: bool = False) -> RunResult:
-        """Run every stage that is left, write the model, evaluate it."""
+        """Run every stage that is left, write the model, evaluate it. Raises RequestError while another process trains this run."""
+        alone = locked_run(self.directory.root) if self.communicator.rank == 0 else contextlib.nullcontext()
+        with alone:
+            return self._train(strict)
+
+    def _train(self, strict: bool) -> RunResult:
         started = time.monotonic()
         keep_freed_memory()
         threads = self.stages[0].scale.threads

@@ -191,7 +191,7 @@ class FolderReader:
 
 
 class JsonLinesReader:
-    """Recipe: [line or None, problem or None]. A picture is a path beside the file, or a data URI."""
+    """Recipe: [line or None, problem, [problem, detail] or None]. A picture is a path beside the file, or a data URI."""
 
     def __init__(self, root: str, limits: PictureLimits) -> None:
         self.root = root
@@ -203,7 +203,7 @@ class JsonLinesReader:
     def read(self, recipe: Any) -> dict[str, Any]:
         line, problem = recipe
         if problem:
-            raise BadSample(problem)
+            raise BadSample(*([problem] if isinstance(problem, str) else problem))
         return parse_object(line)
 
     def picture(self, value: Any) -> bytes:

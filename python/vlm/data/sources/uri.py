@@ -1,9 +1,9 @@
 """One address for every source: what it is, is detected and said.
 
 `shards/{00000..00014}.tar`, `data/val-*.tar`, `wds:...` (WebDataset); a folder of pictures; `pairs.jsonl`,
-`text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`);
+`text.jsonl.gz`; a JSON array (LLaVA's conversations) or a captions file of COCO (`.json`); a table with a header (`.csv`, `.tsv`);
 `scenes:?n=20000&seed=1&split=val&size=64`, `digits:?n=20000&length=4&width=128&height=64`, `clips:?n=20000&frames=8&size=32`
-(drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`) settles what the ending does not say. Several addresses of one kind are
+(drawn). A prefix (`wds:`, `folder:`, `jsonl:`, `json:`, `csv:`) settles what the ending does not say. Several addresses of one kind are
 joined by commas.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from difflib import get_close_matches
 
 from vlm.config.errors import DataError
 from vlm.data.scenes.clips_source import ClipsSource
@@ -22,16 +23,19 @@ from vlm.data.sources.base import Source
 from vlm.data.sources.folder import FolderSource
 from vlm.data.sources.json_array import JsonArraySource
 from vlm.data.sources.json_lines import JsonLinesSource
+from vlm.data.sources.tables import TableSource
 from vlm.data.sources.webdataset import WebDatasetSource
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits
 
-_PREFIX = re.compile(r"^(wds|webdataset|folder|jsonl|json|text|scenes|digits|clips):(?!//)")
+_NAMES = ("wds", "webdataset", "folder", "jsonl", "json", "csv", "text", "scenes", "digits", "clips")
+_PREFIX = re.compile(rf"^({'|'.join(_NAMES)}):(?!//)")
 _DRAWN: dict[str, type[DrawnSource]] = {source.name: source for source in (ScenesSource, DigitsSource, ClipsSource)}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_FILES = 100_000
+_TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _KNOWN = (
     "a tar shard (.tar), a folder of pictures, JSON lines (.jsonl, .jsonl.gz), a JSON array or COCO captions (.json), "
-    "scenes:, digits: or clips:"
+    "a table (.csv, .tsv), scenes:, digits: or clips:"
 )
 
 
@@ -65,6 +69,8 @@ def open_source(uri: str, limits: PictureLimits = DEFAULT_LIMITS) -> Source:
         source = FolderSource(files[0], limits)
     elif prefix == "json":
         source = JsonArraySource(files, limits)
+    elif prefix == "csv":
+        source = TableSource(files, limits)
     else:
         source = JsonLinesSource(files, limits)
     if not len(source):
@@ -85,11 +91,15 @@ def expand(pattern: str) -> list[str]:
             elif any(c in name for c in "*?["):
                 matches = sorted(glob.glob(name))
                 if not matches:
-                    raise DataError("no file matches this pattern", where=name)
+                    said = f"no file matches this pattern{_prefix_meant(name)}"
+                    raise DataError(said, where=name, remedy=f"relative paths start at {os.getcwd()}")
                 files += matches
             else:
                 files.append(name)
     missing = [name for name in files if not os.path.exists(name)]
+    if missing and len(files) == 1:
+        remedy = f"expected {_KNOWN}; relative paths start at {os.getcwd()}"
+        raise DataError(f"does not exist{_prefix_meant(missing[0])}", where=pattern, remedy=remedy)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DataError(
@@ -100,6 +110,13 @@ def expand(pattern: str) -> list[str]:
     if len(files) > _MAX_FILES:
         raise DataError(f"{len(files)} files, expected at most {_MAX_FILES}", where=pattern)
     return files
+
+
+def _prefix_meant(name: str) -> str:
+    """The prefix that a misspelt one is nearest to, as the end of a message."""
+    word = re.match(r"^(\w+):", name)
+    near = get_close_matches(word[1], _NAMES, n=1) if word else []
+    return f"; did you mean {near[0]}:?" if near else ""
 
 
 def _commas(text: str) -> list[str]:
@@ -157,9 +174,11 @@ def _detect(files: list[str], uri: str) -> str:
         return "jsonl"
     if all(name.lower().endswith((".json", ".json.gz")) for name in files):
         return "json"
+    if all(name.lower().endswith(_TABLES) for name in files):
+        return "csv"
     if all(name.lower().endswith(".tar") for name in files):
         return "wds"
-    odd = next(n for n in files if not n.lower().endswith((".tar", ".jsonl", ".jsonl.gz", ".json", ".json.gz")))
+    odd = next(n for n in files if not n.lower().endswith((".tar", ".jsonl", ".jsonl.gz", ".json", ".json.gz", *_TABLES)))
     if odd.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise DataError(
             "the archive is compressed", where=odd, remedy="decompress it: samples are read from its middle"

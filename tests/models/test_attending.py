@@ -17,8 +17,8 @@ from tests.models.model_makers import (
     rows_of,
 )
 from vlm.config.errors import RequestError
+from vlm.layers import rotary_tables, rotate
 from vlm.models.attending import AttendingCache, AttendingTrunk
-from vlm.models.blocks import rotary_tables, rotate
 from vlm.models.decoder import run_decoder
 from vlm.models.directory import load_model, published_layout, save_model
 from vlm.models.language import LanguageOptions, layout_of

@@ -11,7 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vlm.connectors.base import Activation, Connector, ConnectorBase, Grid, NormKind, any_valid
+from vlm.connectors.base import Connector, ConnectorBase, Grid, any_valid
+from vlm.connectors.query_layers import QFormerLayer, initialise, trunk_options
+from vlm.layers import Activation, NormKind, norm_of
 
 
 class QFormerOptions(ConnectorBase):
@@ -46,9 +48,6 @@ class QFormer(Connector):
     """
 
     def __init__(self, options: QFormerOptions, width_in: int, width_out: int, grid: Grid | None) -> None:
-        from vlm.connectors.layers import QFormerLayer, initialise, trunk_options
-        from vlm.models.blocks import norm_of
-
         super().__init__(width_in, width_out, grid)
         width = options.width or width_out
         shape = trunk_options(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlm.layers import Block, Trunk, segment_bias
 from vlm.models.attending import AttendingCache, AttendingTrunk
-from vlm.models.blocks import Block, Trunk, segment_bias
 from vlm.models.cache import DecoderCache, LayerCache
 from vlm.models.cross import Cross
 from vlm.models.far import MemoryCache, read_far, sees_everything

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm.attention import TrunkAttentionOptions, sees_all
 from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions, MemoryState
-from vlm.models.blocks import Block, Trunk
+from vlm.layers import Block, Trunk
 from vlm.models.cache import DecoderCache, LayerCache
 from vlm.types import Layout
 

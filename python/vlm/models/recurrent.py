@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.attention.mixer import MixerShape, Places, State
-from vlm.models.blocks import FeedForward, Trunk, TrunkOptions, norm_of
+from vlm.layers import FeedForward, Trunk, TrunkOptions, norm_of
 from vlm.types import Layout
 
 

@@ -19,7 +19,6 @@ from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.connectors import ConnectorOptions
 from vlm.models.base import Model, PixelNorm
-from vlm.models.blocks import layers_of
 from vlm.models.cross import Cross, GatedCrossBlock
 from vlm.models.decoder import Cache, DecoderResult, run_decoder
 from vlm.models.dual_encoder import PictureOptions
@@ -53,7 +52,7 @@ from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.batch import Role
 from vlm.types.export import ExportPart
 from vlm.types.layout import Layout
-from vlm.types.outputs import Wanted
+from vlm.types.outputs import Wanted, layers_of
 
 IMAGE = "<image>"
 """The token that stands for a picture; the vocabulary calls its id `image`."""

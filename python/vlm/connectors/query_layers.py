@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
-from vlm.models.blocks import Attention, FeedForward, TrunkOptions, norm_of
+from vlm.layers import Attention, FeedForward, TrunkOptions, norm_of
 
 
 class CrossAttention(Attention):

@@ -18,7 +18,8 @@ from vlm.config.errors import CheckpointError, RequestError, VlmError
 from vlm.config.load import Resolved
 from vlm.config.machine import usable_cores
 from vlm.config.writing import to_toml
-from vlm.data.loader import Loader, build_loader, open_split
+from vlm.data.endless import Loader
+from vlm.data.loader import build_loader, open_split
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer

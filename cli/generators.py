@@ -37,7 +37,7 @@ def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8
     else:
         model = _torch_generator(path, threads)
     if template is not None:
-        from vlm.runtime.chat import template_named
+        from vlm.runtime.templates import template_named
 
         model.template = template_named(template)
     return model

@@ -27,7 +27,8 @@ from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
 from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.objectives import BuildContext
-from vlm.runtime.chat import TEMPLATES, Template
+from vlm.runtime.chat import Template
+from vlm.runtime.templates import TEMPLATES
 from vlm.training.assembly import build_objective, choose_trainable, steps_of
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried

@@ -43,8 +43,8 @@ from vlm.models.vision_language.options import (
     VitTowerOptions,
 )
 from vlm.models.vision_language.parts import connector_of, copy_into, language_of, language_state, tower_of
-from vlm.runtime.chat import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.tiling import Tiling
 from vlm.tokens import TokensOptions, TowerScore, TowerView, learned_steps, run_steps
 from vlm.tokens.tiler import TilerOptions

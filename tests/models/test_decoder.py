@@ -1,6 +1,5 @@
 """The decoder loop: cached and uncached passes are one function, whatever the padding."""
 
-
 import pytest
 import torch
 

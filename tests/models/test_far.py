@@ -1,6 +1,5 @@
 """Attention to chosen keys in the decoder: the loop of `test_decoder.py` where queries do not see every key."""
 
-
 import pytest
 import torch
 from pydantic import ValidationError

@@ -13,8 +13,8 @@ import torch
 
 from vlm.attention import TrunkAttentionOptions
 from vlm.bench.case import Arm, Case, Work, with_backend
+from vlm.layers import TrunkOptions
 from vlm.models.attending import AttendingBlock, Turns
-from vlm.models.blocks import TrunkOptions
 from vlm.models.sight import Ranks, sight_of
 
 PEER = "transformers LongformerSelfAttention"

@@ -260,7 +260,8 @@ def request_of(line: bytes) -> tuple[list[Any], list[str | bytes]]:
 
 def user_message(text: str, pictures: int) -> Any:
     """What a user says. `<image>` marks the place of a picture where there are as many marks as pictures, else it is text."""
-    from vlm.runtime.chat import IMAGE, Message, split_markers
+    from vlm.runtime.chat import Message, split_markers
+    from vlm.runtime.pieces import IMAGE
 
     marked = pictures > 0 and text.count(IMAGE) == pictures
     return Message("user", split_markers(text) if marked else (text,))

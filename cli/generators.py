@@ -44,7 +44,7 @@ def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8
 
 
 def _template(name: str) -> Any:
-    from vlm.runtime.chat import TEMPLATES, template_named
+    from vlm.runtime.templates import TEMPLATES, template_named
 
     if name not in TEMPLATES:
         near = get_close_matches(name, TEMPLATES, n=1)

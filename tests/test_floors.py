@@ -20,6 +20,7 @@ FLOORS = [
     {"types"},
     {"ops"},
     {"attention", "tokens", "data"},
+    {"layers"},
     {"connectors", "models", "objectives", "tuning", "schedules", "decoding"},
     {"evaluation"},
     {"training"},
@@ -132,35 +133,51 @@ def upward(graph: Mapping[str, list[Import]]) -> list[str]:
 
 
 def circles(graph: Mapping[str, list[Import]]) -> list[list[str]]:
-    """Groups of modules that import each other in a circle (strongly connected components, by Tarjan)."""
-    edges = {
-        module: {e.target for e in found if e.target in graph and e.target != module and e.target != "vlm" and not e.for_types}
-        for module, found in graph.items()
-        if module != "vlm"
-    }
+    """Groups of modules that import each other in a circle; to name a type alone ties no modules."""
+    return loops(
+        {
+            module: {e.target for e in found if e.target in graph and e.target not in (module, "vlm") and not e.for_types}
+            for module, found in graph.items()
+            if module != "vlm"
+        }
+    )
+
+
+def package_circles(graph: Mapping[str, list[Import]]) -> list[list[str]]:
+    """Groups of packages that import each other in a circle, whatever their floor: here to name a type counts too."""
+    edges: dict[str, set[str]] = {module.split(".")[1]: set() for module in graph if module.count(".")}
+    for module, found in graph.items():
+        if module.count("."):
+            package = module.split(".")[1]
+            edges[package] |= {e.target.split(".")[1] for e in found if e.target in graph and e.target.count(".")} - {package}
+    return loops(edges)
+
+
+def loops(edges: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of names that reach each other (strongly connected components of more than one, by Tarjan)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
     found: list[list[str]] = []
 
-    def connect(module: str) -> None:
-        index[module] = low[module] = len(index)
-        stack.append(module)
-        for target in edges[module]:
+    def connect(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for target in edges[name]:
             if target not in index:
                 connect(target)
-                low[module] = min(low[module], low[target])
+                low[name] = min(low[name], low[target])
             elif target in stack:
-                low[module] = min(low[module], index[target])
-        if low[module] == index[module]:
-            at = stack.index(module)
+                low[name] = min(low[name], index[target])
+        if low[name] == index[name]:
+            at = stack.index(name)
             group, stack[at:] = stack[at:], []
             if len(group) > 1:
                 found.append(sorted(group))
 
-    for module in edges:
-        if module not in index:
-            connect(module)
+    for name in edges:
+        if name not in index:
+            connect(name)
     return found
 
 
@@ -194,6 +211,10 @@ def test_imports_go_only_downward(graph):
 
 def test_there_are_no_circles(graph):
     assert circles(graph) == []
+
+
+def test_there_are_no_circles_of_packages(graph):
+    assert package_circles(graph) == []
 
 
 def test_the_runtime_needs_numpy_onnxruntime_tokenizers_and_pillow_alone(graph):
@@ -281,6 +302,13 @@ def test_a_circle_is_found_even_through_a_late_import():
         models_d="import vlm.models.a",
     )
     assert circles(graph) == [["vlm.models.a", "vlm.models.b", "vlm.models.c"]]
+
+
+@pytest.mark.parametrize("back", ["import vlm.models.a", "def f():\n    import vlm.models.a", "if TYPE_CHECKING:\n    import vlm.models.a"])
+def test_a_circle_of_packages_is_found_where_its_modules_form_none(back):
+    graph = made(models_a="import vlm.data.a", models_b="import vlm.connectors.a", connectors_a="", connectors_b=back, data_a="")
+    assert circles(graph) == []
+    assert package_circles(graph) == [["connectors", "models"]]
 
 
 def test_two_that_only_name_each_others_types_are_no_circle():

@@ -1,6 +1,6 @@
 // Attention over listed key blocks: keys and values are gathered into tiles, then as exact attention. Compiled once per
 // level. A task is (batch, head, block of queries).
-#include "selection/gather.hpp"
+#include "selection/block_tasks.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -99,19 +99,7 @@ void run_task(const BlockSparseForward& c, Worker& w, int64_t b, int64_t h, int6
 
 }  // namespace
 
-void block_sparse_forward(const BlockSparseForward& call, int threads) {
-  const SelectionProblem& p = call.problem;
-  const int64_t blocks = (p.queries + p.block_q - 1) / p.block_q;
-  Worker sizes;
-  const int64_t room = Worker::room(call, &sizes, nullptr);
-  Scratch memory(threads * room);
-  parallel_for(p.batch * p.query_heads * blocks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-    Worker w;
-    Worker::room(call, &w, memory.data + worker * room);
-    for (int64_t task = begin; task < end; ++task)
-      run_task(call, w, task / blocks / p.query_heads, task / blocks % p.query_heads, task % blocks, blocks);
-  });
-}
+void block_sparse_forward(const BlockSparseForward& call, int threads) { for_each_block<Worker>(call, threads, run_task); }
 
 }  // namespace VLM_LEVEL
 }  // namespace vlm

@@ -1,5 +1,5 @@
 // Hierarchical search for key blocks. A task is (batch, head, block of queries). Compiled once per level.
-#include "selection/gather.hpp"
+#include "selection/block_tasks.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -183,19 +183,7 @@ void run_task(const HierarchicalSelection& c, Worker& w, int64_t b, int64_t h, i
 
 }  // namespace
 
-void select_hierarchical(const HierarchicalSelection& call, int threads) {
-  const SelectionProblem& p = call.problem;
-  const int64_t blocks = (p.queries + p.block_q - 1) / p.block_q;
-  Worker sizes;
-  const int64_t room = Worker::room(call, &sizes, nullptr);
-  Scratch memory(threads * room);
-  parallel_for(p.batch * p.query_heads * blocks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-    Worker w;
-    Worker::room(call, &w, memory.data + worker * room);
-    for (int64_t task = begin; task < end; ++task)
-      run_task(call, w, task / blocks / p.query_heads, task / blocks % p.query_heads, task % blocks, blocks);
-  });
-}
+void select_hierarchical(const HierarchicalSelection& call, int threads) { for_each_block<Worker>(call, threads, run_task); }
 
 }  // namespace VLM_LEVEL
 }  // namespace vlm

@@ -14,7 +14,9 @@ from tests.models.model_makers import TOWER, shaken
 from vlm.config.errors import DataError
 from vlm.evaluation.generator import TorchGenerator, pictures_of
 from vlm.models import VisionLanguageOptions
-from vlm.runtime.chat import TEMPLATES, Message, PieceIds
+from vlm.runtime.chat import Message
+from vlm.runtime.pieces import PieceIds
+from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import THUMBNAIL, Tiling, positions
 from vlm.types import Role, VocabularyLayout

@@ -16,7 +16,7 @@ from vlm.evaluation.flops import (
     step_flops,
     tower_flops,
 )
-from vlm.models.blocks import Trunk, TrunkOptions
+from vlm.layers import Trunk, TrunkOptions
 from vlm.models.decoder import run_decoder
 from vlm.models.trunks import trunk_of
 from vlm.ops.backend import backend

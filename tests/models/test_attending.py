@@ -1,12 +1,18 @@
 """Language models whose attention has a mask: padding, packing, caches that roll, and the formulas of lm-infinite."""
 
 from dataclasses import replace
-from itertools import chain
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.models.decoder_questions import (
+    packed_rows,
+    padded_equals_alone,
+    ragged_pieces_equal_whole_rows,
+    rows_of_a_cache_go_on,
+    states,
+)
 from tests.models.model_makers import (
     VOCABULARY,
     answering,
@@ -17,8 +23,8 @@ from tests.models.model_makers import (
     rows_of,
 )
 from vlm.config.errors import RequestError
+from vlm.layers import rotary_tables, rotate
 from vlm.models.attending import AttendingCache, AttendingTrunk
-from vlm.models.blocks import rotary_tables, rotate
 from vlm.models.decoder import run_decoder
 from vlm.models.directory import load_model, published_layout, save_model
 from vlm.models.language import LanguageOptions, layout_of
@@ -40,14 +46,6 @@ KINDS = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 ENCODER = dict(causal=False, attention={"mask": [{"kind": "window-symmetric", "size": 6}], "global_tokens": 1, "global_projections": True})
 
 
-def states(model, stream, **named):
-    return run_decoder(model.trunk, model.tokens(stream.values), layout_of(stream), **named)
-
-
-def by_row(stream, x):
-    return [x[row, stream.mask[row]] for row in range(len(stream))]
-
-
 def weights_of(model, **table):
     """A model of other options with the weights of `model`."""
     other = language(**table)
@@ -59,12 +57,9 @@ def weights_of(model, **table):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_changes_nothing_and_is_never_read(table, side):
-    model, lists = language(**table), random_rows(SIZES)
-    stream = rows_of(lists, side=side, extra=3)
-    result = states(model, stream, collect=(0, 2, 4))
+    model = language(**table)
+    stream, result = padded_equals_alone(model, random_rows(SIZES), side, atol=2e-5, collect=(0, 2, 4))
     assert result.hidden.keys() == {0, 2, 4}
-    for row, values in enumerate(lists):
-        assert torch.allclose(by_row(stream, result.x)[row], states(model, rows_of([values])).x[0], atol=2e-5)
     x = model.tokens(stream.values).masked_fill(~stream.mask[..., None], 1e6)
     assert torch.equal(run_decoder(model.trunk, x, layout_of(stream)).x[stream.mask], result.x[stream.mask])
 
@@ -86,12 +81,8 @@ def test_padding_inside_a_row_moves_no_window(table):
 @pytest.mark.parametrize("table", [*TABLES.values(), ENCODER], ids=[*TABLES, "encoder"])
 def test_packed_documents_equal_rows_in_value_and_gradient(table):
     model, lists = language(**table), random_rows([9, 13, 1, 12])
-    joined = list(chain(*lists))
-    segment = list(chain(*([number] * len(values) for number, values in enumerate(lists))))
-    stream = rows_of([joined], extra=2, segment=[segment])
-    stream = replace(stream, segment=torch.where(stream.mask, stream.segment, -1))
-    apart = rows_of(lists)
-    together, single = states(model, stream).x[0, : len(joined)], states(model, apart).x[apart.mask]
+    stream, apart = packed_rows(lists), rows_of(lists)
+    together, single = states(model, stream).x[0, : sum(map(len, lists))], states(model, apart).x[apart.mask]
     assert torch.allclose(together, single, atol=2e-5)
     weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(3))
     parameters = list(model.trunk.parameters())
@@ -128,21 +119,9 @@ def test_core_lm_infinite_cached_equals_uncached_decoding(table, side, step):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_ragged_pieces_are_appended_with_their_own_padding(table, side):
-    model, lists = language(**table), random_rows([0, 1, 9, 4])
-    cache = states(model, rows_of(lists), keep_cache=True).cache
-    read = [list(values) for values in lists]
-    for piece in (random_rows([2, 4, 1, 3], seed=6), random_rows([8, 0, 2, 5], seed=7)):
-        stream = rows_of(piece, side=side)
-        result = states(model, stream, cache=cache)
-        cache = result.cache
-        for row, got in enumerate(by_row(stream, result.x)):
-            read[row] += piece[row]
-            whole = states(model, rows_of([read[row]])).x[0, len(read[row]) - len(piece[row]) :]
-            assert torch.allclose(got, whole, atol=5e-5)
-    index = torch.tensor([3, 0, 0])
-    grown = states(model, rows_of([[9], [10], [11]]), cache=cache.rows(index)).x
-    for row, (source, token) in enumerate(zip(index.tolist(), (9, 10, 11))):
-        assert torch.allclose(grown[row, 0], states(model, rows_of([read[source] + [token]])).x[0, -1], atol=5e-5)
+    model, pieces = language(**table), [random_rows([2, 4, 1, 3], seed=6), random_rows([8, 0, 2, 5], seed=7)]
+    cache, read = ragged_pieces_equal_whole_rows(model, random_rows([0, 1, 9, 4]), pieces, side, atol=5e-5)
+    rows_of_a_cache_go_on(model, cache, read, atol=5e-5)
 
 
 @torch.no_grad()

@@ -1,25 +1,25 @@
 """The decoder loop: cached and uncached passes are one function, whatever the padding."""
 
-from dataclasses import replace
-from itertools import chain
-
 import pytest
 import torch
 
+from tests.models.decoder_questions import (
+    an_empty_row_is_harmless,
+    by_row,
+    cached_equals_uncached,
+    order_changes_nothing,
+    packed_equals_rows_and_is_not_continued,
+    padded_equals_alone,
+    ragged_pieces_equal_whole_rows,
+    rows_of_a_cache_go_on,
+    states,
+)
 from tests.models.model_makers import VOCABULARY, language, random_rows, rows_of
 from vlm.models.decoder import run_decoder
 from vlm.models.language import LanguageOptions, layout_of
 from vlm.types import Batch, Layout, TokenIds
 
 SIZES = [5, 1, 11, 7]
-
-
-def states(model, stream, **named):
-    return run_decoder(model.trunk, model.tokens(stream.values), layout_of(stream), **named)
-
-
-def by_row(stream, x):
-    return [x[row, stream.mask[row]] for row in range(len(stream))]
 
 
 @pytest.mark.parametrize("rope", [10000.0, 500.0])
@@ -43,14 +43,8 @@ def test_a_pass_without_padding_on_the_left_is_the_trunk_bit_for_bit(rope, kv_he
 @torch.no_grad()
 def test_padding_batch_mates_and_order_change_nothing(side):
     model, lists = language(), random_rows(SIZES)
-    stream = rows_of(lists, side=side, extra=3)
-    padded = by_row(stream, states(model, stream).x)
-    for row, values in enumerate(lists):
-        alone = states(model, rows_of([values])).x[0]
-        assert torch.allclose(padded[row], alone, atol=1e-5)
-    turned = rows_of(lists[::-1], side=side)
-    for one, other in zip(padded, by_row(turned, states(model, turned).x)[::-1]):
-        assert torch.allclose(one, other, atol=1e-5)
+    stream, result = padded_equals_alone(model, lists, side)
+    order_changes_nothing(model, lists, side, by_row(stream, result.x))
 
 
 @torch.no_grad()
@@ -74,78 +68,32 @@ def test_padding_is_never_attended():
 @pytest.mark.parametrize("step", [1, 3])
 @torch.no_grad()
 def test_cached_equals_uncached_decoding(side, step):
-    model, lists = language(), random_rows(SIZES)
-    more = random_rows([6] * len(SIZES), seed=5)
-    stream = rows_of(lists, side=side, extra=1)
-    cache = states(model, stream, keep_cache=True).cache
-    for start in range(0, 6, step):
-        part = rows_of([row[start : start + step] for row in more])
-        result = states(model, part, cache=cache)
-        cache = result.cache
-        for row, values in enumerate(lists):
-            whole = states(model, rows_of([values + more[row][: start + step]])).x[0, -step:]
-            assert torch.allclose(result.x[row], whole, atol=1e-5)
-        assert result.layout.position[:, -1].tolist() == [size + start + step - 1 for size in SIZES]
-    assert cache.next_position.tolist() == [[size + 6] * 4 for size in SIZES]
+    _, cache = cached_equals_uncached(language(), random_rows(SIZES), side, step)
     assert cache.bytes == 2 * 4 * 4 * 2 * 4 * (12 + 6) * 4
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_ragged_pieces_are_appended_with_their_own_padding(side):
-    model, lists = language(), random_rows(SIZES)
     pieces = [random_rows([2, 4, 1, 3], seed=6), random_rows([3, 1, 2, 2], seed=7)]
-    cache = states(model, rows_of(lists), keep_cache=True).cache
-    read = [list(values) for values in lists]
-    for piece in pieces:
-        stream = rows_of(piece, side=side)
-        result = states(model, stream, cache=cache)
-        cache = result.cache
-        for row, got in enumerate(by_row(stream, result.x)):
-            read[row] += piece[row]
-            whole = states(model, rows_of([read[row]])).x[0, -len(piece[row]) :]
-            assert torch.allclose(got, whole, atol=1e-5)
-    assert cache.next_position[:, 0].tolist() == [len(values) for values in read]
+    ragged_pieces_equal_whole_rows(language(), random_rows(SIZES), pieces, side)
 
 
 @torch.no_grad()
 def test_rows_of_a_cache_are_kept_repeated_and_reordered():
     model, lists = language(), random_rows(SIZES)
-    cache = states(model, rows_of(lists), keep_cache=True).cache
-    index = torch.tensor([3, 0, 0])
-    grown = states(model, rows_of([[9], [10], [11]]), cache=cache.rows(index)).x
-    for row, (source, token) in enumerate(zip(index.tolist(), (9, 10, 11))):
-        alone = states(model, rows_of([lists[source] + [token]])).x[0, -1]
-        assert torch.allclose(grown[row, 0], alone, atol=1e-5)
+    rows_of_a_cache_go_on(model, states(model, rows_of(lists), keep_cache=True).cache, lists)
 
 
 @torch.no_grad()
 def test_an_empty_row_is_harmless():
-    model, lists = language(), [[], [5, 6, 7]]
-    result = states(model, rows_of(lists), keep_cache=True)
-    assert torch.isfinite(result.x).all()
-    assert result.cache.next_position[:, 0].tolist() == [0, 3]
-    after = states(model, rows_of([[8], [8]]), cache=result.cache).x
-    assert torch.allclose(after[0, 0], states(model, rows_of([[8]])).x[0, 0], atol=1e-5)
+    model = language()
+    after = an_empty_row_is_harmless(model)
     assert torch.allclose(after[1, 0], states(model, rows_of([[5, 6, 7, 8]])).x[0, -1], atol=1e-5)
 
 
 def test_packed_documents_equal_rows_and_cannot_be_continued():
-    model, lists = language(), random_rows([4, 6, 1])
-    joined = list(chain(*lists))
-    segment = list(chain(*([number] * len(values) for number, values in enumerate(lists))))
-    stream = rows_of([joined], extra=2, segment=[segment])
-    stream = replace(stream, segment=torch.where(stream.mask, stream.segment, -1))
-    together = states(model, stream).x[0]
-    start = 0
-    for values in lists:
-        assert torch.allclose(together[start : start + len(values)], states(model, rows_of([values])).x[0], atol=1e-5)
-        start += len(values)
-    with pytest.raises(ValueError, match="packs several documents"):
-        states(model, stream, keep_cache=True)
-    cache = states(model, rows_of([lists[0]]), keep_cache=True).cache
-    with pytest.raises(ValueError, match="packed documents cannot be appended"):
-        states(model, stream, cache=cache)
+    packed_equals_rows_and_is_not_continued(language(), random_rows([4, 6, 1]))
 
 
 def test_recompute_and_autocast_train():

@@ -1,12 +1,16 @@
 """Attention to chosen keys in the decoder: the loop of `test_decoder.py` where queries do not see every key."""
 
-from dataclasses import replace
-from itertools import chain
-
 import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.models.decoder_questions import (
+    an_empty_row_is_harmless,
+    by_row,
+    packed_equals_rows_and_is_not_continued,
+    padded_equals_alone,
+    states,
+)
 from tests.models.model_makers import answering, batch_of, language, pictures_of, random_rows, rows_of
 from vlm.attention import seen_keys
 from vlm.config.errors import RequestError
@@ -25,14 +29,6 @@ KINDS = pytest.mark.parametrize("attention", [FEW, EVERY, MEMORY, ABSOLUTE, WIND
                                 ids=["few", "every", "memory", "absolute", "window"])  # fmt: skip
 EXACT = pytest.mark.parametrize("attention", [EVERY, ABSOLUTE, dict(kind="exact"), dict(kind="windowed", window=64)],
                                 ids=["core_hip", "core_infllm", "plain", "wide window"])  # fmt: skip
-
-
-def states(model, stream, **named):
-    return run_decoder(model.trunk, model.tokens(stream.values), layout_of(stream), **named)
-
-
-def by_row(stream, x):
-    return [x[row, stream.mask[row]] for row in range(len(stream))]
 
 
 @EXACT
@@ -70,13 +66,11 @@ def test_fewer_keys_are_another_model_only_where_rows_are_long(attention):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_batch_mates_and_order_change_nothing(attention, side):
-    model, lists = language(attention=attention), random_rows(SIZES)
-    stream = rows_of(lists, side=side, extra=3)
-    padded = by_row(stream, states(model, stream).x)
-    for row, values in enumerate(lists):
-        assert torch.allclose(padded[row], states(model, rows_of([values])).x[0], atol=1e-5)
+    model = language(attention=attention)
+    stream, result = padded_equals_alone(model, random_rows(SIZES), side)
     spoilt = model.tokens(stream.values).masked_fill(~stream.mask[..., None], float("nan"))
-    for one, other in zip(padded, by_row(stream, run_decoder(model.trunk, spoilt, layout_of(stream)).x)):
+    again = run_decoder(model.trunk, spoilt, layout_of(stream))
+    for one, other in zip(by_row(stream, result.x), by_row(stream, again.x), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
 
@@ -100,31 +94,14 @@ def test_rows_of_a_cache_are_kept_repeated_and_reordered_and_stay_as_they_are(at
 @KINDS
 @torch.no_grad()
 def test_packed_documents_equal_rows_and_cannot_be_continued(attention):
-    model, lists = language(attention=attention), random_rows([14, 6, 1, 15])
-    segment = list(chain(*([number] * len(values) for number, values in enumerate(lists))))
-    position = list(chain(*(range(len(values)) for values in lists)))
-    stream = rows_of([list(chain(*lists))], extra=2, segment=[segment], position=[position])
-    stream = replace(stream, segment=torch.where(stream.mask, stream.segment, -1))
-    together, start = states(model, stream).x[0], 0
-    for values in lists:
-        assert torch.allclose(together[start : start + len(values)], states(model, rows_of([values])).x[0], atol=1e-5)
-        start += len(values)
-    with pytest.raises(ValueError, match="packs several documents"):
-        states(model, stream, keep_cache=True)
-    cache = states(model, rows_of([lists[0]]), keep_cache=True).cache
-    with pytest.raises(ValueError, match="packed documents cannot be appended"):
-        states(model, stream, cache=cache)
+    lists = random_rows([14, 6, 1, 15])
+    packed_equals_rows_and_is_not_continued(language(attention=attention), lists, position=[range(len(values)) for values in lists])
 
 
 @KINDS
 @torch.no_grad()
 def test_an_empty_row_is_harmless(attention):
-    model = language(attention=attention)
-    result = states(model, rows_of([[], [5, 6, 7]]), keep_cache=True)
-    assert torch.isfinite(result.x).all()
-    assert result.cache.next_position[:, 0].tolist() == [0, 3]
-    after = states(model, rows_of([[8], [8]]), cache=result.cache).x
-    assert torch.allclose(after[0, 0], states(model, rows_of([[8]])).x[0, 0], atol=1e-5)
+    an_empty_row_is_harmless(language(attention=attention))
 
 
 @KINDS

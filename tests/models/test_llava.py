@@ -217,12 +217,10 @@ def test_towers_of_published_dual_encoders_are_parts(kind, tmp_path):
     assert model.preprocess() == source.preprocess()
 
 
-class _Template:
-    def jinja(self):
-        return (
-            "{%- for m in messages -%}{{ m.role }}: {% for p in m.content %}"
-            "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}\n{%- endfor -%}"
-        )
+TEMPLATE = (
+    "{%- for m in messages -%}{{ m.role }}: {% for p in m.content %}"
+    "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}\n{%- endfor -%}"
+)
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
@@ -233,7 +231,7 @@ def test_the_processor_of_a_saved_directory_prepares_what_we_prepare(vision, tmp
     options = load_model(tmp_path / "published").options
     language = options.language.model_copy(update={"vocab_size": tokenizer.vocab_size})
     ours = options.model_copy(update={"language": language}).build(VocabularyLayout.of_text(tokenizer.vocab_size, {"image": image})).eval()
-    save_model(ours, tmp_path / "ours", template=_Template())
+    save_model(ours, tmp_path / "ours", template=TEMPLATE)
     tokenizer.save(tmp_path / "ours")
     (tmp_path / "ours" / "preprocessor_config.json").write_text(json.dumps(ours.preprocess().to_config()))
     processor = AutoProcessor.from_pretrained(tmp_path / "ours")

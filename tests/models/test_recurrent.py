@@ -1,6 +1,5 @@
 """Language models whose mixer keeps a state: the decoder loop of `test_decoder.py`, asked the same questions."""
 
-from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -8,6 +7,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.models.decoder_questions import (
+    an_empty_row_is_harmless,
+    by_row,
+    cached_equals_uncached,
+    order_changes_nothing,
+    packed_equals_rows_and_is_not_continued,
+    padded_equals_alone,
+    ragged_pieces_equal_whole_rows,
+    rows_of_a_cache_go_on,
+    states,
+)
 from tests.models.model_makers import (
     VOCABULARY,
     answering,
@@ -32,28 +42,14 @@ MIXERS = pytest.mark.parametrize("table", [
 ], ids=["linear-decay", "linear-decay learned", "ssm"])  # fmt: skip
 
 
-def states(model, stream, **named):
-    return run_decoder(model.trunk, model.tokens(stream.values), layout_of(stream), **named)
-
-
-def by_row(stream, x):
-    return [x[row, stream.mask[row]] for row in range(len(stream))]
-
-
 @MIXERS
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_batch_mates_and_order_change_nothing(table, side):
     model, lists = language(**table), random_rows(SIZES)
-    stream = rows_of(lists, side=side, extra=3)
-    result = states(model, stream, collect=(0, 2, 4))
+    stream, result = padded_equals_alone(model, lists, side, collect=(0, 2, 4))
     assert result.hidden.keys() == {0, 2, 4}
-    padded = by_row(stream, result.x)
-    for row, values in enumerate(lists):
-        assert torch.allclose(padded[row], states(model, rows_of([values])).x[0], atol=1e-5)
-    turned = rows_of(lists[::-1], side=side)
-    for one, other in zip(padded, by_row(turned, states(model, turned).x)[::-1]):
-        assert torch.allclose(one, other, atol=1e-5)
+    order_changes_nothing(model, lists, side, by_row(stream, result.x))
 
 
 @MIXERS
@@ -74,37 +70,16 @@ def test_padding_is_never_read(table):
 @pytest.mark.parametrize("step", [1, 3])
 @torch.no_grad()
 def test_cached_equals_uncached_decoding(table, side, step):
-    model, lists = language(**table), random_rows(SIZES)
-    more = random_rows([6] * len(SIZES), seed=5)
-    cache = states(model, rows_of(lists, side=side, extra=1), keep_cache=True).cache
-    size = cache.bytes
-    for start in range(0, 6, step):
-        result = states(model, rows_of([row[start : start + step] for row in more]), cache=cache)
-        cache = result.cache
-        for row, values in enumerate(lists):
-            whole = states(model, rows_of([values + more[row][: start + step]])).x[0, -step:]
-            assert torch.allclose(result.x[row], whole, atol=2e-5)
-        assert result.layout.position[:, -1].tolist() == [size + start + step - 1 for size in SIZES]
-    assert cache.next_position.tolist() == [[size + 6] * 4 for size in SIZES]
-    assert cache.bytes == size
+    first, last = cached_equals_uncached(language(**table), random_rows(SIZES), side, step, atol=2e-5)
+    assert first.bytes == last.bytes
 
 
 @MIXERS
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_ragged_pieces_are_appended_with_their_own_padding(table, side):
-    model, lists = language(**table), random_rows(SIZES)
-    cache = states(model, rows_of(lists), keep_cache=True).cache
-    read = [list(values) for values in lists]
-    for piece in (random_rows([2, 4, 1, 3], seed=6), random_rows([3, 1, 2, 2], seed=7)):
-        stream = rows_of(piece, side=side)
-        result = states(model, stream, cache=cache)
-        cache = result.cache
-        for row, got in enumerate(by_row(stream, result.x)):
-            read[row] += piece[row]
-            whole = states(model, rows_of([read[row]])).x[0, -len(piece[row]) :]
-            assert torch.allclose(got, whole, atol=2e-5)
-    assert cache.next_position[:, 0].tolist() == [len(values) for values in read]
+    pieces = [random_rows([2, 4, 1, 3], seed=6), random_rows([3, 1, 2, 2], seed=7)]
+    ragged_pieces_equal_whole_rows(language(**table), random_rows(SIZES), pieces, side, atol=2e-5)
 
 
 @MIXERS
@@ -113,43 +88,21 @@ def test_rows_of_a_cache_are_kept_repeated_and_reordered(table):
     model, lists = language(**table), random_rows(SIZES)
     cache = states(model, rows_of(lists), keep_cache=True).cache
     assert isinstance(cache, RecurrentCache)
-    index = torch.tensor([3, 0, 0])
-    grown = states(model, rows_of([[9], [10], [11]]), cache=cache.rows(index)).x
-    for row, (source, token) in enumerate(zip(index.tolist(), (9, 10, 11))):
-        alone = states(model, rows_of([lists[source] + [token]])).x[0, -1]
-        assert torch.allclose(grown[row, 0], alone, atol=1e-5)
+    rows_of_a_cache_go_on(model, cache, lists)
 
 
 @MIXERS
 @torch.no_grad()
 def test_an_empty_row_is_harmless(table):
     model = language(**table)
-    result = states(model, rows_of([[], [5, 6, 7]]), keep_cache=True)
-    assert torch.isfinite(result.x).all()
-    assert result.cache.next_position[:, 0].tolist() == [0, 3]
-    after = states(model, rows_of([[8], [8]]), cache=result.cache).x
-    assert torch.allclose(after[0, 0], states(model, rows_of([[8]])).x[0, 0], atol=1e-5)
+    after = an_empty_row_is_harmless(model)
     assert torch.allclose(after[1, 0], states(model, rows_of([[5, 6, 7, 8]])).x[0, -1], atol=1e-5)
 
 
 @MIXERS
 def test_packed_documents_equal_rows_and_cannot_be_continued(table):
     # LRPE sees the places of a row: those of a document begin at 0 in both forms.
-    model, lists = language(**table), random_rows([4, 6, 1, 5])
-    joined = list(chain(*lists))
-    segment = list(chain(*([number] * len(values) for number, values in enumerate(lists))))
-    stream = rows_of([joined], extra=2, segment=[segment])
-    stream = replace(stream, segment=torch.where(stream.mask, stream.segment, -1))
-    together = states(model, stream).x[0]
-    start = 0
-    for values in lists:
-        assert torch.allclose(together[start : start + len(values)], states(model, rows_of([values])).x[0], atol=1e-5)
-        start += len(values)
-    with pytest.raises(ValueError, match="packs several documents"):
-        states(model, stream, keep_cache=True)
-    cache = states(model, rows_of([lists[0]]), keep_cache=True).cache
-    with pytest.raises(ValueError, match="packed documents cannot be appended"):
-        states(model, stream, cache=cache)
+    packed_equals_rows_and_is_not_continued(language(**table), random_rows([4, 6, 1, 5]))
 
 
 @MIXERS

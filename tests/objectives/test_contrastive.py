@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from tests.ops.test_contrastive_ring import Threads
 from vlm import ops
+from vlm.layers import normalise
 from vlm.models import DualEncoderOptions
-from vlm.models.blocks import normalise
 from vlm.objectives import BuildContext, ContrastiveOptions
 from vlm.training.companions import Companion, Companions
 from vlm.training.engine import Clock, Engine, Weighted

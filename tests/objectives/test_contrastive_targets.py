@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.objectives.test_contrastive import encoder, engine_for, gradients, pairs
 from tests.ops.test_contrastive_ring import Threads
 from vlm import ops
-from vlm.models.blocks import normalise
+from vlm.layers import normalise
 from vlm.objectives import BuildContext, ContrastiveOptions
 from vlm.training.engine import Clock
 from vlm.types import Batch, Context, Labels, Outputs, SingleProcess, Views

@@ -20,6 +20,7 @@ from tests.objectives.toys import (
     mixed_batch,
     pictures,
     tokens,
+    view_of,
     views_of,
 )
 from vlm.config.errors import RunFailed
@@ -35,10 +36,6 @@ RELATION = DistillOptions(target="relation")
 
 def logits(**changes):
     return DistillOptions(target="logits", **changes)
-
-
-def view_of(model, batch, stream="text"):
-    return model.encode(batch, {stream: frozenset({"vocabulary"})})[stream]
 
 
 def places(layout, at, leave_last=True):

@@ -20,6 +20,7 @@ from tests.objectives.toys import (
     mixed_batch,
     pictures,
     tokens,
+    view_of,
     views_of,
 )
 from vlm.config.errors import DataError, RunFailed
@@ -110,7 +111,7 @@ def test_povid_scores_equal_a_direct_log_softmax():
     _, terms = apply(PreferenceOptions(reference="none"), batch, model)
     assert torch.allclose(terms.values[live], -F.logsigmoid(0.1 * (good - bad))[live], atol=1e-12)
     noisy = {
-        who: one.encode(batch, {"answer.preferred@image.noisy": frozenset({"vocabulary"})})["answer.preferred@image.noisy"]
+        who: view_of(one, batch, "answer.preferred@image.noisy")
         for who, one in (("online", online), ("reference", reference))
     }
     own = by_hand(model, batch, "answer.preferred", noisy["online"])
@@ -189,7 +190,7 @@ def test_povid_no_noise_chooses_the_clean_argmax():
     batch, model = pair_batch(), Expanding(1)
     batch = batch.with_streams({"image.noisy": batch["image"]})
     _, terms = apply(OWN.model_copy(update={"reference": None}), batch, model, online=copy.deepcopy(model))
-    view = model.encode(batch, {"answer.preferred": frozenset({"vocabulary"})})["answer.preferred"]
+    view = view_of(model, batch, "answer.preferred")
     logs, label = logits_by_hand(view).log_softmax(-1).max(-1).values, view.layout.label
     greatest = torch.stack([logs[row, :-1][label[row, 1:] != IGNORE].sum() for row in range(5)])
     logit = 0.1 * (by_hand(model, batch, "answer.preferred") - greatest)
@@ -202,7 +203,7 @@ def test_povid_tokens_are_laid_on_the_clean_view_target_by_target():
     """A chooser whose pictures take other positions says the same tokens, at other places of its row."""
     batch, model = pair_batch(), Expanding(1)
     chooser = Expanding(3, positions=5)
-    view = chooser.encode(batch, {"answer.preferred@image.noisy": frozenset({"vocabulary"})})["answer.preferred@image.noisy"]
+    view = view_of(chooser, batch, "answer.preferred@image.noisy")
     good, own = by_hand(model, batch, "answer.preferred"), by_hand(model, batch, "answer.preferred", view)
     _, terms = apply(OWN.model_copy(update={"reference": None}), batch, model, online=chooser)
     live = terms.weights > 0

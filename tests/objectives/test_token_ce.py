@@ -16,8 +16,11 @@ from tests.objectives.toys import (
     logits_by_hand,
     loss_of,
     mixed_batch,
+    packed,
     pictures,
+    targets_by_hand,
     tokens,
+    view_of,
 )
 from vlm.objectives import BuildContext, TokenCrossEntropyOptions
 from vlm.objectives.vocabulary import targets_of
@@ -29,16 +32,10 @@ from vlm.types.vocabulary import Span, VocabularyLayout
 
 def nats_by_sample(model, batch, unit):
     """Cross-entropies of each sample's targets, position by position."""
-    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    view = view_of(model, batch)
     logits, layout, out = logits_by_hand(view), view.layout, [[] for _ in range(len(batch))]
-    for row in range(layout.label.shape[0]):
-        for t in range(layout.label.shape[1]):
-            at = t if unit == "masked" else t - 1
-            if not layout.mask[row, t] or layout.label[row, t] == IGNORE:
-                continue
-            if at < 0 or layout.segment[row, at] != layout.segment[row, t]:
-                continue
-            out[int(layout.sample_index[row])].append(F.cross_entropy(logits[row, at], layout.label[row, t]))
+    for row, at, t in targets_by_hand(layout, unit):
+        out[int(layout.sample_index[row])].append(F.cross_entropy(logits[row, at], layout.label[row, t]))
     return out
 
 
@@ -70,9 +67,9 @@ def test_terms_equal_the_cross_entropy_of_full_logits(unit, per, kept):
 
 def test_masked_reads_the_target_and_not_the_id():
     model, batch = Expanding(1), masked_batch()
-    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    view = view_of(model, batch)
     label = torch.full_like(view.layout.label, IGNORE)
-    truth = model.encode(mixed_batch(), {"text": frozenset({"vocabulary"})})["text"].layout.label
+    truth = view_of(model, mixed_batch()).layout.label
     label = torch.where(truth != IGNORE, truth, label)
     views = Views({"model/text": replace(view, layout=replace(view.layout, label=label))})
     objective = TokenCrossEntropyOptions(unit="masked").build(BuildContext(model))
@@ -80,14 +77,6 @@ def test_masked_reads_the_target_and_not_the_id():
     expected = F.cross_entropy(logits_by_hand(view)[label != IGNORE], label[label != IGNORE], reduction="none")
     assert torch.allclose(terms.values, expected, atol=1e-12)
     assert float(objective.count(batch)) == float(terms.weights.sum()) == 9
-
-
-def packed():
-    """The same two documents in one row of one sample, and in two rows of one."""
-    first, second = [1, 9, 10, 11, 2], [12, 13, 14]
-    one = tokens([first + second], [8], segment=torch.tensor([[0] * 5 + [1] * 3]))
-    two = tokens([first, second], [5, 3], sample_index=[0, 0])
-    return [batch_of(1, text=stream, image=pictures([])) for stream in (one, two)]
 
 
 @pytest.mark.parametrize("per", ["token", "sample"])
@@ -116,7 +105,7 @@ def test_dynloss_one_value_a_sample_does_not_depend_on_micro_batches(unit):
 def test_liquid_reports_text_and_image_codes_apart(per):
     model, batch = Expanding(1), mixed_batch()
     objective = TokenCrossEntropyOptions(per=per, report="modality").build(BuildContext(model))
-    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    view = view_of(model, batch)
     codes = (view.layout.label >= 12) & (view.layout.modality == Modality.TEXT)
     layout = replace(view.layout, modality=torch.where(codes, int(Modality.IMAGE_CODE), view.layout.modality))
     terms = objective(Views({"model/text": replace(view, layout=layout)}), Context(batch, SingleProcess()))
@@ -160,7 +149,7 @@ def test_a_text_may_be_read_with_another_picture():
 def test_spans_of_the_vocabulary_are_a_softmax_of_their_own(per):
     model, batch = Expanding(1), mixed_batch()
     model.vocabulary = VocabularyLayout({"text": Span(0, 10), "image_code": Span(10, 30)})
-    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    view = view_of(model, batch)
     assert view.vocabulary.weight.shape[0] > 30  # a table longer than the vocabulary
     _, terms = apply(TokenCrossEntropyOptions(per=per, spans=("image_code",)), batch, model)  # checks `count` too
     logits, layout = logits_by_hand(view), view.layout
@@ -187,7 +176,7 @@ def test_logits_are_not_kept_and_the_forward_gradients_serve(per, monkeypatch):
     rows = vocabulary_chunks.cross_entropy_rows
     monkeypatch.setattr(vocabulary_chunks, "cross_entropy_rows", lambda *a, **k: calls.append(k["gradient"]) or rows(*a, **k))
     objective = TokenCrossEntropyOptions(per=per).build(BuildContext(model))
-    views = Views({"model/text": model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]})
+    views = Views({"model/text": view_of(model, batch)})
     loss_of(objective(views, Context(batch, SingleProcess()))).backward()
     assert calls == [True]
     assert gradients(model)

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from tests.objectives.test_token_ce import packed
 from tests.objectives.toys import (
     CLOCK,
     Expanding,
@@ -16,8 +15,11 @@ from tests.objectives.toys import (
     logits_by_hand,
     loss_of,
     mixed_batch,
+    packed,
     pictures,
+    targets_by_hand,
     tokens,
+    view_of,
 )
 from vlm.objectives import BuildContext, DistillOptions, TokenCrossEntropyOptions
 from vlm.types import Context, Features, Labels, SingleProcess, Views
@@ -42,18 +44,15 @@ def weighted(batch=None, zeros=True):
 def by_hand(model, batch, unit="causal"):
     """[(sample, segment, weight, cross-entropy)] of the targets in order. A placeholder is no target, so the tokens of a row and the
     labels of its layout are the same list."""
-    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
-    logits, layout, text, found = logits_by_hand(view), view.layout, batch["text"], []
+    view = view_of(model, batch)
+    logits, layout, text, told, found = logits_by_hand(view), view.layout, batch["text"], {}, []
     for row in range(len(text)):
-        told = iter(batch["importance"].values[row][text.mask[row] & text.supervised[row]].tolist())
-        for t in range(layout.label.shape[1]):
-            if not layout.mask[row, t] or layout.label[row, t] == IGNORE:
-                continue
-            weight, at = next(told), t if unit == "masked" else t - 1
-            if at < 0 or layout.segment[row, at] != layout.segment[row, t]:
-                continue
-            ce = F.cross_entropy(logits[row, at], layout.label[row, t])
-            found.append((int(layout.sample_index[row]), (row, int(layout.segment[row, t])), weight, ce))
+        labelled = (layout.mask[row] & (layout.label[row] != IGNORE)).nonzero()[:, 0].tolist()
+        weights = batch["importance"].values[row][text.mask[row] & text.supervised[row]].tolist()
+        told |= {(row, t): weight for t, weight in zip(labelled, weights, strict=True)}
+    for row, at, t in targets_by_hand(layout, unit):
+        ce = F.cross_entropy(logits[row, at], layout.label[row, t])
+        found.append((int(layout.sample_index[row]), (row, int(layout.segment[row, t])), told[row, t], ce))
     return found
 
 
@@ -174,7 +173,7 @@ def test_core_ce_a_teachers_likeliest_ids(top, per, name):
     student, teacher, batch = Expanding(1, softcap=3.0), Expanding(5, vocab=37), weighted()
     options = DistillOptions(target="logits", teacher_top=top, per=per, temperature=2.0, weights=name)
     _, terms = apply(options, batch, student, teacher=teacher)
-    views = [model.encode(batch, {"text": frozenset({"vocabulary"})})["text"] for model in (student, teacher)]
+    views = [view_of(model, batch) for model in (student, teacher)]
     s, t = (logits_by_hand(view).detach() / 2.0 for view in views)
     t = torch.full_like(t, -torch.inf).scatter(2, t.topk(min(top, 37), 2).indices, 0.0) + t
     s = s.log_softmax(-1)[..., :37]
@@ -219,7 +218,7 @@ def test_targets_that_a_model_left_out_are_named():
     batch, model = batch_of(1, text=tokens([[1, 9, 10, 2]], [3]), image=pictures([])), Expanding(1)
     batch = weighted(batch, zeros=False)
     objective = TokenCrossEntropyOptions(weights="importance").build(BuildContext(model))
-    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    view = view_of(model, batch)
     view.layout.label[0, 2] = IGNORE
     with pytest.raises(ValueError, match="left out targets"):
         objective(Views({"model/text": view}), Context(batch, SingleProcess()))

@@ -135,13 +135,26 @@ def mixed_batch():
     )
 
 
+def packed():
+    """The same two documents in one row of one sample, and in two rows of one."""
+    first, second = [1, 9, 10, 11, 2], [12, 13, 14]
+    one = tokens([first + second], [8], segment=torch.tensor([[0] * 5 + [1] * 3]))
+    two = tokens([first, second], [5, 3], sample_index=[0, 0])
+    return [batch_of(1, text=stream, image=pictures([])) for stream in (one, two)]
+
+
+def view_of(model, batch, stream="text"):
+    """What the model says of one stream: the factors of its logits."""
+    return model.encode(batch, {stream: frozenset({"vocabulary"})})[stream]
+
+
 def views_of(batch, requests, **models):
     """Views as the engine makes them, but a companion's carry a gradient too."""
     views = Views()
     for request in requests:
         key = str(request).rpartition(".")[0]
         who, stream = key.split("/")
-        views[key] = models[who].encode(batch, {stream: frozenset({"vocabulary"})})[stream]
+        views[key] = view_of(models[who], batch, stream)
     return views
 
 
@@ -171,3 +184,14 @@ def gradients(module):
 def logits_by_hand(view):
     """[n, T, V] of a view, all at once."""
     return view.vocabulary.logits()
+
+
+def targets_by_hand(layout, unit="causal"):
+    """(row, position of the logits, position of the target) of every target, by plain loops."""
+    for row in range(layout.label.shape[0]):
+        for t in range(layout.label.shape[1]):
+            at = t if unit == "masked" else t - 1
+            if not layout.mask[row, t] or layout.label[row, t] == IGNORE:
+                continue
+            if at >= 0 and layout.segment[row, at] == layout.segment[row, t]:
+                yield row, at, t

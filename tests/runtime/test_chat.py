@@ -12,21 +12,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from transformers import PreTrainedTokenizerFast
 
 from vlm.config.errors import DataError
-from vlm.runtime.chat import (
-    ANSWER,
-    CONTEXT,
-    INSTRUCTION,
-    TEMPLATES,
-    Message,
-    PicturePart,
-    Piece,
-    PieceIds,
-    Template,
-    encode_pieces,
-    render,
-    split_markers,
-    template_named,
-)
+from vlm.runtime.chat import Message, PicturePart, Template, split_markers
+from vlm.runtime.chat_jinja import jinja_of
+from vlm.runtime.pieces import ANSWER, CONTEXT, INSTRUCTION, Piece, PieceIds, encode_pieces, render
+from vlm.runtime.templates import TEMPLATES, template_named
 from vlm.types import Role
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<image>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -156,7 +145,7 @@ ODD = Template(
 @pytest.mark.parametrize("pictures", [0, 1, 3])
 def test_jinja_renders_the_pieces(template, system, texts, pictures):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    tokenizer.chat_template = template.jinja()
+    tokenizer.chat_template = jinja_of(template)
     messages = conversation(*texts, pictures=pictures)
     if system:
         messages.insert(0, Message("system", (system,)))

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm.config.errors import DataError
-from vlm.runtime.chat import ANSWER, CONTEXT, INSTRUCTION, TAG, TEMPLATES, Message, PicturePart, Piece
+from vlm.runtime.chat import Message, PicturePart
 from vlm.runtime.generation import Prompt, without_pictures
+from vlm.runtime.pieces import ANSWER, CONTEXT, INSTRUCTION, TAG, Piece
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.tiled import cut_picture, row_positions, with_tiles
 from vlm.runtime.tiling import THUMBNAIL, Tiling
 from vlm.types import Role

@@ -1,27 +1,17 @@
 """What every connector has in common: visual tokens of a tower in, positions of a language model out.
 
 n rows (pictures or tiles), N tokens of a row, d_v width of the tower, K positions, d width of the language model.
-
-The files of this package import `vlm.models.blocks` only when a connector is built: the models import the options,
-so that importing it earlier would be a circle through `vlm.models`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
-
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "identity"]
-"""As in `vlm.models.blocks`."""
-
-NormKind = Literal["layernorm", "rmsnorm", "srms"]
-"""As in `vlm.models.blocks`."""
 
 Grid = tuple[int, int]
 """Rows and columns of a row's tokens, which come in raster order."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
-from vlm.connectors.base import Activation, Connector, ConnectorBase, Grid, NormKind
+from vlm.connectors.base import Connector, ConnectorBase, Grid
 from vlm.connectors.gathering import (
     ConcatOptions,
     Gathering,
@@ -24,6 +24,7 @@ from vlm.connectors.gathering import (
     window_of,
     windows,
 )
+from vlm.layers import Activation, NormKind, activation_of, norm_of
 
 
 class MlpOptions(ConnectorBase):
@@ -49,8 +50,6 @@ class MlpConnector(Connector):
     """Step, then layers. A position is valid where any of its tokens is; the mean of a pool counts valid ones only."""
 
     def __init__(self, options: MlpOptions, width_in: int, width_out: int, grid: Grid | None) -> None:
-        from vlm.models.blocks import activation_of, norm_of
-
         super().__init__(width_in, width_out, grid)
         pre = self.pre = options.pre
         self.left: Grid | None = None

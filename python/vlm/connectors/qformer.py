@@ -11,28 +11,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vlm.connectors.base import Activation, Connector, ConnectorBase, Grid, NormKind, any_valid
+from vlm.connectors.base import Connector, Grid, any_valid
+from vlm.connectors.query_layers import QFormerLayer, QueryOptions, initialise
+from vlm.layers import norm_of
 
 
-class QFormerOptions(ConnectorBase):
-    """Learned queries, layers of self-attention, cross-attention and feed-forward, then one linear layer.
-
-    The layers know no positions: the order of the tokens changes nothing, so the tower must mark theirs.
-    """
+class QFormerOptions(QueryOptions):
+    """Learned queries, layers of self-attention, cross-attention and feed-forward, then one linear layer."""
 
     kind: Literal["qformer"] = "qformer"
     queries: int = Field(32, gt=0, description="learned queries K: positions of a picture")
     width: int | None = Field(None, gt=0, description="channels C of the queries; default: the language model's width")
-    depth: int = Field(2, gt=0, description="number of layers")
-    heads: int = Field(8, gt=0, description="attention heads")
-    head_width: int | None = Field(None, gt=0, description="channels of one head; default: width / heads")
-    ffn_width: int | None = Field(None, gt=0, description="hidden channels of the feed-forward layer; default: 4 width")
     cross_every: Literal[1, 2] = Field(2, description="cross-attention in every layer or in every second, from the first")
-    activation: Activation = "gelu"
-    norm: NormKind = "layernorm"
     norm_order: Literal["post", "pre"] = Field("post", description="post: norm of the sum (BLIP-2); pre: before a layer")
-    norm_eps: float = 1e-5
-    bias: bool = Field(True, description="biases in attention and feed-forward layers")
 
     def build(self, width_in: int, width_out: int, grid: Grid | None) -> QFormer:
         return QFormer(self, width_in, width_out, grid)
@@ -46,22 +37,9 @@ class QFormer(Connector):
     """
 
     def __init__(self, options: QFormerOptions, width_in: int, width_out: int, grid: Grid | None) -> None:
-        from vlm.connectors.layers import QFormerLayer, initialise, trunk_options
-        from vlm.models.blocks import norm_of
-
         super().__init__(width_in, width_out, grid)
         width = options.width or width_out
-        shape = trunk_options(
-            width,
-            options.depth,
-            options.heads,
-            options.head_width,
-            options.ffn_width,
-            activation=options.activation,
-            norm=options.norm,
-            norm_eps=options.norm_eps,
-            bias=options.bias,
-        )
+        shape = options.trunk(width)
         post = options.norm_order == "post"
         self.queries = nn.Parameter(torch.randn(options.queries, width) * width**-0.5)
         self.norm = norm_of(options.norm, width, options.norm_eps)  # post: of the queries; pre: of the result

@@ -11,26 +11,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vlm.connectors.base import Activation, Connector, ConnectorBase, Grid, NormKind, any_valid
+from vlm.connectors.base import Connector, Grid, any_valid
+from vlm.connectors.query_layers import QueryOptions, ResamplerLayer, initialise
+from vlm.layers import norm_of
 
 
-class ResamplerOptions(ConnectorBase):
-    """Learned latents, layers of cross-attention and feed-forward, a norm, then one linear layer.
-
-    The layers know no positions: the order of the tokens changes nothing, so the tower must mark theirs.
-    """
+class ResamplerOptions(QueryOptions):
+    """Learned latents, layers of cross-attention and feed-forward, a norm, then one linear layer."""
 
     kind: Literal["resampler"] = "resampler"
     latents: int = Field(64, gt=0, description="learned latents K: positions of a picture")
     width: int | None = Field(None, gt=0, description="channels C of the latents; default: the tower's width")
-    depth: int = Field(2, gt=0, description="number of layers")
-    heads: int = Field(8, gt=0, description="attention heads")
-    head_width: int | None = Field(None, gt=0, description="channels of one head; default: width / heads")
-    ffn_width: int | None = Field(None, gt=0, description="hidden channels of the feed-forward layer; default: 4 width")
     concat_latents: bool = Field(True, description="latents attend the tokens and themselves; false: the tokens alone")
-    activation: Activation = "gelu"
-    norm: NormKind = "layernorm"
-    norm_eps: float = 1e-5
     bias: bool = Field(False, description="biases in attention and feed-forward layers")
 
     def build(self, width_in: int, width_out: int, grid: Grid | None) -> Resampler:
@@ -44,22 +36,9 @@ class Resampler(Connector):
     """
 
     def __init__(self, options: ResamplerOptions, width_in: int, width_out: int, grid: Grid | None) -> None:
-        from vlm.connectors.layers import ResamplerLayer, initialise, trunk_options
-        from vlm.models.blocks import norm_of
-
         super().__init__(width_in, width_out, grid)
         width = options.width or width_in
-        shape = trunk_options(
-            width,
-            options.depth,
-            options.heads,
-            options.head_width,
-            options.ffn_width,
-            activation=options.activation,
-            norm=options.norm,
-            norm_eps=options.norm_eps,
-            bias=options.bias,
-        )
+        shape = options.trunk(width)
         self.concat_latents = options.concat_latents
         self.entry = None if width == width_in else nn.Linear(width_in, width)
         self.latents = nn.Parameter(torch.randn(options.latents, width))

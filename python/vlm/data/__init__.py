@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm.data.loader import Loader, build_loader
+    from vlm.data.endless import Loader
+    from vlm.data.loader import build_loader
     from vlm.data.options import DataOptions
     from vlm.data.samples import BadSample, Sample
     from vlm.data.sources.base import Source
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "BadSample": "vlm.data.samples",
     "DataOptions": "vlm.data.options",
-    "Loader": "vlm.data.loader",
+    "Loader": "vlm.data.endless",
     "Sample": "vlm.data.samples",
     "Source": "vlm.data.sources.base",
     "Tokenizer": "vlm.data.tokenizer",

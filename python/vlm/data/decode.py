@@ -21,7 +21,8 @@ from vlm.data.sources.readers import JsonLinesReader, open_reader
 from vlm.data.streams.conversation import Box, Conversations, Said
 from vlm.data.streams.messages import pictures_in
 from vlm.data.streams.options import ConversationStream
-from vlm.runtime.chat import Piece, Template
+from vlm.runtime.chat import Template
+from vlm.runtime.pieces import Piece
 from vlm.runtime.film import film_strip, frames_of, is_clip
 from vlm.runtime.pictures import BadPicture, PictureLimits, decode_picture
 from vlm.runtime.preprocess import Preprocess

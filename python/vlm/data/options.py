@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
 from vlm.data.streams.options import ConversationStream, DiffusionNoise, MaskedPixels, StreamOptions, check_streams
-from vlm.runtime.chat import TEMPLATES
+from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.pictures import PictureLimits
 
 

@@ -6,17 +6,14 @@ Every rank tokenises every document, so that rows do not depend on the number of
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from vlm.data.captions import text_values
-from vlm.data.ledger import Ledger, Quarantine
-from vlm.data.mixture import ledger_of, order_of, part_of, parts_of
+from vlm.data.endless import RowLoader
+from vlm.data.mixture import part_of, parts_of
 from vlm.data.options import ConcatPacker, DataOptions, DocumentPacker
 from vlm.data.order import EpochOrder
 from vlm.data.samples import BadSample, clean_text, stable_id
@@ -102,7 +99,7 @@ def pack_batch(rows: list[PackedRow], length: int, pad_id: int) -> Batch:
     )
 
 
-class PackedLoader:
+class PackedLoader(RowLoader[PackedRow]):
     """Endless batches of packed rows."""
 
     def __init__(
@@ -117,47 +114,17 @@ class PackedLoader:
         quarantine: str | os.PathLike[str] | None,
     ) -> None:
         assert options.packer is not None
-        self.packer: DocumentPacker | ConcatPacker = options.packer
-        self.source, self.tokenizer, self.batch_size = source, tokenizer, batch_size
-        self.communicator = communicator
-        self._order = order_of(source, seed)
-        self._documents = Documents(source, self._order, options, tokenizer)
-        self._ledger = ledger_of(source, options)
-        self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
-        self.samples_per_epoch: int | None = (
-            None  # rows are counted, and how many there are is not known beforehand
+        super().__init__(
+            source, options, batch_size=batch_size, seed=seed, communicator=communicator, quarantine=quarantine
         )
+        self.packer: DocumentPacker | ConcatPacker = options.packer
+        self.tokenizer = tokenizer
+        self._documents = Documents(source, self._order, options, tokenizer)
         self._document = 0  # position of the document that the next row begins in
         self._offset = 0  # token of that document that the next row begins with
-        self._row = 0
-        self._waited = 0.0
-
-    def __iter__(self) -> PackedLoader:
-        return self
-
-    def __enter__(self) -> PackedLoader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def classes(self) -> Mapping[str, Sequence[str]]:
-        return {}
 
     def close(self) -> None:
         """Nothing runs beside the trainer here."""
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        rows = []
-        for _ in range(self.batch_size):
-            row = self._next_row()
-            if self._row % self.communicator.size == self.communicator.rank:
-                rows.append(row)
-            self._row += 1
-        batch = pack_batch(rows, self.packer.length, self.tokenizer.pad_id)
-        self._waited += time.perf_counter() - started
-        return batch
 
     def _next_row(self) -> PackedRow:
         row: PackedRow | None = None
@@ -167,8 +134,7 @@ class PackedLoader:
             if self._offset == 0:
                 if reason:
                     self._quarantine.add(self.source.key(index), reason, detail)
-                part = part_of(self.source, index)
-                self._ledger.count(epoch, reason, lambda index=index: self.source.key(index), part)  # type: ignore[misc]
+                self._count(epoch, index, reason)
             if ids is None:
                 self._document += 1
                 continue
@@ -180,23 +146,17 @@ class PackedLoader:
                 self._document += 1
         return row
 
-    def state_dict(self) -> Tree:
-        return {
-            "document": self._document,
-            "offset": self._offset,
-            "row": self._row,
-            "data": self._order.identity(),
-            "ledger": self._ledger.state_dict(),
-        }
+    def _batch(self, rows: list[PackedRow]) -> Batch:
+        return pack_batch(rows, self.packer.length, self.tokenizer.pad_id)
 
-    def load_state_dict(self, state: Tree) -> None:
-        self._order.check(state["data"])
-        self._ledger.load_state_dict(state["ledger"])
+    def _cursor(self) -> Tree:
+        return {"document": self._document, "offset": self._offset, "row": self._row}
+
+    def _go_to(self, state: Tree) -> None:
         self._document, self._offset, self._row = (int(state[name]) for name in ("document", "offset", "row"))
 
-    def report(self) -> dict[str, Any]:
-        epoch = self._document // len(self.source)
-        return {**self._ledger.report(), "waited": self._waited, "epoch": epoch}
+    def _reached(self) -> int:
+        return self._document
 
 
 def append_piece(row: PackedRow, ids: list[int], offset: int, packer: DocumentPacker | ConcatPacker) -> int:

@@ -6,18 +6,15 @@ Every rank decodes every sample, so that rows do not depend on the number of ran
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from vlm.config.errors import DataError
 from vlm.data.collate import Row, picture_stream
-from vlm.data.ledger import Quarantine
-from vlm.data.mixture import ledger_of, order_of, part_of
+from vlm.data.endless import RowLoader
 from vlm.data.options import DataOptions
 from vlm.data.plan import Plan, Reads
 from vlm.data.pool import open_decoder
@@ -55,7 +52,7 @@ class PackedSamples:
         )
 
 
-class PackedConversations:
+class PackedConversations(RowLoader[PackedSamples]):
     """Endless batches of packed rows of the stream `text`, with the pictures of each row numbered by `slot`."""
 
     def __init__(
@@ -84,47 +81,18 @@ class PackedConversations:
                 where="data.packer",
                 remedy="leave data.packer out",
             )
-        self.source, self.length, self.pad_id = source, options.packer.length, reads.tokenizer.pad_id
-        self.batch_size, self.communicator = batch_size, communicator
-        self._order = order_of(source, seed)
-        self._ledger = ledger_of(source, options)
-        self._quarantine = Quarantine(quarantine if communicator.rank == 0 else None)
+        super().__init__(
+            source, options, batch_size=batch_size, seed=seed, communicator=communicator, quarantine=quarantine
+        )
+        self.length, self.pad_id = options.packer.length, reads.tokenizer.pad_id
         self._decoder = open_decoder(self._plan.spec, options.workers)
         self._ahead = _AHEAD if options.workers else 1
-        self.samples_per_epoch: int | None = None  # rows are counted, and how many there are is not known beforehand
         self._sample = 0  # position of the sample that the next row begins with
-        self._row = 0
         self._submitted = 0
         self._waiting: Row | None = None  # the sample at `_sample`, if it was read already and did not fit
-        self._waited = 0.0
-
-    def __iter__(self) -> PackedConversations:
-        return self
-
-    def __enter__(self) -> PackedConversations:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def classes(self) -> Mapping[str, Sequence[str]]:
-        return {}
 
     def close(self) -> None:
-        """End the workers. The loader cannot be used afterwards; its state can still be read."""
         self._decoder.close()
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        packed = []
-        for _ in range(self.batch_size):
-            row = self._next_row()
-            if self._row % self.communicator.size == self.communicator.rank:
-                packed.append(row)
-            self._row += 1
-        batch = self._batch(packed)
-        self._waited += time.perf_counter() - started
-        return batch
 
     def _next_row(self) -> PackedSamples:
         """The next samples that fit together. `_sample` is left at the first that does not."""
@@ -154,14 +122,14 @@ class PackedConversations:
         decoded, encoded = self._plan.finish(self._decoder.take(position))
         if decoded.reason:
             self._quarantine.add(self.source.key(index), decoded.reason, decoded.detail)
-        self._ledger.count(epoch, decoded.reason, lambda: self.source.key(index), part_of(self.source, index))
+        self._count(epoch, index, decoded.reason)
         return None if decoded.reason else self._plan.row(index, epoch, decoded, encoded)
 
-    def _batch(self, packed: Sequence[PackedSamples]) -> Batch:
-        text = conversation_stream([(i, row.joined) for i, row in enumerate(packed)], self.pad_id)
+    def _batch(self, rows: list[PackedSamples]) -> Batch:
+        text = conversation_stream([(i, row.joined) for i, row in enumerate(rows)], self.pad_id)
         segment = np.full(text.values.shape, -1, np.int64)
         position = np.zeros(text.values.shape, np.int64)
-        for i, row in enumerate(packed):
+        for i, row in enumerate(rows):
             at = 0
             for number, sample in enumerate(row.rows):
                 k = len(sample.encoded["text"].ids)
@@ -171,41 +139,32 @@ class PackedConversations:
         streams: dict[str, Stream] = {}
         for name, (size, floating) in self._plan.shape.pictures.items():
             empty = np.zeros((0, 3, size, size), np.float32 if floating else np.uint8)
-            parts = [np.concatenate([empty, *(s.decoded.pixels[name] for s in row.rows)]) for row in packed]
-            places = [_counted_through(row) for row in packed] if self._plan.shape.tiled else None
+            parts = [np.concatenate([empty, *(s.decoded.pixels[name] for s in row.rows)]) for row in rows]
+            places = [_counted_through(row) for row in rows] if self._plan.shape.tiled else None
             streams[name] = picture_stream(parts, size, floating, True, places)
         streams["text"] = replace(text, segment=torch.from_numpy(segment), position=torch.from_numpy(position))
-        draws = [stable_id(*(str(row.draw) for row in samples.rows)) for samples in packed]
+        draws = [stable_id(*(str(row.draw) for row in samples.rows)) for samples in rows]
         return Batch(
             streams=streams,
-            keys=[row.key for row in packed],
+            keys=[row.key for row in rows],
             draws=torch.tensor(draws, dtype=torch.int64),
-            epoch=torch.tensor([row.rows[0].epoch for row in packed], dtype=torch.int64),
+            epoch=torch.tensor([row.rows[0].epoch for row in rows], dtype=torch.int64),
         )
 
-    def state_dict(self) -> Tree:
-        return {
-            "sample": self._sample,
-            "waiting": self._waiting is not None,
-            "row": self._row,
-            "data": self._order.identity(),
-            "ledger": self._ledger.state_dict(),
-        }
+    def _cursor(self) -> Tree:
+        return {"sample": self._sample, "waiting": self._waiting is not None, "row": self._row}
 
-    def load_state_dict(self, state: Tree) -> None:
-        self._order.check(state["data"])
+    def _go_to(self, state: Tree) -> None:
         self._decoder.forget()
         self._sample = self._submitted = int(state["sample"])
         self._row = int(state["row"])
         self._waiting = None
-        self._ledger.load_state_dict(state["ledger"])
         if state["waiting"]:
             self._waiting = self._read(self._sample)
             self._ledger.load_state_dict(state["ledger"])  # it was counted when it was read the first time
 
-    def report(self) -> dict[str, Any]:
-        epoch = self._sample // len(self.source)
-        return {**self._ledger.report(), "waited": self._waited, "epoch": epoch}
+    def _reached(self) -> int:
+        return self._sample
 
 
 def _counted_through(packed: PackedSamples) -> list[tuple[int, int, int]]:

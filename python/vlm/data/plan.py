@@ -19,7 +19,8 @@ from vlm.data.sources.base import Source
 from vlm.data.streams.encode import ConversationEncoder, EncodedRow, encoded_or_reason
 from vlm.data.streams.tables import stream_tables
 from vlm.data.tokenizer import Tokenizer
-from vlm.runtime.chat import TEMPLATES, Template
+from vlm.runtime.chat import Template
+from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import Tiling
 from vlm.types.batch import Batch, Pictures

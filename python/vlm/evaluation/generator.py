@@ -141,8 +141,8 @@ class TorchGenerator:
         Raises DataError for a conversation that the template cannot write, and ValueError when a model that reads tiles is
         given a picture that `prepare_image` did not cut.
         """
-        from vlm.runtime.chat import TAG, PieceIds, encode_pieces
         from vlm.runtime.generation import Prompt
+        from vlm.runtime.pieces import TAG, PieceIds, encode_pieces
         from vlm.runtime.tiled import laid_out
 
         placed = self.template.with_pictures(messages, len(pictures))
@@ -176,7 +176,7 @@ class TorchGenerator:
 
     def answer_ids(self, text: str) -> list[int]:
         """The tokens of an answer as the template writes it, the one that ends it included."""
-        from vlm.runtime.chat import ANSWER, Piece, PieceIds, encode_pieces
+        from vlm.runtime.pieces import ANSWER, Piece, PieceIds, encode_pieces
 
         special = () if self.image_id is None else (self.image_id,)
         pieces = [Piece("text", self.template.answer_lead + text, ANSWER, True), self.template.end_piece]
@@ -266,7 +266,7 @@ def open_generator(model: Model, tokenizer: Tokenizer, *, name: str = "model") -
     Raises DataError for a template that is not known, RequestError for a model that writes nothing.
     """
     from vlm.models import LanguageModel, VisionLanguageModel
-    from vlm.runtime.chat import template_named
+    from vlm.runtime.templates import template_named
 
     if not isinstance(model, LanguageModel | VisionLanguageModel):
         raise RequestError(f"a {model.kind} model writes no text", remedy="give a language model or a vision-language model")

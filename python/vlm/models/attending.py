@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm import ops
 from vlm.attention import TrunkAttentionOptions
-from vlm.models.blocks import Attention, FeedForward, Trunk, TrunkOptions, norm_of, rotary_tables, rotate
-from vlm.models.cache import LEAST_ROOM, LayerCache
+from vlm.layers import Attention, FeedForward, Trunk, TrunkOptions, norm_of, rotary_tables, rotate
+from vlm.models.cache import LEAST_ROOM, LayerCache, appended_positions, is_packed, position_after
 from vlm.models.sight import Ranks, Sight, sight_of
 from vlm.ops import masks
 from vlm.types import Layout
@@ -181,15 +181,12 @@ class AttendingTrunk(Trunk):
 
         Raises ValueError for packed rows with a cache, and for a cache of an encoder.
         """
-        packed = bool((layout.segment > 0).any())
-        if packed and (cache is not None or keep_cache):
-            raise ValueError("packed documents cannot be appended to a cache, nor continued: give each its own row"
-                             if cache is not None else "a row that packs several documents cannot be continued: give each its own row")
+        packed = is_packed(layout, appended=cache is not None, continued=keep_cache)
         if not self.options.causal and (cache is not None or keep_cache):
             raise ValueError("an encoder (causal = false) continues nothing: it has no cache")
         mask, position, segment = layout.mask, layout.position, layout.segment if packed else None
         if cache is not None:
-            position = (cache.next_position[:, :1] + mask.cumsum(1) - 1).clamp(min=0)
+            position = appended_positions(cache.next_position[:, :1], mask)
         back = None
         if _wants_order(mask, at_end=keep_cache or cache is not None):
             order = torch.argsort(mask.to(torch.int8), dim=1, stable=True)  # padding first
@@ -227,7 +224,7 @@ class AttendingTrunk(Trunk):
                 hidden[layer] = x
         if not keep:
             return x, hidden, None
-        following = torch.where(mask, position, -1).amax(1) + 1 if position.shape[1] else position.new_zeros(len(position))
+        following = position_after(mask, position)
         return x, hidden, AttendingCache(layers, first, count, following[:, None].expand(-1, len(layers)).contiguous())
 
     def _append(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm.models.cross import Cross
+from vlm.types import Layout
 
 LEAST_ROOM = 32
 """Free places that new storage has at least; otherwise a quarter of what it holds."""
@@ -108,3 +109,25 @@ class DecoderCache:
     def bytes(self) -> int:
         """Bytes of the keys and values; free places behind them are not counted."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def is_packed(layout: Layout, *, appended: bool, continued: bool) -> bool:
+    """Whether rows hold several documents. Raises ValueError where these would be appended to a cache, or continued by one."""
+    packed = bool((layout.segment > 0).any())
+    if packed and appended:
+        raise ValueError("packed documents cannot be appended to a cache: give each its own row")
+    if packed and continued:
+        raise ValueError("a row that packs several documents cannot be continued: give each its own row")
+    return packed
+
+
+def appended_positions(next_position: Tensor, mask: Tensor) -> Tensor:
+    """[n, S]: positions of new tokens with mask [n, S], of which the first valid one has next_position [n, 1]."""
+    return (next_position + mask.cumsum(1) - 1).clamp(min=0)
+
+
+def position_after(mask: Tensor, position: Tensor) -> Tensor:
+    """[n]: the position behind the last valid one of mask, position [n, S]; 0 where there is none."""
+    if not position.shape[1]:
+        return position.new_zeros(len(position))
+    return torch.where(mask, position, -1).amax(1) + 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from vlm.models.blocks import Attention, FeedForward, TrunkOptions, norm_of
+from vlm.layers import Attention, FeedForward, TrunkOptions, norm_of
 from vlm.types import Layout
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlm.layers import Block, Trunk, segment_bias
 from vlm.models.attending import AttendingCache, AttendingTrunk
-from vlm.models.blocks import Block, Trunk, segment_bias
-from vlm.models.cache import DecoderCache, LayerCache
+from vlm.models.cache import DecoderCache, LayerCache, appended_positions, is_packed, position_after
 from vlm.models.cross import Cross
 from vlm.models.far import MemoryCache, read_far, sees_everything
 from vlm.models.recurrent import RecurrentCache, RecurrentTrunk
@@ -115,9 +115,9 @@ def _result(layout: Layout, cache: Cache | None, run: tuple[Tensor, Tensor, dict
 class _Scene:
     """What the blocks need to know of the positions, computed once for each layout."""
 
-    def __init__(self, trunk: Trunk, x: Tensor, layout: Layout, cross: Cross | None) -> None:
+    def __init__(self, trunk: Trunk, x: Tensor, layout: Layout, cross: Cross | None, *, continued: bool) -> None:
         self.layout = layout
-        self.packed = bool((layout.segment > 0).any())
+        self.packed = is_packed(layout, appended=False, continued=continued)
         # With right padding alone a causal trunk never attends padding from a valid position.
         holes = not self.packed and bool((layout.mask[:, 1:] & ~layout.mask[:, :-1]).any())
         self.key_mask = layout.mask if holes else None
@@ -127,10 +127,7 @@ class _Scene:
 
     def next_position(self) -> Tensor:
         """[n]"""
-        layout = self.layout
-        if not layout.mask.shape[1]:
-            return layout.position.new_zeros(len(layout.position))
-        return torch.where(layout.mask, layout.position, -1).amax(1) + 1
+        return position_after(self.layout.mask, self.layout.position)
 
 
 def _read(
@@ -144,10 +141,8 @@ def _read(
 ) -> DecoderResult:
     drops = frozenset() if reducer is None else reducer.layers()
     recompute = trunk.recompute and torch.is_grad_enabled() and not keep_cache
-    scene = _Scene(trunk, x, layout, cross)
+    scene = _Scene(trunk, x, layout, cross, continued=keep_cache)
     if keep_cache:
-        if scene.packed:
-            raise ValueError("a row that packs several documents cannot be continued: give each its own row")
         cross = None if cross is None else cross.filled()
     result = DecoderResult(x, layout)
     caches, following = [], []
@@ -174,7 +169,7 @@ def _read(
             index = reducer(layer, x, scene.layout, following_block, scene.rotary, (before, block))
             if not torch.equal((index >= 0).sum(1), scene.layout.mask.sum(1)):  # else nothing is dropped
                 x = _gather(x, index)
-                scene = _Scene(trunk, x, scene.layout.gather(index, renumber=reducer.renumber), cross)
+                scene = _Scene(trunk, x, scene.layout.gather(index, renumber=reducer.renumber), cross, continued=keep_cache)
     result.x, result.layout = x, scene.layout
     result.layouts = {layer: own for layer, own in result.layouts.items() if own is not scene.layout}
     if keep_cache:
@@ -183,9 +178,8 @@ def _read(
 
 
 def _append(trunk: Trunk, x: Tensor, layout: Layout, cache: DecoderCache, collect: Collection[int]) -> DecoderResult:
-    if bool((layout.segment > 0).any()):
-        raise ValueError("packed documents cannot be appended to a cache: give each its own row")
-    cross, count = cache.cross, layout.mask.cumsum(1)
+    is_packed(layout, appended=True, continued=False)
+    cross = cache.cross
     sight = None if cross is None else cross.sight(layout, appended=True, dtype=x.dtype)
     hidden = {0: x} if 0 in collect else {}
     caches: list[LayerCache] = []
@@ -196,7 +190,7 @@ def _append(trunk: Trunk, x: Tensor, layout: Layout, cache: DecoderCache, collec
         if kept.mask is not before:  # layers of one length share mask and positions
             before, mask = kept.mask, torch.cat([kept.mask, layout.mask], dim=1)
             key_mask = None if bool(mask.all()) else mask
-            position = (cache.next_position[:, layer - 1 : layer] + count - 1).clamp(min=0)
+            position = appended_positions(cache.next_position[:, layer - 1 : layer], layout.mask)
             rotary = trunk.rotary(position)
         assert mask is not None
         q, keys, values = block.project(x, rotary)

@@ -232,18 +232,17 @@ def model_files(model: Model) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def save_model(
-    model: Model, directory: str | Path, tensors: dict[str, Tensor] | None = None, *, template: object = None
+    model: Model, directory: str | Path, tensors: dict[str, Tensor] | None = None, *, template: str | None = None
 ) -> None:
     """Write config.json, vlm.json and model.safetensors (float32). `tensors` replaces the model's own state (an
-    average of weights, merged adapters). template: a chat template with `jinja()`, written as chat_template.jinja.
+    average of weights, merged adapters). template: the text of chat_template.jinja (`vlm.runtime.chat_jinja`).
     The caller publishes the directory by renaming it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in model_files(model):
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    render = getattr(template, "jinja", None)
-    if callable(render):
-        (directory / "chat_template.jinja").write_text(render(), encoding="utf-8")
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in (tensors or model.state_dict()).items()}
     layout = published_layout(model)
     if layout is not None:

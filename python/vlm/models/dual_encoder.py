@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from vlm.config.options import Options
 from vlm.models.base import Model, PixelNorm, refuse_clips
-from vlm.models.blocks import layers_of
 from vlm.models.towers import TextTowerOptions, TextTransformer
 from vlm.models.video import VideoTower
 from vlm.models.vision_towers import VisionTowerOptions, build_tower
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.export import ExportPart
-from vlm.types.outputs import Wanted
+from vlm.types.outputs import Wanted, layers_of
 
 
 class PictureOptions(Options):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vlm.attention import TrunkAttentionOptions, sees_all
 from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions, MemoryState
-from vlm.models.blocks import Block, Trunk
-from vlm.models.cache import DecoderCache, LayerCache
+from vlm.layers import Block, Trunk
+from vlm.models.cache import DecoderCache, LayerCache, appended_positions, is_packed, position_after
 from vlm.types import Layout
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,18 +64,13 @@ def read_far(
 
     Raises ValueError for packed rows with a cache.
     """
-    packed = bool((layout.segment > 0).any())
-    if packed and cache is not None:
-        raise ValueError("packed documents cannot be appended to a cache: give each its own row")
-    if packed and keep_cache:
-        raise ValueError("a row that packs several documents cannot be continued: give each its own row")
-    position, count = layout.position, layout.mask.sum(1)
+    is_packed(layout, appended=cache is not None, continued=keep_cache)
+    position = layout.position
     if cache is not None:
-        position = (cache.next_position[:, :1] + layout.mask.cumsum(1) - 1).clamp(min=0)
-        following = cache.next_position + count[:, None]
+        position = appended_positions(cache.next_position[:, :1], layout.mask)
+        following = cache.next_position + layout.mask.sum(1, keepdim=True)
     else:
-        last = torch.where(layout.mask, position, -1).amax(1) if position.shape[1] else position.new_full((len(position),), -1)
-        following = (last + 1)[:, None].expand(-1, len(trunk.blocks)).contiguous()
+        following = position_after(layout.mask, position)[:, None].expand(-1, len(trunk.blocks)).contiguous()
     options: Any = trunk.options.attention
     hidden = {0: x} if 0 in collect else {}
     if isinstance(options, BlockMemoryOptions):

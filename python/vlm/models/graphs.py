@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.models.blocks import Attention, Trunk
+from vlm.layers import Attention, Trunk
 from vlm.types.export import ExportPart
 
 if TYPE_CHECKING:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from vlm.attention import DecoderAttention, MixerOptions, TrunkAttentionOptions, sees_all
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
+from vlm.layers import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, norm_of
 from vlm.models.adapted import weight_of
 from vlm.models.base import Model
-from vlm.models.blocks import Activation, NormKind, RmsNorm, Trunk, TrunkOptions, layers_of, norm_of
 from vlm.models.decoder import Cache, DecoderResult, run_decoder
 from vlm.models.graphs import decoder_part, embed_part
 from vlm.models.replaced import ReplacedOptions, Replacement, Replacer
 from vlm.models.trunks import trunk_of
 from vlm.types import Batch, Layout, Outputs, Pictures, TokenIds, Vocabulary, VocabularyLayout
 from vlm.types.export import ExportPart
-from vlm.types.outputs import Wanted
+from vlm.types.outputs import Wanted, layers_of
 
 
 class LanguageOptions(Options):

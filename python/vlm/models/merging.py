@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlm.models.blocks import Block, Trunk
+from vlm.layers import Block, Trunk
 from vlm.tokens import MergePlan
 
 State = tuple[Tensor, Tensor | None, Tensor | None]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.attention.mixer import MixerShape, Places, State
-from vlm.models.blocks import FeedForward, Trunk, TrunkOptions, norm_of
+from vlm.layers import FeedForward, Trunk, TrunkOptions, norm_of
+from vlm.models.cache import appended_positions, is_packed, position_after
 from vlm.types import Layout
 
 
@@ -111,20 +112,17 @@ class RecurrentTrunk(Trunk):
 
         Raises ValueError for packed rows with a cache.
         """
-        packed = bool((layout.segment > 0).any())
-        if packed and (cache is not None or keep_cache):
-            raise ValueError("packed documents cannot be appended to a cache, nor continued: give each its own row"
-                             if cache is not None else "a row that packs several documents cannot be continued: give each its own row")
+        packed = is_packed(layout, appended=cache is not None, continued=keep_cache)
         mask = None if bool(layout.mask.all()) else layout.mask
         position = layout.position
         if cache is not None:
-            position = (cache.next_position[:, :1] + layout.mask.cumsum(1) - 1).clamp(min=0)
+            position = appended_positions(cache.next_position[:, :1], layout.mask)
         places = Places(position, mask, layout.segment if packed else None)
         x, hidden, states = self.read(x, places, None if cache is None else cache.states, collect)
         if cache is not None:
             return x, position, hidden, RecurrentCache(states, cache.next_position + layout.mask.sum(1, keepdim=True))
         if not keep_cache:
             return x, position, hidden, None
-        following = torch.where(layout.mask, position, -1).amax(1) + 1 if position.shape[1] else position.new_zeros(len(position))
+        following = position_after(layout.mask, position)
         return x, position, hidden, RecurrentCache(states, following[:, None].expand(-1, len(states)).contiguous())
 

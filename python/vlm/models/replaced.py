@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vlm import ops
 from vlm.config.options import Options
+from vlm.layers import TrunkOptions, norm_of
 from vlm.models.attending import AttendingTrunk
-from vlm.models.blocks import TrunkOptions, norm_of
 from vlm.types import Layout
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vlm.config.options import Options
-from vlm.models.blocks import Activation, Attention, FeedForward, Trunk, TrunkOptions
+from vlm.layers import Activation, Attention, FeedForward, Trunk, TrunkOptions
 from vlm.models.merging import Merged, run_merging
 from vlm.tokens import MergePlan, TowerMergeOptions
 

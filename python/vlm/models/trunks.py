@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vlm.attention import TrunkAttentionOptions
+from vlm.layers import Trunk, TrunkOptions
 from vlm.models.attending import AttendingTrunk
-from vlm.models.blocks import Trunk, TrunkOptions
 from vlm.models.recurrent import RecurrentTrunk
 
 

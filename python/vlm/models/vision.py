@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vlm.config.options import Options
 from vlm.models.base import Model, PixelNorm, refuse_clips
-from vlm.models.blocks import layers_of
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.swin import SwinOptions, SwinTower
 from vlm.models.video import VideoTower
@@ -22,7 +21,7 @@ from vlm.models.vision_towers import VisionTowerOptions, build_tower
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import Batch, Outputs, Pictures, VocabularyLayout
 from vlm.types.export import ExportPart
-from vlm.types.outputs import Wanted
+from vlm.types.outputs import Wanted, layers_of
 
 
 class VisionOptions(Options):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm import ops
-from vlm.models.blocks import normalise
+from vlm.layers import normalise
 from vlm.objectives.base import BuildContext, Objective
 from vlm.objectives.contrastive_options import ContrastiveFields
 from vlm.objectives.contrastive_targets import (

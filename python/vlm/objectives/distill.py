@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vlm.models.blocks import normalise
+from vlm.layers import normalise
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.relation import feature_relation, logit_relation
 from vlm.objectives.token_ce_weights import Reduction, reduction_of, target_weights

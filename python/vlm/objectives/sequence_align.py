@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vlm.layers import normalise
 from vlm.models import Model
-from vlm.models.blocks import normalise
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.slices import embedded, slices_of
 from vlm.objectives.vocabulary import bare, one_row_a_sample

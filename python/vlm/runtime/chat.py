@@ -1,26 +1,14 @@
-"""Conversations: messages to pieces of text and pictures, by a template that is data.
-
-A piece is tokenised alone, so which tokens are supervised never depends on how texts merge, and the pieces of
-training and of generation agree up to the answer. Only the template makes special tokens: text of a user that spells
-one stays text. Source: llava-kd (templates).
-"""
+"""Conversations: messages to pieces of text and pictures, by a template that is data. Source: llava-kd (templates)."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from vlm.config.errors import DataError
-
-CONTEXT, INSTRUCTION, ANSWER, TAG = 0, 1, 2, 4
-"""Roles of a piece, numbered as `vlm.types.Role`; TAG: text that announces the tile of the next placeholder."""
-IMAGE = "<image>"
-"""How a picture is written in LLaVA's data and in rendered text."""
-
-PieceKind = Literal["text", "markup", "picture", "bos", "eos"]
+from vlm.runtime.pieces import ANSWER, CONTEXT, IMAGE, INSTRUCTION, Piece, PieceIds
 
 
 @dataclass(frozen=True)
@@ -42,17 +30,6 @@ class Message:
     @property
     def pictures(self) -> int:
         return sum(isinstance(part, PicturePart) for part in self.content)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a row. kind: `text` of a message (never a special token), `markup` of the template (may be one),
-    `picture` (the placeholder), `bos`, `eos`; the last three have no text. role: CONTEXT, INSTRUCTION, ANSWER or TAG."""
-
-    kind: PieceKind
-    text: str = ""
-    role: int = CONTEXT
-    supervised: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,119 +159,12 @@ class Template:
             raise DataError("the template has a field of the wrong type", remedy="see vlm.runtime.chat.Template")
         return template
 
-    def jinja(self) -> str:
-        """The same template as `chat_template.jinja` of transformers: `messages` with texts or content parts."""
-        values = {
-            "BOS": "{{- bos_token -}}" if self.bos else "",
-            "TEXT": _quoted(self.default_system or ""),
-            "LEAD": _quoted(self.answer_lead),
-            "END": "eos_token" if self.end == "eos" else _quoted(self.end),
-            "PICTURE": _quoted(self.before_picture + IMAGE + self.after_picture),
-        }
-        for name in ("system", "user", "assistant"):
-            turn: Turn = getattr(self, name)
-            values[f"{name.upper()}_PREFIX"] = _quoted(turn.prefix)
-            values[f"{name.upper()}_SUFFIX"] = _quoted(turn.suffix)
-            values[f"{name.upper()}_BARE"] = str(turn.bare).lower()
-        text = _JINJA.replace("@DEFAULT@", "" if self.default_system is None else _JINJA_SYSTEM)
-        return re.sub("@([A-Z_]+)@", lambda found: values[found.group(1)], text)
-
-
-_JINJA_SYSTEM = """{%- if not messages or messages[0].role != "system" -%}
-{{- @SYSTEM_PREFIX@ -}}{{- @TEXT@ -}}{{- @SYSTEM_SUFFIX@ -}}
-{%- endif -%}
-"""
-_JINJA = """{#- Pieces of text and pictures; content is text, or a list of parts of type text or image. -#}
-{%- macro content(message) -%}
-{%- if message.content is string -%}{{- message.content -}}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == "text" -%}{{- part.text -}}{%- else -%}{{- @PICTURE@ -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- macro words(message) -%}
-{%- if message.content is string -%}{{- message.content -}}
-{%- else -%}{%- for part in message.content if part.type == "text" -%}{{- part.text -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-@BOS@
-@DEFAULT@
-{%- for message in messages -%}
-{%- if message.role == "user" -%}
-{{- @USER_PREFIX@ -}}{{- content(message) -}}
-{%- if @USER_BARE@ or words(message) -%}{{- @USER_SUFFIX@ -}}{%- endif -%}
-{%- elif message.role == "system" -%}
-{{- @SYSTEM_PREFIX@ -}}{{- content(message) -}}
-{%- if @SYSTEM_BARE@ or words(message) -%}{{- @SYSTEM_SUFFIX@ -}}{%- endif -%}
-{%- else -%}
-{{- @ASSISTANT_PREFIX@ -}}{{- @LEAD@ -}}{{- words(message) -}}{{- @END@ -}}{{- @ASSISTANT_SUFFIX@ -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- @ASSISTANT_PREFIX@ -}}{%- endif -%}
-"""
-
-
-def _quoted(text: str) -> str:
-    """A string of the template language; it knows the escapes of Python."""
-    return '"' + text.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
-
 
 def _turn(name: str, value: Any) -> Turn:
     types = {"prefix": str, "suffix": str, "bare": bool}
     if isinstance(value, Mapping) and all(k in types and isinstance(v, types[k]) for k, v in value.items()):
         return Turn(**value)
     raise DataError(f"template: {name} is {json.dumps(value, default=str)[:80]}, expected prefix, suffix and bare")
-
-
-def _headed(role: str) -> Turn:
-    return Turn(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>" if role != "assistant" else "")
-
-
-def _marked(role: str) -> Turn:
-    return Turn(f"<|im_start|>{role}\n", "<|im_end|>\n" if role != "assistant" else "\n")
-
-
-TEMPLATES: dict[str, Template] = {
-    "plain": Template("plain", system=Turn(suffix="\n"), user=Turn(suffix="\n", bare=False)),
-    "vicuna": Template(
-        "vicuna",
-        system=Turn(suffix=" "),
-        user=Turn("USER: ", " "),
-        assistant=Turn("ASSISTANT:"),
-        default_system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        answer_lead=" ",
-        after_picture="\n",
-    ),
-    "llama3": Template(
-        "llama3",
-        system=_headed("system"),
-        user=_headed("user"),
-        assistant=_headed("assistant"),
-        end="<|eot_id|>",
-        after_picture="\n",
-    ),
-    "chatml": Template(
-        "chatml",
-        system=_marked("system"),
-        user=_marked("user"),
-        assistant=_marked("assistant"),
-        default_system="You are a helpful assistant.",
-        bos=False,
-        end="<|im_end|>",
-        after_picture="\n",
-    ),
-}
-"""plain: pictures, text, a newline if there is text, answer, eos: tiny and caption models. vicuna: LLaVA-1.5.
-llama3: Llama 3. chatml: Qwen."""
-
-
-def template_named(name: str) -> Template:
-    """Raises DataError that names the known templates."""
-    if name not in TEMPLATES:
-        raise DataError(f"unknown template {name!r}", remedy=f"known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 def split_markers(text: str) -> tuple[str | PicturePart, ...]:
@@ -307,124 +177,3 @@ def split_markers(text: str) -> tuple[str | PicturePart, ...]:
         part = part.removesuffix("\n") if i + 1 < len(parts) else part.rstrip()
         out += [PicturePart(), part] if i else [part]
     return tuple(part for part in out if part != "")
-
-
-def render(pieces: Sequence[Piece], *, bos: str = "", eos: str = "", image: str = IMAGE) -> str:
-    """The pieces as one text, special tokens spelled out: what a reader sees, and what `jinja` renders."""
-    spelled = {"bos": bos, "eos": eos, "picture": image}
-    return "".join(spelled.get(piece.kind, piece.text) for piece in pieces)
-
-
-class Encoding(Protocol):
-    @property
-    def ids(self) -> list[int]: ...
-    @property
-    def offsets(self) -> list[tuple[int, int]]: ...
-
-
-class Core(Protocol):
-    """What is used of a `tokenizers.Tokenizer`."""
-
-    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any: ...
-    def get_added_tokens_decoder(self) -> dict[int, Any]: ...
-
-
-class PieceIds:
-    """Texts to ids without bos and eos, over a `tokenizers.Tokenizer`.
-
-    The library finds added tokens inside any text. Called on the text of a message, this cuts such a text inside each
-    special token that came out and encodes the parts apart, until none is left; other text has the usual ids.
-    `markup` leaves them in. A tokenizer that puts a blank before every text gets it without a blank of its own.
-    """
-
-    def __init__(self, core: Core, special: Sequence[int] = ()) -> None:
-        """special: further ids that text may never become (the placeholder, where it is no special token)."""
-        self._core = core
-        added = core.get_added_tokens_decoder()
-        self._contents = {i: token.content for i, token in added.items() if token.special or i in special}
-        self._forbidden = frozenset(self._contents) | frozenset(special)
-        unknown = getattr(getattr(core, "model", None), "unk_token", None)
-        self._unknown = {i for i, content in self._contents.items() if content == unknown or content == "<unk>"}
-        probe = core.encode("a", add_special_tokens=False)
-        self._leads = bool(getattr(probe, "tokens", None)) and probe.tokens[0].startswith("▁")
-
-    def __call__(self, text: str) -> list[int]:
-        """The ids of a message's text, none of them special (but unknown, where a character is).
-
-        One character that is a special token by itself cannot be cut and is left out.
-        """
-        text = self._led(text)
-        out: list[int] = []
-        waiting = [text]
-        while waiting:
-            part = waiting.pop()
-            encoding = self._core.encode(part, add_special_tokens=False)
-            cuts = self._cuts(part, encoding)
-            if cuts is None:
-                out += encoding.ids
-            else:
-                waiting += reversed([piece for piece in cuts if piece])
-        return out
-
-    def markup(self, text: str) -> list[int]:
-        """The ids of the template's own text, special tokens included."""
-        return list(self._core.encode(self._led(text), add_special_tokens=False).ids)
-
-    def _led(self, text: str) -> str:
-        return text[1:] if self._leads and len(text) > 1 and text[0] == " " else text
-
-    def _cuts(self, text: str, encoding: Encoding) -> list[str] | None:
-        """The text in parts, cut inside each forbidden token; None when there is none."""
-        ends: list[tuple[int, int]] = []  # (where a part ends, where the next begins)
-        for i, (start, stop) in zip(encoding.ids, encoding.offsets):
-            if i not in self._forbidden:
-                continue
-            span = text[start:stop]
-            if i in self._unknown and span.strip() != self._contents.get(i):
-                continue  # the model has no token for it
-            inner = start + len(span) - len(span.lstrip()) + 1
-            ends.append((inner, inner) if len(span.strip()) > 1 else (start, stop))
-        if not ends:
-            return None
-        stops = [end for end, _ in ends] + [len(text)]
-        starts = [0] + [begin for _, begin in ends]
-        return [text[a:b] for a, b in zip(starts, stops)]
-
-
-def encode_pieces(
-    pieces: Sequence[Piece],
-    ids_of: PieceIds | Callable[[str], list[int]],
-    image_id: int | None,
-    bos_id: int | None,
-    eos_id: int | None,
-) -> tuple[list[int], list[int], list[bool]]:
-    """(ids, role, supervised) of a row, each piece tokenised alone; image_id stands for picture pieces only.
-
-    ids_of: a `PieceIds`. Without bos_id the row has no bos. Raises DataError where a picture or the end of an answer
-    has no token, and ValueError when ids_of makes one of the three ids out of a message's text.
-    """
-    ids: list[int] = []
-    roles: list[int] = []
-    supervised: list[bool] = []
-    markup = getattr(ids_of, "markup", ids_of)
-    for piece in pieces:
-        if piece.kind == "text":
-            own = list(ids_of(piece.text))
-            if image_id in own or bos_id in own or eos_id in own:
-                raise ValueError("ids_of makes special tokens of a message's text; use vlm.runtime.chat.PieceIds")
-        elif piece.kind == "markup":
-            own = list(markup(piece.text))
-        elif piece.kind == "picture":
-            if image_id is None:
-                raise DataError("the tokenizer has no token that stands for a picture", remedy="add the special token image")
-            own = [image_id]
-        elif piece.kind == "bos":
-            own = [] if bos_id is None else [bos_id]
-        else:
-            if eos_id is None:
-                raise DataError("the tokenizer has no eos, which ends an answer", remedy="choose a template with an end of its own")
-            own = [eos_id]
-        ids += own
-        roles += [piece.role] * len(own)
-        supervised += [piece.supervised] * len(own)
-    return ids, roles, supervised

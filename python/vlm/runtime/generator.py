@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from vlm.config.errors import CheckpointError, DataError, GateFailed
-from vlm.runtime.chat import ANSWER, TAG, Message, Piece, PieceIds, Template, encode_pieces
+from vlm.runtime.chat import Message, Template
 from vlm.runtime.decoder import DecoderGraphs
 from vlm.runtime.generation import Negatives, Prompt
 from vlm.runtime.manifest import GOLDEN, MANIFEST, REMEDY, Manifest, inside, read_json
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
+from vlm.runtime.pieces import ANSWER, TAG, Piece, PieceIds, encode_pieces
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.stepper import BundleStepper
 from vlm.runtime.tiled import TiledPicture, laid_out, row_positions

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm.config.errors import DataError
-from vlm.runtime.chat import TAG, Piece
+from vlm.runtime.pieces import TAG, Piece
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import THUMBNAIL, Tiling
 

@@ -7,29 +7,22 @@ import logging
 import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from vlm.serving.errors import ApiError
 from vlm.serving.settings import ServerSettings
+from vlm.serving.worker import Worker
 
 log = logging.getLogger("vlm.serving")
 Result = TypeVar("Result")
 
 
-class Worker(Protocol):
-    """Does queued work in the background."""
-
-    def start(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
 class Served:
     """A model behind the server. ready: its self-test has passed; failure: why it has not."""
 
-    def __init__(self, name: str, settings: ServerSettings, worker: Worker) -> None:
+    def __init__(self, name: str, settings: ServerSettings, worker: Worker[Any]) -> None:
         self.name, self.settings = settings.name or name, settings
         self.ready = False
         self.failure: str | None = None

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +18,9 @@ import numpy as np
 
 from vlm.config.errors import VlmError
 from vlm.runtime.generation import Decoding, Event, Generator, Prompt, Stepper, stream
-from vlm.serving.errors import ApiError
 from vlm.serving.metrics import Metrics
 from vlm.serving.settings import ServerSettings
+from vlm.serving.worker import Worker, deadline_passed
 
 log = logging.getLogger("vlm.serving")
 
@@ -60,67 +59,30 @@ class Job:
                     raise item
                 yield item
         except TimeoutError:
-            raise ApiError(504, "the request took longer than the server's deadline", code="deadline") from None
+            raise deadline_passed() from None
         finally:
             self.cancelled.set()
 
 
-class Writer:
-    """A bounded queue before one thread. Everything but the model's work happens on the event loop."""
+class Writer(Worker[Job]):
+    """Prompts with equal settings are answered together, from the first token to the last."""
 
     def __init__(self, generator: Generator, settings: ServerSettings, metrics: Metrics) -> None:
-        self._generator, self._settings, self._metrics = generator, settings, metrics
+        super().__init__(metrics, settings, name="vlm-writer", room=settings.queue_answers, most=settings.max_answers)
+        self._generator = generator
         self._queue: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vlm-model")
-        self._task: asyncio.Task[None] | None = None
-        self._closing = False
-
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="vlm-writer")
-
-    async def close(self) -> None:
-        """Finish what somebody still reads, then stop."""
-        self._closing = True
-        self._wake.set()
-        if self._task is not None:
-            await self._task
-        self._thread.shutdown()
 
     @property
     def depth(self) -> int:
         return len(self._queue)
-
-    def check_room(self) -> None:
-        """Raises ApiError 429 when the queue is full, 503 while the server stops."""
-        if self._closing:
-            raise ApiError(503, "the server is stopping", code="stopping")
-        if self.depth >= self._settings.queue_answers:
-            raise ApiError(429, "the queue is full; try again shortly", code="queue_full", headers={"Retry-After": "1"})
 
     def put(self, prompt: Prompt, decoding: Decoding, key: str, deadline: float) -> Job:
         """A job in the queue. key: what its draws hang on, beside nothing else. Raises ApiError 429 or 503."""
         self.check_room()
         job = Job(prompt, decoding, key, deadline, asyncio.get_running_loop())
         self._queue.append(job)
-        self._metrics.depth.set(self.depth)
-        self._wake.set()
+        self._queued()
         return job
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                if self._settings.batch_wait_seconds and self.depth < self._settings.max_answers and not self._closing:
-                    await asyncio.sleep(self._settings.batch_wait_seconds)
-                jobs = self._take()
-                if jobs:
-                    await loop.run_in_executor(self._thread, self._write, jobs)
-            if self._closing:
-                return
 
     def _take(self) -> list[Job]:
         """The oldest job and those behind it with equal settings, in their order; what nobody waits for is dropped."""
@@ -130,13 +92,15 @@ class Writer:
             job = self._queue.popleft()
             if job.cancelled.is_set():
                 self._metrics.rejected.labels("dropped").inc()
-            elif len(jobs) < self._settings.max_answers and (not jobs or job.decoding == jobs[0].decoding):
+            elif len(jobs) < self._most and (not jobs or job.decoding == jobs[0].decoding):
                 jobs.append(job)
             else:
                 kept.append(job)
         self._queue.extend(kept)
-        self._metrics.depth.set(self.depth)
         return jobs
+
+    async def _call(self, jobs: list[Job]) -> None:
+        await self._in_thread(self._write, jobs)
 
     def _write(self, jobs: Sequence[Job]) -> None:
         """In the worker thread: one batch from its prompts to its last token."""

@@ -6,27 +6,26 @@ import contextlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from vlm.config.errors import CheckpointError, RequestError, VlmError
 from vlm.config.load import Resolved
 from vlm.config.machine import usable_cores
 from vlm.config.writing import to_toml
-from vlm.data.loader import Loader, build_loader, open_split
+from vlm.data.endless import Loader
+from vlm.data.loader import open_split
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
-from vlm.evaluation import check_tasks, evaluate_in_memory, numbers_of, save_results
+from vlm.evaluation import check_tasks, evaluate_in_memory, numbers_of
 from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.objectives import BuildContext
-from vlm.runtime.chat import TEMPLATES, Template
 from vlm.training.assembly import build_objective, check_rates, choose_trainable, freeze_objectives, steps_of
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
@@ -34,41 +33,22 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.companion_sources import CompanionSources
 from vlm.training.directory import Note, RunDirectory
 from vlm.training.engine import Engine, Weighted
+from vlm.training.finish import RunResult, evaluation_settings, final_state, finish
 from vlm.training.lock import locked_run
 from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of
+from vlm.training.reading import loader_of
 from vlm.training.requests import check_caches, check_offers
 from vlm.training.start import Start, vocabulary_of
 from vlm.training.trainer import Cursor, Parts, Trainer
-from vlm.tuning import add_lora, lora_files, merged_state
+from vlm.tuning import add_lora
 from vlm.types import Communicator, SingleProcess
 from vlm.types.random import draw_key
 from vlm.types.state import Tree
 
 __all__ = ["Run", "RunResult", "vocabulary_of"]
-
-
-@dataclass
-class RunResult:
-    """What a finished run says."""
-
-    output: Path
-    steps: int
-    seconds: float
-    parameters: int
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "model": str(self.output / "model"),
-            "steps": self.steps,
-            "seconds": round(self.seconds, 1),
-            "parameters": self.parameters,
-            "evaluations": self.evaluations,
-        }
 
 
 class Run:
@@ -166,7 +146,7 @@ class Run:
                 else:
                     carried.give(parts.objectives, parts.companions, parts.optimizer)
                 trainer.run()
-                previous = self._final_state(parts)
+                previous = final_state(parts)
                 if cursor.stage + 1 == len(self.stages):
                     cursor.done = True
                     trainer.save()
@@ -187,9 +167,13 @@ class Run:
                 if tree is not None:
                     trainer = Trainer(parts, cursor, checkpoints, metrics, self.communicator, note=self.note)
                     trainer.load_state_dict(tree)
-            previous = self._final_state(parts)
+            previous = final_state(parts)
         assert previous is not None
-        return self._finish(parts, previous, cursor, metrics, started)
+        result = finish(
+            self.directory, parts, previous, cursor.total, metrics, self.tokenizer, self.communicator, self.note
+        )
+        result.seconds = time.monotonic() - started
+        return result
 
     def _abandon(self, cursor: Cursor) -> None:
         """Take a new run's directory away again when nothing was trained: the same command may be given again, mended."""
@@ -298,35 +282,9 @@ class Run:
         return model
 
     def _loader(self, stage: Stage, model: Model, source: Source) -> Loader:
-        """The training data as this model reads them; texts are cut at the model's own length."""
-        data, length = stage.data, model.options.text_length  # type: ignore[attr-defined]
-        if length is not None and data.packer is None and "length" not in data.text.model_fields_set:
-            data = data.model_copy(update={"text": data.text.model_copy(update={"length": length})})
-        asked = data.packer.length if data.packer is not None else data.text.length
-        if length is not None and asked > length:
-            raise RequestError(f"texts of {asked} tokens for a model of {length}", remedy="shorten data.text.length or data.packer.length")
-        return build_loader(
-            data,
-            tokenizer=self.tokenizer,
-            preprocess=model.preprocesses() or None,
-            batch_size=stage.train.batch_size,
-            seed=stage.train.seed,
-            communicator=self.communicator,
-            source=source,
-            picture_positions=model.training_positions,
-            tiling=model.tiling,
-            tiles_apart=model.tiles_apart,
-            frames=model.frames,
-            template=_template_of(model, data),
-            quarantine=self.directory.root if self.communicator.rank == 0 else None,
+        return loader_of(
+            stage, model, source, tokenizer=self.tokenizer, communicator=self.communicator, quarantine=self.directory.root
         )
-
-    def _final_state(self, parts: Parts) -> dict[str, torch.Tensor]:
-        """Weights that a stage hands on: averaged if there is an average, adapters merged."""
-        if parts.average is None:
-            return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
-        with parts.average.applied(parts.model):
-            return {name: t.detach().clone() for name, t in merged_state(parts.model).items()}
 
     def _check_evaluations(self, model: Model, now: int) -> None:
         """Raises RequestError or DataError, before anything is trained, for what could not be measured when it is."""
@@ -335,64 +293,14 @@ class Run:
                 data = stage.data
                 check_tasks(model, self.tokenizer, stage.evaluation.tasks, data.val, Reading.of(data.columns, data.limits))
 
-    def _evaluation_settings(self, stage: Stage) -> dict[str, Any]:
-        """Evaluation reads with the columns, caps and budget of the run's own data; tasks the data cannot serve are said."""
-        data = stage.data
-        return {
-            "reading": Reading.of(data.columns, data.limits),
-            "bad_budget": data.bad_samples.budget,
-            "skip": self.note,
-        }
-
     def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
         """Evaluation during training; it changes nothing but the mode of the model."""
         parts.model.eval()
         tasks = parts.stage.evaluation.tasks
-        settings = self._evaluation_settings(parts.stage)
+        settings = evaluation_settings(parts.stage, self.note)
         values = numbers_of(evaluate_in_memory(parts.model, self.tokenizer, tasks, parts.stage.data.val, **settings))
         parts.model.train()
         return values
-
-    def _finish(
-        self, parts: Parts, state: dict[str, torch.Tensor], cursor: Cursor, metrics: MetricsLog, started: float
-    ) -> RunResult:
-        """Write model/, evaluate it, log the figures."""
-        clean = load_model(self.directory.architecture, weights=False)
-        clean.load_state_dict(state)
-        clean.eval()
-        result = RunResult(self.directory.root, cursor.total, 0.0, sum(p.numel() for p in clean.parameters()))
-        if self.communicator.rank == 0:
-            self.directory.write_model(clean, dict(clean.state_dict()), self.tokenizer, clean.preprocess())
-            if parts.stage.tuning.lora is not None:
-                lora_files(parts.model, parts.stage.tuning.lora, self.directory.root / "adapter")
-            self._write_heads(parts)
-            self.note(f"model written to {self.directory.model}")
-            if parts.stage.evaluation.tasks:
-                settings = parts.stage.evaluation
-                self.note("evaluating")
-                results = evaluate_in_memory(
-                    clean,
-                    self.tokenizer,
-                    settings.tasks,
-                    parts.stage.data.val,
-                    examples=settings.examples,
-                    **self._evaluation_settings(parts.stage),
-                )
-                save_results(results, self.directory.root)
-                metrics.write(cursor.total, numbers_of(results))
-                result.evaluations = [one.as_json(examples=False) for one in results]
-        metrics.close()
-        self.communicator.barrier()
-        result.seconds = time.monotonic() - started
-        return result
-
-    def _write_heads(self, parts: Parts) -> None:
-        """Parameters that objectives own (classification heads, bridges), beside the model."""
-        tensors = {name: t.detach().contiguous() for name, t in parts.objectives.state_dict().items()}
-        if tensors:
-            classes = {name: getattr(o, "classes", None) for name, o in parts.objectives.items()}
-            metadata = {name: json.dumps(list(values)) for name, values in classes.items() if values}
-            save_file(tensors, self.directory.root / "objectives.safetensors", metadata=metadata)
 
 
 def _prepared(data: DataOptions, model: Model) -> str:
@@ -401,19 +309,6 @@ def _prepared(data: DataOptions, model: Model) -> str:
     read = data.model_dump(mode="json", exclude={"val", "workers", "prefetch", "bad_samples"})
     pictures = {name: asdict(preprocess) for name, preprocess in (model.preprocesses() or {}).items()}
     return f"{draw_key(0, 'prepared', json.dumps([read, pictures], sort_keys=True)):016x}"
-
-
-def _template_of(model: Model, data: DataOptions) -> Template | None:
-    """How the model's messages are written, which is also how it will be asked. Raises RequestError for data that differ."""
-    name = getattr(model.options, "template", None)
-    if name is None:
-        return None
-    if data.text.template not in (None, name):
-        raise RequestError(
-            f"data.text.template is {data.text.template!r} for a model of template {name!r}",
-            remedy=f"set model.template = {json.dumps(data.text.template)}, or leave data.text.template out",
-        )
-    return TEMPLATES[name]
 
 
 def _silent(text: str) -> None:

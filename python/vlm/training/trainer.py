@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vlm.config.errors import ExitCode, OutOfMemory, RunFailed
-from vlm.data.loader import Loader
+from vlm.data.endless import Loader
 from vlm.models import Model
 from vlm.schedules import interval_in_steps, rate_factor
 from vlm.training.average import WeightAverage

@@ -8,7 +8,7 @@ states are asked for by layer: `model/image.hidden:4`. A model computes only wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -147,6 +147,11 @@ def wanted_of(requests: Iterable[Request], companion: str) -> dict[str, frozense
         if request.companion == companion:
             out.setdefault(request.key, set()).add(request.wanted)
     return {key: frozenset(names) for key, names in out.items()}
+
+
+def layers_of(fields: Collection[str]) -> set[int]:
+    """The layers asked for in a set of fields: {"embedding", "hidden:4"} -> {4}."""
+    return {int(name.partition(":")[2]) for name in fields if name.startswith("hidden:")}
 
 
 class Views(dict[str, Outputs]):

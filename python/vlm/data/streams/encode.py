@@ -11,7 +11,7 @@ import torch
 from vlm.config.errors import DataError
 from vlm.data.samples import BadSample
 from vlm.data.tokenizer import Tokenizer
-from vlm.runtime.chat import IMAGE, TAG, Piece, PieceIds, encode_pieces
+from vlm.runtime.pieces import IMAGE, TAG, Piece, PieceIds, encode_pieces
 from vlm.runtime.tiled import row_positions
 from vlm.types.batch import TokenIds
 

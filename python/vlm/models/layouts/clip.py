@@ -8,58 +8,17 @@ from torch import Tensor
 
 from vlm.config.options import Options
 from vlm.models.dual_encoder import DualEncoderOptions
-from vlm.models.layouts.base import ACTIVATIONS, PublishedLayout, activation_named
+from vlm.models.layouts.base import PublishedLayout
+from vlm.models.layouts.plain_towers import (
+    TOWER_INNER,
+    text_config,
+    tower_fields,
+    vision_config,
+    vision_patches_in,
+    vision_patches_out,
+)
 from vlm.models.towers import TextOptions, VitOptions
 from vlm.types import VocabularyLayout
-
-TOWER_INNER = (
-    ("norm1.", "layer_norm1."),
-    ("attention.q.", "self_attn.q_proj."),
-    ("attention.k.", "self_attn.k_proj."),
-    ("attention.v.", "self_attn.v_proj."),
-    ("attention.out.", "self_attn.out_proj."),
-    ("norm2.", "layer_norm2."),
-    ("ffn.up.", "mlp.fc1."),
-    ("ffn.down.", "mlp.fc2."),
-)
-
-
-def tower_config(tower: VitOptions | TextOptions) -> dict[str, Any]:
-    """The fields that published vision and text configs share."""
-    return {
-        "hidden_size": tower.width,
-        "intermediate_size": tower.ffn_width,
-        "num_hidden_layers": tower.depth,
-        "num_attention_heads": tower.heads,
-        "hidden_act": ACTIVATIONS[tower.activation],
-        "layer_norm_eps": tower.norm_eps,
-    }
-
-
-def tower_fields(config: dict[str, Any], *, activation: str, eps: float, defaults: dict[str, int]) -> dict[str, Any]:
-    """Our tower options from a published tower config; published configs leave out what equals the class's default."""
-    width = config.get("hidden_size", defaults["hidden_size"])
-    return {
-        "width": width,
-        "depth": config.get("num_hidden_layers", 12),
-        "heads": config.get("num_attention_heads", defaults["num_attention_heads"]),
-        "ffn_ratio": config.get("intermediate_size", defaults["intermediate_size"]) / width,
-        "activation": activation_named(config.get("hidden_act", activation)),
-        "norm_eps": config.get("layer_norm_eps", eps),
-    }
-
-
-def vision_patches_out(tensors: dict[str, Tensor], patch: int) -> None:
-    """Linear [C, 3 p p] to the published convolution's [C, 3, p, p], in place."""
-    name = "vision_model.embeddings.patch_embedding.weight"
-    tensors[name] = tensors[name].reshape(-1, 3, patch, patch)
-
-
-def vision_patches_in(tensors: dict[str, Tensor]) -> None:
-    """The inverse, in place."""
-    name = "vision_model.embeddings.patch_embedding.weight"
-    if name in tensors:
-        tensors[name] = tensors[name].reshape(tensors[name].shape[0], -1)
 
 
 class ClipLayout(PublishedLayout):
@@ -101,23 +60,13 @@ class ClipLayout(PublishedLayout):
         )
 
     def to_config(self, options: DualEncoderOptions, vocabulary: VocabularyLayout) -> dict[str, Any]:
-        special = vocabulary.special
-        text = tower_config(options.text) | {
+        text = text_config(options.text, vocabulary) | {
             "model_type": "clip_text_model",
-            "vocab_size": options.text.vocab_size,
-            "max_position_embeddings": options.text.length,
             "projection_dim": options.embed_dim,
-            "bos_token_id": special.get("bos"),
             "eos_token_id": options.text.eos_id,
-            "pad_token_id": special.get("pad"),
         }
         assert isinstance(options.vision, VitOptions)  # `expresses` lets no other through
-        vision = tower_config(options.vision) | {
-            "model_type": "clip_vision_model",
-            "image_size": options.vision.image_size,
-            "patch_size": options.vision.patch_size,
-            "projection_dim": options.embed_dim,
-        }
+        vision = vision_config(options.vision) | {"model_type": "clip_vision_model", "projection_dim": options.embed_dim}
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,

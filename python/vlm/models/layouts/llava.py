@@ -10,8 +10,9 @@ from vlm.config.options import Options
 from vlm.connectors import MlpOptions
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.layouts.base import ACTIVATIONS, PublishedLayout, activation_named
-from vlm.models.layouts.clip import CLIP, tower_config, tower_fields, vision_patches_in, vision_patches_out
+from vlm.models.layouts.clip import CLIP
 from vlm.models.layouts.llama import LLAMA, QWEN2, LlamaLayout
+from vlm.models.layouts.plain_towers import tower_fields, vision_config, vision_patches_in, vision_patches_out
 from vlm.models.vision_language import PrefixOptions, VisionLanguageOptions, VitTowerOptions
 from vlm.types import VocabularyLayout
 
@@ -59,11 +60,7 @@ class LlavaLayout(PublishedLayout):
         assert language is not None
         text = next(layout for layout in _TEXTS.values() if layout.expresses(language))
         kind = _tower_kind(tower)
-        vision = tower_config(tower.vit()) | {
-            "model_type": f"{kind}_vision_model",
-            "image_size": tower.image_size,
-            "patch_size": tower.patch_size,
-        }
+        vision = vision_config(tower.vit()) | {"model_type": f"{kind}_vision_model"}
         if kind == "siglip":
             vision["vision_use_head"] = False
         return {

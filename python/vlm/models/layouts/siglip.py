@@ -10,10 +10,11 @@ from torch import Tensor
 from vlm.config.options import Options
 from vlm.models.dual_encoder import DualEncoderOptions, PictureOptions
 from vlm.models.layouts.base import PublishedLayout
-from vlm.models.layouts.clip import (
+from vlm.models.layouts.plain_towers import (
     TOWER_INNER,
-    tower_config,
+    text_config,
     tower_fields,
+    vision_config,
     vision_patches_in,
     vision_patches_out,
 )
@@ -68,22 +69,13 @@ class SiglipLayout(PublishedLayout):
         )
 
     def to_config(self, options: DualEncoderOptions, vocabulary: VocabularyLayout) -> dict[str, Any]:
-        special = vocabulary.special
-        text = tower_config(options.text) | {
+        text = text_config(options.text, vocabulary) | {
             "model_type": "siglip_text_model",
-            "vocab_size": options.text.vocab_size,
-            "max_position_embeddings": options.text.length,
             "projection_size": options.embed_dim,
-            "bos_token_id": special.get("bos"),
-            "eos_token_id": special.get("eos"),
-            "pad_token_id": special.get("pad"),
+            "eos_token_id": vocabulary.special.get("eos"),
         }
         assert isinstance(options.vision, VitOptions)  # `expresses` lets no other through
-        vision = tower_config(options.vision) | {
-            "model_type": "siglip_vision_model",
-            "image_size": options.vision.image_size,
-            "patch_size": options.vision.patch_size,
-        }
+        vision = vision_config(options.vision) | {"model_type": "siglip_vision_model"}
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,

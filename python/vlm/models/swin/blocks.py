@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm import ops
+from vlm.layers import activation_of
 from vlm.models.adapted import weight_of
-from vlm.models.blocks import activation_of
 from vlm.models.swin.options import StageShape, SwinOptions
 
 MAX_LOG_SCALE = math.log(100.0)

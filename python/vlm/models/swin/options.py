@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vlm.config.options import Options
-from vlm.models.blocks import Activation
+from vlm.layers import Activation
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlm.models.blocks import Attention, Block, Trunk, TrunkOptions
+from vlm.layers import Attention, Block, Trunk, TrunkOptions
 from vlm.models.video.clips import Clips
 from vlm.models.video.options import IntegrationOptions
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm.models.blocks import layers_of
 from vlm.models.towers import VisionTransformer
 from vlm.models.video.clips import Clips
 from vlm.models.video.options import DividedOptions, MessageTokenOptions, VideoOptions
 from vlm.models.video.temporal import Divided, Integration, MessageToken
 from vlm.types import Outputs, Pictures
+from vlm.types.outputs import layers_of
 
 
 class VideoTower(VisionTransformer):

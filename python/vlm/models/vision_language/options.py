@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from vlm.config.options import Options
-from vlm.models.blocks import Activation
+from vlm.layers import Activation
 from vlm.models.dual_encoder import PictureOptions
 from vlm.models.towers import VitOptions
 from vlm.runtime.preprocess import Preprocess

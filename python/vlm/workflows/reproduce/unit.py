@@ -15,7 +15,7 @@ from typing import Any
 
 from vlm.config.errors import RunFailed
 from vlm.config.writing import digest
-from vlm.data.loader import Loader
+from vlm.data.endless import Loader
 from vlm.data.sources.base import Source
 from vlm.data.sources.uri import open_source
 from vlm.data.tokenizer import Tokenizer

@@ -223,6 +223,7 @@ def _fingerprint(model: Any) -> str:
 
 def _save(generator: TorchGenerator, table: Table, directory: Path) -> None:
     from vlm.models.directory import save_model
+    from vlm.runtime.chat_jinja import jinja_of
 
-    save_model(with_keep(generator.model, table), directory, template=generator.template)
+    save_model(with_keep(generator.model, table), directory, template=jinja_of(generator.template))
     generator.tokenizer.save(directory)

@@ -1,4 +1,4 @@
-"""Layers of learned queries that read visual tokens, and how they start.
+"""Layers of learned queries that read visual tokens: what connectors of them have in common.
 
 n rows, K queries, N tokens, C width of the queries, d_v width of the tokens.
 """
@@ -6,10 +6,12 @@ n rows, K queries, N tokens, C width of the queries, d_v width of the tokens.
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
-from vlm.models.blocks import Attention, FeedForward, TrunkOptions, norm_of
+from vlm.connectors.base import ConnectorBase
+from vlm.layers import Activation, Attention, FeedForward, NormKind, TrunkOptions, norm_of
 
 
 class CrossAttention(Attention):
@@ -73,18 +75,40 @@ class ResamplerLayer(nn.Module):
         return x + self.ffn(self.norm_ffn(x))
 
 
-def trunk_options(
-    width: int, depth: int, heads: int, head_width: int | None, ffn_width: int | None, **rest: object
-) -> TrunkOptions:
-    """The shape of a stack of these layers. Raises RequestError where the heads do not divide the width."""
-    if head_width is None and width % heads:
-        raise RequestError(
-            f"{heads} heads do not divide the connector's width {width}",
-            where="connector.heads",
-            remedy="choose a divisor, or say head_width",
+class QueryOptions(ConnectorBase):
+    """Learned queries and a stack of layers.
+
+    The layers know no positions: the order of the tokens changes nothing, so the tower must mark theirs.
+    """
+
+    depth: int = Field(2, gt=0, description="number of layers")
+    heads: int = Field(8, gt=0, description="attention heads")
+    head_width: int | None = Field(None, gt=0, description="channels of one head; default: width / heads")
+    ffn_width: int | None = Field(None, gt=0, description="hidden channels of the feed-forward layer; default: 4 width")
+    activation: Activation = "gelu"
+    norm: NormKind = "layernorm"
+    norm_eps: float = 1e-5
+    bias: bool = Field(True, description="biases in attention and feed-forward layers")
+
+    def trunk(self, width: int) -> TrunkOptions:
+        """The shape of the stack. Raises RequestError where the heads do not divide the width."""
+        if self.head_width is None and width % self.heads:
+            raise RequestError(
+                f"{self.heads} heads do not divide the connector's width {width}",
+                where="connector.heads",
+                remedy="choose a divisor, or say head_width",
+            )
+        return TrunkOptions(
+            width=width,
+            depth=self.depth,
+            heads=self.heads,
+            head_width=self.head_width,
+            ffn_width=self.ffn_width or 4 * width,
+            activation=self.activation,
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            bias=self.bias,
         )
-    values = {"width": width, "depth": depth, "heads": heads, "head_width": head_width, "ffn_width": ffn_width or 4 * width}
-    return TrunkOptions.model_validate({**values, **rest})
 
 
 def initialise(layers: nn.ModuleList, depth: int) -> None:

@@ -3,6 +3,10 @@
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cuda-emulation", help="the module _native_cuda_emulated, for tests/ops/test_cuda_operators.py; built if not given")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Small tensors gain nothing from threads, and spinning threads of several processes lose much."""

@@ -9,6 +9,31 @@
 
 namespace vlm::cuda {
 
+struct HalfHeads {
+  const uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct MutableHalfHeads {
+  uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// A call whose arrays hold bf16; the q, k, v of its problem are not looked at.
+struct AttentionForwardBf16 {
+  AttentionProblem problem;
+  HalfHeads q, k, v;
+  MutableHalfHeads out;
+  float* lse;
+};
+
+inline HalfHeads halves(const Heads& t) {
+  return {reinterpret_cast<const uint16_t*>(t.data), t.batch_stride, t.head_stride, t.row_stride};
+}
+inline MutableHalfHeads halves(const MutableHeads& t) {
+  return {reinterpret_cast<uint16_t*>(t.data), t.batch_stride, t.head_stride, t.row_stride};
+}
+
 // W: columns of a row in shared memory, 64 or 128; both widths are at most that.
 template <int W>
 struct MmaShape {

@@ -8,6 +8,15 @@
 
 namespace vlm::cuda {
 
+struct AttentionBackwardBf16 {
+  AttentionProblem problem;  // as in AttentionForwardBf16
+  HalfHeads q, k, v, out;
+  const float* lse;
+  HalfHeads dout;
+  const float* dlse;  // contiguous like lse, or null for zero
+  MutableHalfHeads dq, dk, dv;
+};
+
 template <int W>
 struct MmaBackwardShape {
   // Rows of a tile of the other side. A block that owns keys holds two gradients: wide rows leave room for few scores.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from vlm import ops
 from vlm.ops import Backend
@@ -43,3 +46,16 @@ def errors(call: Call, inputs: Sequence[Tensor], backend: Backend = "native",
            dtype: torch.dtype = torch.float32) -> list[float]:
     exact = run(call, inputs, "torch", torch.float64)
     return [error(a, b) for a, b in zip(run(call, inputs, backend, dtype), exact)]
+
+
+class Recorder(TorchFunctionMode):
+    """The calls of operators of the native core, as autograd sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(function, "namespace", None) == "vlm":
+            self.calls.setdefault(function, tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), args))
+        return function(*args, **(kwargs or {}))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import math
 import pkgutil
 import re
 import warnings
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor
 
 import vlm.ops
+from tests.ops import promises
 from tests.ops.contracts import CONTRACTS, Contract, narrow, results, spread
-from tests.ops.oracle import Recorder
 from vlm import ops
 
 every = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS.keys())
@@ -51,21 +50,12 @@ def test_kernels_are_called_within_torch_operators() -> None:
 
 @every
 def test_passes_opcheck(contract: Contract) -> None:
-    """Every operator on the first call that is made of it."""
-    leaves = [t.requires_grad_(contract.trains) for t in narrow(contract, contract.usual)]
-    with Recorder() as recorder, ops.backend("native"):
-        contract.call(*leaves)
-    for operator, arguments in recorder.calls.items():
-        torch.library.opcheck(operator, arguments)
-    assert {operator._schema.name.removeprefix("vlm::") for operator in recorder.calls} == set(contract.operators)
+    promises.passes_opcheck(contract)
 
 
 @every
 def test_compiles_as_one_graph_forward_and_backward(contract: Contract) -> None:
-    inputs = narrow(contract, contract.usual)
-    compiled = torch.compile(contract.call, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(results(contract, inputs, "native", call=compiled), results(contract, inputs, "native")):
-        torch.testing.assert_close(got, expected)
+    promises.compiles(contract)
 
 
 class Graph(torch.nn.Module):
@@ -172,26 +162,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_type(contract: Contrac
 @every
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_rows_of_which_nothing_is_left(contract: Contract, backend: ops.Backend) -> None:
-    if isinstance(contract.masked, str):
-        pytest.skip(contract.masked)
-    case = contract.masked()
-    inputs = [t.float() for t in case.inputs]
-    clean, dirty = ([t if gone is None else torch.where(gone, filling, t) for t, gone in zip(inputs, case.dead)]
-                    for filling in (0.0, math.nan))
-    found = results(contract, clean, backend, call=case.call)
-    for place, (a, b) in enumerate(zip(found, results(contract, dirty, backend, call=case.call))):
-        assert torch.equal(a, b), place
-    for output, empty in zip(found, case.empty):
-        if empty is not None:
-            where, value = empty
-            assert (output[where.expand_as(output)] == value).all()
-        assert not output.isnan().any()
-    if contract.trains:
-        gradients = found[len(case.empty):]
-        assert all(g.isfinite().all() for g in gradients)
-        for wheres in (case.dead, case.still):
-            for gradient, gone in zip(gradients, wheres):
-                assert gone is None or gradient.numel() == 0 or not gradient[gone.expand_as(gradient)].any()
+    promises.leaves_empty_rows_alone(contract, backend)
 
 
 @every

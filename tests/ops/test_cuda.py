@@ -76,7 +76,7 @@ def test_attention_has_shapes_for_the_compiler() -> None:
         options = (None, None, None, None, 0.3, True, 2, 0, 0, 0.0, 0.0, 0)
         grads = native_attention_backward(q, k, v, None, bias, None, *options, out, lse, out, lse, True, False, False)
         assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, bias.shape, (0,), (0,)]
-        out, lse = native_attention(*(t.bfloat16() for t in (q, k, v)), None, bias, 0.3, True, 2)
+        out, lse = native_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, bias, 0.3, True, 2)
         assert out.dtype == torch.bfloat16
         assert lse.dtype == torch.float32
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops import contracts
+from tests.ops import contracts, promises
 from tests.ops.contracts import CONTRACTS, Contract, Masked, narrow, results, spread
 from tests.ops.oracle import Recorder, error, run
 from vlm import ops
@@ -163,41 +163,17 @@ def test_strides_do_not_change_the_bits(contract: Contract) -> None:
 
 @every
 def test_rows_of_which_nothing_is_left(contract: Contract) -> None:
-    if isinstance(contract.masked, str):
-        pytest.skip(contract.masked)
-    case = contract.masked()
-    inputs = [t.float() for t in case.inputs]
-    clean, dirty = ([t if gone is None else torch.where(gone, filling, t) for t, gone in zip(inputs, case.dead)]
-                    for filling in (0.0, math.nan))
-    found = results(contract, clean, "native", call=case.call)
-    for a, b in zip(found, results(contract, dirty, "native", call=case.call), strict=True):
-        assert torch.equal(a, b)
-    for output, empty in zip(found, case.empty):
-        if empty is not None:
-            where, value = empty
-            assert (output[where.expand_as(output)] == value).all()
-        assert not output.isnan().any()
-    if contract.trains:
-        for wheres in (case.dead, case.still):
-            for gradient, gone in zip(found[len(case.empty):], wheres):
-                assert gone is None or gradient.numel() == 0 or not gradient[gone.expand_as(gradient)].any()
+    promises.leaves_empty_rows_alone(contract, "native")
 
 
 @every
 def test_passes_opcheck(contract: Contract) -> None:
-    leaves = [t.requires_grad_(contract.trains) for t in narrow(contract, contract.usual)]
-    with Recorder() as recorder, ops.backend("native"):
-        contract.call(*leaves)
-    for operator, arguments in recorder.calls.items():
-        torch.library.opcheck(operator, arguments)
+    promises.passes_opcheck(contract)
 
 
 @every
 def test_compiles_as_one_graph_forward_and_backward(contract: Contract) -> None:
-    inputs = narrow(contract, contract.usual)
-    compiled = torch.compile(contract.call, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(results(contract, inputs, "native", call=compiled), results(contract, inputs, "native"), strict=True):
-        torch.testing.assert_close(got, expected)
+    promises.compiles(contract)
 
 
 @every

@@ -4,7 +4,8 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cuda-emulation", help="the module _native_cuda_emulated, for tests/ops/test_cuda_operators.py; built if not given")
+    parser.addoption("--cuda-emulation", help="for tests/ops/test_cuda_operators.py: the module _native_cuda_emulated, built if not given; or "
+                     "'none' for the installed kernels on a GPU")
 
 
 @pytest.fixture(autouse=True, scope="session")

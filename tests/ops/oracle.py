@@ -21,10 +21,10 @@ def run(call: Call, inputs: Sequence[Tensor], backend: Backend, dtype: torch.dty
     leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
     with ops.backend(backend):
         outputs = call(*leaves)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cpu").manual_seed(3)
     loss = torch.zeros((), dtype=torch.float64)
     for output in outputs:
-        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(output.device)
         loss = loss + (torch.where(output.isinf(), 0.0, output).double() * weights).sum()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [*(o.detach() for o in outputs), *(torch.zeros(0) if g is None else g for g in gradients)]

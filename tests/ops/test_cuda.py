@@ -5,6 +5,7 @@ Kernels are tested by ctest, the operators over them by test_cuda_operators.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -22,12 +23,22 @@ from vlm.ops.vocabulary_cuda import cross_entropy_cuda, cross_entropy_cuda_backw
 not_built = pytest.mark.skipif(installed_cuda_kernels() is not None, reason="the CUDA module is built")
 
 
-def test_tensors_on_the_cpu_are_not_for_the_cuda_kernels() -> None:
+@pytest.fixture
+def for_meta() -> Iterator[None]:
+    """Kernels that say they are for tensors without storage: enough to see who would take what."""
+    with cuda_kernels(SimpleNamespace(device_type="meta")):
+        yield
+
+
+def test_kernels_serve_the_tensors_of_the_device_that_they_name(for_meta: None) -> None:
     assert cuda_kernels_of(torch.zeros(2)) is None
-    with cuda_kernels(SimpleNamespace(device_type="cuda")):
-        assert cuda_kernels_of(torch.zeros(2)) is None
-        with FakeTensorMode():
-            assert cuda_kernels_of(torch.empty(2, device="cuda")) is not None
+    assert cuda_kernels_of(torch.empty(2, device="meta")) is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_usable_gpu_its_tensors_are_not_served() -> None:
+    with cuda_kernels(SimpleNamespace(device_type="cuda")), FakeTensorMode():
+        assert cuda_kernels_of(torch.empty(2, device="cuda")) is None
 
 
 @not_built
@@ -44,17 +55,17 @@ def test_nothing_is_launched_beside_tensors_of_other_devices() -> None:
         pass
 
 
-def test_kernels_are_asked_for_tensors_of_one_device_in_their_types() -> None:
-    with cuda_kernels(SimpleNamespace(device_type="cuda")), FakeTensorMode():
-        x = torch.empty(2, 3, device="cuda")
-        assert use_native(x, x.half(), None, cuda=always)
-        assert not use_native(x, cuda=lambda: False)
-        assert not use_native(x)
-        assert not use_native(x, x.double(), cuda=always)
-        assert not use_native(x, torch.empty(2, 3), cuda=always)
-        assert not use_native(x, torch.empty(2, 3, device="cuda:1"), cuda=always)
-        with ops.backend("torch"):
-            assert not use_native(x, cuda=always)
+def test_kernels_are_asked_for_tensors_of_one_device_in_their_types(for_meta: None) -> None:
+    x = torch.empty(2, 3, device="meta")
+    assert use_native(x, x.half(), None, cuda=always)
+    assert not use_native(x, cuda=lambda: False)
+    assert not use_native(x)
+    assert not use_native(x, x.double(), cuda=always)
+    assert not use_native(x, torch.empty(2, 3), cuda=always)
+    with ops.backend("torch"):
+        assert not use_native(x, cuda=always)
+    with ops.backend("native"), pytest.raises(ValueError, match="CUDA kernels do not take"):
+        use_native(x)
 
 
 def test_cpu_results_do_not_change() -> None:

@@ -2,6 +2,7 @@
 of the compiled one, and tensors of the CPU go the ways of those of a GPU. Addresses, strides, types, saved tensors, gradients.
 
 Building the module takes about a minute, hence `long`; `--cuda-emulation PATH` names one that is there (ctest does).
+`--cuda-emulation none` takes the installed kernels and the GPU instead, which nobody has done yet.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.ops.contracts import CONTRACTS, Contract, Masked, narrow, results, sp
 from tests.ops.oracle import Recorder, error, run
 from vlm import ops
 from vlm.ops import masks
-from vlm.ops.cuda_core import cuda_kernels
+from vlm.ops.cuda_core import cuda_kernels, installed_cuda_kernels
 
 ROOT = Path(__file__).parents[2]
 NAME = "_native_cuda_emulated"
@@ -48,7 +49,12 @@ def built(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = Path(request.config.getoption("--cuda-emulation") or built(tmp_path_factory.mktemp("emulation")))
+    given = request.config.getoption("--cuda-emulation")
+    if given == "none":
+        kernels = installed_cuda_kernels()
+        assert kernels, "vlm._native_cuda is not built"
+        return kernels.module
+    path = Path(given or built(tmp_path_factory.mktemp("emulation")))
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec
     assert spec.loader
@@ -59,7 +65,7 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(autouse=True)
 def _on_the_kernels(module: Any) -> Iterator[None]:
-    with cuda_kernels(module):
+    with cuda_kernels(module), torch.device(module.device_type):
         yield
 
 
@@ -263,13 +269,25 @@ def test_rows_of_bfloat16_that_start_anywhere_are_laid_out_first() -> None:
 # ---- masks and biases: every kind reaches the kernels
 
 
-@pytest.mark.parametrize("mask", [
-    masks.Causal(), masks.Window(9), masks.Window(9, causal=False), masks.SymmetricWindow(12), masks.Lambda(12, 2),
-    masks.Dense(torch.rand(1, 2, 40, 50, generator=torch.Generator().manual_seed(0)) < 0.5),
-    masks.MaskProgram(masks.Window(9), masks.GlobalTokens(torch.arange(40)[None] % 11 == 3, torch.arange(50)[None] % 13 == 2)),
-    masks.KeyPadding(torch.tensor([33])),
-], ids=lambda mask: type(mask).__name__)
-def test_mask_programs(mask: Any) -> None:
+def programs() -> dict[str, Any]:
+    return {
+        "causal": masks.Causal, "window": lambda: masks.Window(9), "both sides": lambda: masks.Window(9, causal=False),
+        "symmetric": lambda: masks.SymmetricWindow(12), "lambda": lambda: masks.Lambda(12, 2),
+        "blocks causal": lambda: masks.BlockCausal(8), "prefix": lambda: masks.Prefix(torch.tensor([7])),
+        "dense": lambda: masks.Dense(torch.rand(1, 2, 40, 50) < 0.5), "padding": lambda: masks.KeyPadding(torch.tensor([33])),
+        "rows": lambda: masks.Rows(torch.stack([torch.arange(40), torch.arange(40) + 9], 1)[None]),
+        "spans": lambda: masks.Spans(torch.arange(40)[None] // 9 % 3 - 1, torch.arange(50)[None] // 9 % 3 - 1),
+        "tags": lambda: masks.TileTags(torch.arange(40)[None] % 3, torch.arange(50)[None] % 3),
+        "listed blocks": lambda: masks.BlockList(torch.tensor([[[[0, 2], [1, 3], [3, 0]]]]), torch.tensor([[[1, 2, 2]]]), 16, 13),
+        "segments": lambda: masks.Segments(torch.arange(40)[None] // 9, torch.arange(50)[None] // 9),
+        "global": lambda: masks.MaskProgram(masks.Window(9), masks.GlobalTokens(torch.arange(40)[None] % 11 == 3,
+                                                                               torch.arange(50)[None] % 13 == 2)),
+    }
+
+
+@pytest.mark.parametrize("name", programs())
+def test_mask_programs(name: str) -> None:
+    mask = programs()[name]()
     inputs = [t.double() for t in heads(40, 50, 16, 8, torch.float32)]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -57,8 +57,15 @@ def cuda_kernels(module: Any) -> Iterator[None]:
 
 
 def cuda_kernels_of(t: Tensor) -> CudaKernels | None:
-    """What serves this tensor, None where nothing compiled for a GPU does."""
-    return _kernels if _kernels is not None and t.device.type == _kernels.device_type else None
+    """What serves this tensor, None where nothing compiled for a GPU does: on other devices, and on GPUs before sm_80."""
+    if _kernels is None or t.device.type != _kernels.device_type:
+        return None
+    return _kernels if t.device.type != "cuda" or _runs_on(t.device.index or 0) else None
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(index: int) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 @torch.compiler.assume_constant_result

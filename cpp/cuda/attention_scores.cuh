@@ -17,8 +17,8 @@ VLM_BOTH float* head_of(const MutableHeads& t, int64_t b, int64_t h) {
 
 VLM_BOTH int round_to_4(int64_t n) { return int((n + 3) / 4 * 4); }
 
-// The tile of queries that a block owns, and the heads that it reads. The last rows come first: where the mask is causal
-// they are the longest.
+// The tile of queries that a block owns, and the heads that it reads. The last rows come first: where the mask is
+// causal they are the longest.
 struct QueryBlock {
   int64_t head, b, h, g, i0, i1;
 };

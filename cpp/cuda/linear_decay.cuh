@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearSca
   const auto put_state = [&](float* to) {
     for (int at = threadIdx.x; at < 64 * T * 64; at += TILE_THREADS) {
       const int row = at / 64, column = at % 64;
-      if (row < call.width && column < breadth) to[row * call.value_width + column] = state[row * Shape::narrow + column];
+      if (row < call.width && column < breadth)
+        to[row * call.value_width + column] = state[row * Shape::narrow + column];
     }
   };
   // The state at the border of a chunk, where it is wanted.

@@ -153,8 +153,8 @@ struct PairInputs {
   }
 };
 
-// The plain losses: rows[i] = logsumexp_j z_ij - mean of z_ij over the positives of row i, 0 if it has none (sigmoid: the
-// sum of its terms), columns likewise, and the gradients of sum row_gradient rows + sum column_gradient columns.
+// The plain losses: rows[i] = logsumexp_j z_ij - mean of z_ij over the positives of row i, 0 if it has none (sigmoid:
+// the sum of its terms), columns likewise, and the gradients of sum row_gradient rows + sum column_gradient columns.
 struct PairValues {
   std::vector<double> rows, columns, dx, dy;
   double dlog_scale, dbias;

@@ -114,8 +114,8 @@ void half_input_is_read_as_it_lies() {
   p.y.data = reinterpret_cast<const float*>(y.data());
   pair_forward(PairLoss::softmax, {p, narrow.rows_out.data(), narrow.columns_out.data()}, 2);
   check(same_bits(wide.rows_out, narrow.rows_out) && same_bits(wide.columns_out, narrow.columns_out), "half forward");
-  const std::vector<float> up_rows = wide.upstream(PairLoss::softmax, wide.rows_out, wide.row_gradient);
-  const std::vector<float> up_columns = wide.upstream(PairLoss::softmax, wide.columns_out, wide.column_gradient);
+  const std::vector<float> up_rows = PairValues::upstream(PairLoss::softmax, wide.rows_out, wide.row_gradient);
+  const std::vector<float> up_columns = PairValues::upstream(PairLoss::softmax, wide.columns_out, wide.column_gradient);
   pair_backward(PairLoss::softmax,
                 {p, narrow.rows_out.data(), narrow.columns_out.data(), up_rows.data(), up_columns.data(),
                  {narrow.dx.data(), 37}, {narrow.dy.data(), 37}, &narrow.dlog_scale, nullptr}, 2);

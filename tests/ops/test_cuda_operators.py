@@ -313,6 +313,37 @@ def test_biases_and_their_gradients(kind: str) -> None:
         assert error(a, b) <= 3e-5
 
 
+@pytest.mark.parametrize("name", ["attention_pagerank", "attention_focus", "attention_columns"])
+def test_statistics_made_of_column_sums(name: str) -> None:
+    q, k = narrow(KERNELS["statistics"], (2, 4, 2, 30, 30, 8))
+    more: dict[str, Any] = {"attention_pagerank": {"damping": 0.1}, "attention_focus": {"leading": 2},
+                            "attention_columns": {"columns": torch.tensor([3, 7])}}[name]
+
+    def found(backend: ops.Backend, dtype: torch.dtype) -> Tensor:
+        with ops.backend(backend):
+            result = getattr(ops, name)(q.to(dtype), k.to(dtype), temperature=0.5, mask=masks.Causal(), **more)
+        return result.score if name == "attention_focus" else result  # type: ignore[no-any-return]
+
+    assert error(found("native", torch.float32), found("torch", torch.float64)) <= 2e-5
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["all", "some ignored"])
+def test_cross_entropy_with_weights_of_tokens_and_allowed_ids(gone: bool) -> None:
+    labels, allowed = torch.arange(31) % 13, torch.arange(20) < 13
+    if gone:
+        labels[::3] = -100
+    weights = torch.rand(31)
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        found = ops.linear_cross_entropy(hidden, weight, labels, bias=bias, smoothing=0.1, z_loss=1e-3, allowed=allowed,
+                                         token_weights=weights)
+        return found.loss, found.log_p.detach(), found.lse.detach()
+
+    inputs = contracts.vocabulary(31, 7, 20)
+    for a, b in zip(run(call, inputs, "native", torch.float32), run(call, inputs, "torch", torch.float64), strict=True):
+        assert error(a, b) <= 2e-5
+
+
 # ---- what the kernels leave to the twin
 
 

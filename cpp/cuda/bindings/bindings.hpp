@@ -1,6 +1,6 @@
-// Registration functions of the module vlm._native_cuda: device addresses with sizes and strides (in elements), 0 for "not
-// given", and at the end the workspace, where a call wants one, and the stream. The Python side checks dtype, device and
-// layout. The GIL is released while kernels are launched.
+// Registration functions of the module vlm._native_cuda: device addresses with sizes and strides (in elements), 0 for
+// "not given", and at the end the workspace, where a call wants one, and the stream. The Python side checks dtype, device
+// and layout. The GIL is released while kernels are launched.
 #pragma once
 
 #include <pybind11/pybind11.h>

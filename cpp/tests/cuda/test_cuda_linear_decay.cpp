@@ -54,7 +54,8 @@ struct Tensors {
 
 // The states at the borders of spans are the last ones of shorter sequences.
 std::vector<double> borders(Tensors& t) {
-  const int64_t span = t.every * cuda::LINEAR_CHUNK, spans = (t.length + span - 1) / span, cell = t.width * t.value_width;
+  const int64_t span = t.every * cuda::LINEAR_CHUNK, spans = (t.length + span - 1) / span;
+  const int64_t cell = t.width * t.value_width;
   std::vector<double> states(t.batch * t.heads * spans * cell);
   for (int64_t i = 0; i < spans; ++i) {
     LinearScan part = t.call();

@@ -121,7 +121,8 @@ def native_rows(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias: Optional
                                  grid_rows, grid_columns, softcap)
     rows = rows.contiguous()
     out = q.new_empty((q.shape[0], q.shape[1], rows.shape[1], k.shape[2]))
-    core().attention_rows(**arguments, threads=torch.get_num_threads(), count=rows.shape[1], rows=rows.data_ptr(), probabilities=out.data_ptr())
+    core().attention_rows(**arguments, threads=torch.get_num_threads(), count=rows.shape[1], rows=rows.data_ptr(),
+                          probabilities=out.data_ptr())
     return out
 
 

@@ -52,7 +52,7 @@ def linear_cross_entropy(
     keeps no gradient between the passes. chunk: logits held at once, in elements, by default 2^24, and up to
     twice that for 256 rows of a large vocabulary.
 
-    Half types are multiplied as they are, or as autocast says; statistics and losses are float32 (float64 for float64 input), and
+    Half types are multiplied as they are, or as autocast says (on a GPU by torch alone); statistics and losses are float32 (float64 for float64 input), and
     the gradient of `weight` is collected in it. Differentiable once, in hidden, weight and bias.
     Raises ValueError on shapes, dtypes, options or labels that do not fit.
     """
@@ -82,8 +82,9 @@ def linear_cross_entropy(
         wants = [keep and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         native = use_native(hidden, weight, bias, cuda=lambda: product == torch.float32)
         if native and cuda_kernels_of(hidden) is not None:
-            wide = [None if t is None else t.float() for t in (bias, factors)]
-            found = CrossEntropy(*cross_entropy_cuda(hidden.float(), weight.float(), wide[0], labels, wide[1], smoothing, z_loss, softcap or 0.0))
+            hidden, weight = hidden.float(), weight.float()
+            bias, factors = (None if t is None else t.float() for t in (bias, factors))
+            found = CrossEntropy(*cross_entropy_cuda(hidden, weight, bias, labels, factors, smoothing, z_loss, softcap or 0.0))
         else:
             found = CrossEntropy(
                 *chunked_cross_entropy(

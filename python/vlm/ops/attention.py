@@ -95,8 +95,8 @@ def attention(
         and dropout is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
     given = bias if isinstance(bias, Tensor) else None
     def cuda() -> bool:
-        return cuda_attends(q, k, v.shape[3], 0 if mask is None else len(mask.atoms), temperature is not None or bool(softcap) or
-                            dropout is not None)
+        extras = temperature is not None or bool(softcap) or dropout is not None
+        return cuda_attends(q, v.shape[3], 0 if mask is None else len(mask.atoms), extras)
 
     if not use_native(q, k, v, given, temperature, prefer_torch=plain and _torch_is_faster(q, k, v), cuda=cuda):
         with torch.autocast(q.device.type, enabled=False):

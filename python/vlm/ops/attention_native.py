@@ -22,7 +22,7 @@ _CUDA_ATOMS = 8
 _CUDA_BFLOAT16_WIDTH = 128
 
 
-def cuda_attends(q: Tensor, k: Tensor, value_width: int, mask_atoms: int, extras: bool = False) -> bool:
+def cuda_attends(q: Tensor, value_width: int, mask_atoms: int, extras: bool = False) -> bool:
     """Whether the CUDA kernels compute attention, or its column sums (value_width 0), of tensors that they serve.
 
     extras: whether there is a soft cap, a temperature or dropout. Tables on a grid are written out before, see `lowered`.

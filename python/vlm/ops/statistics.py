@@ -241,7 +241,7 @@ def _prepare(q: Tensor, k: Tensor, options: AttentionOptions) -> _Problem:
     if isinstance(mask, Atom):
         mask = MaskProgram(mask)
     atoms = 0 if mask is None else len(mask.atoms)
-    native = use_native(q, k, given, cuda=lambda: cuda_attends(q, k, 0, atoms, softcap is not None))
+    native = use_native(q, k, given, cuda=lambda: cuda_attends(q, 0, atoms, softcap is not None))
     cuda = native and cuda_kernels_of(q) is not None
     if native:
         q, k = q.float(), k.float()

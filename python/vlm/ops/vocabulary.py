@@ -52,8 +52,9 @@ def linear_cross_entropy(
     keeps no gradient between the passes. chunk: logits held at once, in elements, by default 2^24, and up to
     twice that for 256 rows of a large vocabulary.
 
-    Half types are multiplied as they are, or as autocast says (on a GPU by torch alone); statistics and losses are float32 (float64 for float64 input), and
-    the gradient of `weight` is collected in it. Differentiable once, in hidden, weight and bias.
+    Half types are multiplied as they are, or as autocast says, on a GPU by torch itself; statistics and losses are float32 (float64
+    for float64 input), and the gradient of `weight` is collected in it. Differentiable once, in hidden, weight and bias. Float32 on
+    a GPU with the compiled kernels holds no logits at all: `gradients` and `chunk` are then without effect.
     Raises ValueError on shapes, dtypes, options or labels that do not fit.
     """
     _check(hidden, weight, bias, labels, token_weights, allowed)

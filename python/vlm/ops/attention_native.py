@@ -17,7 +17,7 @@ from vlm.ops.cuda_core import block_fits, workspace
 from vlm.ops.kernels import Launch, launch_on, readable, view
 from vlm.ops.masks import LoweredMask
 
-_NO_VIEW = (0, 0, 0, 0)
+NO_VIEW = (0, 0, 0, 0)
 _CUDA_ATOMS = 8
 _CUDA_BFLOAT16_WIDTH = 128
 
@@ -58,7 +58,7 @@ def _laid(launch: Launch, t: Tensor) -> Tensor:
     return room
 
 
-def _room(launch: Launch, q: Tensor, arguments: dict[str, Any], backward: bool) -> tuple[Tensor | None, dict[str, int]]:
+def attention_room(launch: Launch, q: Tensor, arguments: dict[str, Any], backward: bool) -> tuple[Tensor | None, dict[str, int]]:
     """The workspace that a GPU wants, and where to compute."""
     if not launch.cuda:
         return None, launch.place
@@ -89,6 +89,32 @@ def _atoms(code: Sequence[int], arrays: Tensor | None, dense: Tensor | None) -> 
     return atoms
 
 
+def add_mask_and_bias(arguments: dict[str, Any], alive: list[Tensor], key_mask: Tensor | None, bias: Tensor | None,
+                      relative: Tensor | None, arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None,
+                      grid_rows: int, grid_columns: int, softcap: float) -> dict[str, Any]:
+    """Adds the mask of keys and the bias to the arguments of a problem, and to `alive` what they point to -> its extras."""
+    arguments |= {"key_mask": 0, "key_mask_stride": 0, "bias": NO_VIEW}
+    if key_mask is not None:
+        key_mask = readable(key_mask)
+        alive.append(key_mask)
+        arguments |= {"key_mask": key_mask.data_ptr(), "key_mask_stride": key_mask.stride(0)}
+    if bias is not None:
+        batch, heads, _, queries, keys = arguments["sizes"][:5]
+        bias = readable(readable(bias).expand(batch, heads, queries, keys))  # one number for all keys becomes a row
+        alive.append(bias)
+        arguments["bias"] = view(bias)
+    extras: dict[str, Any] = {}
+    if code or dense is not None:
+        extras["atoms"] = _atoms(code or (), arrays, dense)
+    if relative is not None:
+        relative = relative.contiguous()
+        alive.append(relative)
+        extras["relative"] = (relative.data_ptr(), _step(relative, 0), grid_rows, grid_columns)
+    if softcap:
+        extras["softcap"] = softcap
+    return extras
+
+
 def _problem(launch: Launch, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float,
              causal: bool, causal_offset: int, relative: Tensor | None, temperature: Tensor | None,
              arrays: Tensor | None, dense: Tensor | None, code: Sequence[int] | None, grid_rows: int, grid_columns: int, softcap: float,
@@ -99,25 +125,9 @@ def _problem(launch: Launch, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor |
     arguments: dict[str, Any] = {
         "sizes": (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]),
         "q": view(q), "k": view(k), "v": view(v), "scale": scale, "causal": causal,
-        "causal_offset": causal_offset, "key_mask": 0, "key_mask_stride": 0, "bias": _NO_VIEW,
+        "causal_offset": causal_offset,
     }
-    if key_mask is not None:
-        key_mask = readable(key_mask)
-        alive.append(key_mask)
-        arguments |= {"key_mask": key_mask.data_ptr(), "key_mask_stride": key_mask.stride(0)}
-    if bias is not None:
-        bias = readable(bias).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        alive.append(bias)
-        arguments["bias"] = view(bias)
-    extras: dict[str, Any] = {}
-    if code or dense is not None:
-        extras["atoms"] = _atoms(code or (), arrays, dense)
-    if softcap:
-        extras["softcap"] = softcap
-    if relative is not None:
-        relative = relative.contiguous()
-        alive.append(relative)
-        extras["relative"] = (relative.data_ptr(), _step(relative, 0), grid_rows, grid_columns)
+    extras = add_mask_and_bias(arguments, alive, key_mask, bias, relative, arrays, dense, code, grid_rows, grid_columns, softcap)
     if temperature is not None:
         temperature = temperature.contiguous()
         alive.append(temperature)
@@ -142,7 +152,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Optional[Tensor], bias
         q, k, v = (t.to(storage) for t in (q, k, v))
         arguments, _alive = _problem(launch, q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays,
                                      dense, code, grid_rows, grid_columns, softcap, dropout, seed)
-        _alive_too, place = _room(launch, q, arguments, False)
+        _alive_too, place = attention_room(launch, q, arguments, False)
         out = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3])
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         launch.module.attention_forward(**arguments, out=view(out), lse=lse.data_ptr(), **place)
@@ -187,7 +197,7 @@ def native_attention_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Optiona
         q, k, v, out, dout = (t.to(storage) for t in (q, k, v, out, dout))
         arguments, _alive = _problem(launch, q, k, v, key_mask, bias, scale, causal, causal_offset, relative, temperature, arrays,
                                      dense, code, grid_rows, grid_columns, softcap, dropout, seed)
-        _alive_too, place = _room(launch, q, arguments, True)
+        _alive_too, place = attention_room(launch, q, arguments, True)
         out, dout, lse, dlse = readable(out), _laid(launch, dout), lse.contiguous(), dlse.contiguous()
         dq = _heads_inside(q, q.shape[0], q.shape[1], q.shape[2], q.shape[3])
         dk = _heads_inside(k, k.shape[0], k.shape[1], k.shape[2], k.shape[3])

@@ -12,11 +12,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from vlm.ops.attention_native import _atoms, _room, _step
+from vlm.ops.attention_native import NO_VIEW, add_mask_and_bias, attention_room
 from vlm.ops.backend import core
 from vlm.ops.kernels import launch_on, readable, view
-
-_NO_VIEW = (0, 0, 0, 0)
 
 
 def _problem(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, relative: Tensor | None,
@@ -27,28 +25,9 @@ def _problem(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None,
     alive = [q, k]
     arguments: dict[str, Any] = {
         "sizes": (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], 0),
-        "q": view(q), "k": view(k),
-        "scale": scale, "causal": causal, "causal_offset": causal_offset, "key_mask": 0, "key_mask_stride": 0,
-        "bias": _NO_VIEW,
+        "q": view(q), "k": view(k), "scale": scale, "causal": causal, "causal_offset": causal_offset,
     }
-    if key_mask is not None:
-        key_mask = readable(key_mask)
-        alive.append(key_mask)
-        arguments |= {"key_mask": key_mask.data_ptr(), "key_mask_stride": key_mask.stride(0)}
-    if bias is not None:
-        bias = readable(bias).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        bias = readable(bias)  # one number for all keys becomes a row
-        alive.append(bias)
-        arguments["bias"] = view(bias)
-    extras: dict[str, Any] = {}
-    if code or dense is not None:
-        extras["atoms"] = _atoms(code or (), arrays, dense)
-    if relative is not None:
-        relative = relative.contiguous()
-        alive.append(relative)
-        extras["relative"] = (relative.data_ptr(), _step(relative, 0), grid_rows, grid_columns)
-    if softcap:
-        extras["softcap"] = softcap
+    extras = add_mask_and_bias(arguments, alive, key_mask, bias, relative, arrays, dense, code, grid_rows, grid_columns, softcap)
     if extras:
         arguments["extras"] = extras
     return arguments, alive
@@ -66,8 +45,8 @@ def native_row_statistics(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias
     lse, entropy, best = _row_outputs(q, everything)
     with launch_on(q) as launch:
         if launch.cuda:  # attention to values of width 0; the other two are not asked for
-            _alive_too, place = _room(launch, q, arguments, False)
-            launch.module.attention_forward(**arguments, v=_NO_VIEW, out=_NO_VIEW, lse=lse.data_ptr(), **place)
+            _alive_too, place = attention_room(launch, q, arguments, False)
+            launch.module.attention_forward(**arguments, v=NO_VIEW, out=NO_VIEW, lse=lse.data_ptr(), **place)
         else:
             launch.module.attention_row_statistics(**arguments, lse=lse.data_ptr(), entropy=entropy.data_ptr() if everything else 0,
                                                    best=best.data_ptr() if everything else 0, **launch.place)
@@ -98,7 +77,7 @@ def native_column_sums(q: Tensor, k: Tensor, key_mask: Optional[Tensor], bias: O
     lse, weights = lse.contiguous(), None if weights is None else weights.contiguous()
     sums = q.new_empty((q.shape[0], q.shape[1], k.shape[2]))
     with launch_on(q) as launch:
-        _alive_too, place = _room(launch, q, arguments, False)
+        _alive_too, place = attention_room(launch, q, arguments, False)
         launch.module.attention_column_sums(**arguments, lse=lse.data_ptr(), sums=sums.data_ptr(),
                                             weights=0 if weights is None else weights.data_ptr(), **place)
     return sums

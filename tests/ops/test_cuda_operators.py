@@ -316,13 +316,13 @@ def test_biases_and_their_gradients(kind: str) -> None:
 @pytest.mark.parametrize("name", ["attention_pagerank", "attention_focus", "attention_columns"])
 def test_statistics_made_of_column_sums(name: str) -> None:
     q, k = narrow(KERNELS["statistics"], (2, 4, 2, 30, 30, 8))
-    more: dict[str, Any] = {"attention_pagerank": {"damping": 0.1}, "attention_focus": {"leading": 2},
-                            "attention_columns": {"columns": torch.tensor([3, 7])}}[name]
+    own: dict[str, dict[str, Any]] = {"attention_pagerank": {"damping": 0.1}, "attention_focus": {"leading": 2},
+                                      "attention_columns": {"columns": torch.tensor([3, 7])}}
 
     def found(backend: ops.Backend, dtype: torch.dtype) -> Tensor:
         with ops.backend(backend):
-            result = getattr(ops, name)(q.to(dtype), k.to(dtype), temperature=0.5, mask=masks.Causal(), **more)
-        return result.score if name == "attention_focus" else result  # type: ignore[no-any-return]
+            result = getattr(ops, name)(q.to(dtype), k.to(dtype), temperature=0.5, mask=masks.Causal(), **own[name])
+        return result.score if name == "attention_focus" else result
 
     assert error(found("native", torch.float32), found("torch", torch.float64)) <= 2e-5
 

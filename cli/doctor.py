@@ -42,6 +42,7 @@ _DOUBLE = base64.b64decode(
 )
 
 _LITTLE_DISK = 2 << 30
+_CUDA_REMEDY = "pip install . -C cmake.define.VLM_CUDA=ON, with CUDA 12.8 or newer (docs/kernels/cuda.md)"
 
 
 @dataclass(frozen=True)
@@ -209,12 +210,29 @@ def check_torch() -> list[Check]:
         ]
     torch: Any = importlib.import_module("torch")
     found = [Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")]
-    if torch.cuda.is_available():
+    usable = torch.cuda.is_available()
+    if usable:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         found.append(Check("CUDA", "ok", names))
     else:
         found.append(Check("CUDA", "note", "no usable device: everything runs on the CPU"))
-    return found
+    return [*found, _check_cuda_kernels(usable)]
+
+
+def _check_cuda_kernels(usable: bool) -> Check:
+    """Whether the compiled kernels for GPUs are there; the wheel comes without them."""
+    try:
+        module: Any = importlib.import_module("vlm._native_cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "vlm._native_cuda":
+            return Check("CUDA kernels", "broken", f"not importable: {error}", _CUDA_REMEDY)
+        on = "tensors on the device take plain torch" if usable else "nothing here would use them"
+        return Check("CUDA kernels", "note", f"not built: {on}", _CUDA_REMEDY if usable else None)
+    except ImportError as error:
+        return Check("CUDA kernels", "broken", f"not importable: {error}", _CUDA_REMEDY)
+    if not usable:
+        return Check("CUDA kernels", "note", "built, but there is no usable device")
+    return Check("CUDA kernels", "ok", f"blocks may ask for {_bytes(module.device_shared_bytes(0))} of shared memory")
 
 
 def check_operators() -> list[Check]:

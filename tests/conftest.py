@@ -3,6 +3,11 @@
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cuda-emulation", help="for tests/ops/test_cuda_operators.py: the module _native_cuda_emulated, built if not given; or "
+                     "'none' for the installed kernels on a GPU")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Small tensors gain nothing from threads, and spinning threads of several processes lose much."""

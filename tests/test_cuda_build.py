@@ -54,7 +54,7 @@ def kernel_name(symbol: str) -> str:
     name, rest = symbol[start:start + int(length[0])], symbol[start + int(length[0]):]
     if not rest.startswith("I"):
         return name
-    arguments = re.findall(r"L(?:[ib]|NS0_\d+\w+?E)(\d+)E", rest.split("EEv")[0] + "E")
+    arguments = re.findall(r"L(?:[ib]|NS0?_\d+\w+?E)(\d+)E", rest.split("EEv")[0] + "E")
     return f"{name}<{', '.join(arguments)}>"
 
 
@@ -85,6 +85,15 @@ def test_no_kernel_spills_or_takes_more_registers_than_stated(source: Path) -> N
     assert {u.architecture for u in found} == set(ARCHITECTURES)
     assert [u for u in found if u.spilled] == []
     assert [u for u in found if u.registers > bounds.get(u.kernel, -1)] == []
+
+
+@pytest.mark.parametrize(("symbol", "name"), [
+    ("_ZN3vlm4cuda17token_rank_kernelENS0_9MatchPlanE", "token_rank_kernel"),
+    ("_ZN3vlm4cuda20pair_gradient_kernelILNS_8PairLossE1ELi8EEEvNS0_12PairGradientE", "pair_gradient_kernel<1, 8>"),
+    ("_ZN3vlm4cuda26vocabulary_gradient_kernelILb0ELi4EEEvNS0_18VocabularyBackwardE", "vocabulary_gradient_kernel<0, 4>"),
+])
+def test_kernels_are_named_with_their_arguments(symbol: str, name: str) -> None:
+    assert kernel_name(symbol) == name
 
 
 @pytest.mark.parametrize("planted", ["spill", "registers"])

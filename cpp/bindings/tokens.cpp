@@ -1,112 +1,17 @@
-#include "vlm/tokens.hpp"
-
-#include <array>
-#include <pybind11/stl.h>
-
-#include "bindings.hpp"
-
-namespace py = pybind11;
+#include "token_calls.hpp"
 
 namespace vlm::bindings {
 
 void register_tokens(py::module_& m) {
-  m.def(
-      "token_match",
-      [](const std::array<int64_t, 4>& sizes, uintptr_t metric, const std::array<int64_t, 3>& strides, int64_t merged,
-         int64_t protect, int order, uintptr_t source, uintptr_t target, uintptr_t kept, uintptr_t assign,
-         int threads) {
-        if (order < 0 || order > 2) throw py::value_error("token match: order is 0, 1 or 2");
-        const TokenMatch call{sizes[0],
-                              sizes[1],
-                              sizes[2],
-                              sizes[3],
-                              address<const float>(metric),
-                              strides[0],
-                              strides[1],
-                              strides[2],
-                              merged,
-                              protect,
-                              static_cast<MatchOrder>(order),
-                              address<int64_t>(source),
-                              address<int64_t>(target),
-                              address<int64_t>(kept),
-                              address<int64_t>(assign)};
-        py::gil_scoped_release release;
-        token_match(call, threads);
-      },
-      py::arg("sizes"), py::arg("metric"), py::arg("strides"), py::arg("merged"), py::arg("protect"), py::arg("order"),
-      py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("assign"), py::arg("threads"),
-      "Bipartite matching of similar tokens; sizes: batch, heads, length, width; see vlm/tokens.hpp.");
-  m.def(
-      "token_select",
-      [](int64_t batch, int64_t length, uintptr_t scores, uintptr_t counts, uintptr_t valid, uintptr_t always,
-         uintptr_t index, uintptr_t found, int threads) {
-        const TokenSelect call{batch,
-                               length,
-                               address<const float>(scores),
-                               address<const int64_t>(counts),
-                               address<const uint8_t>(valid),
-                               address<const uint8_t>(always),
-                               address<int64_t>(index),
-                               address<int64_t>(found)};
-        py::gil_scoped_release release;
-        token_select(call, threads);
-      },
-      py::arg("batch"), py::arg("length"), py::arg("scores"), py::arg("counts"), py::arg("valid"), py::arg("always"),
-      py::arg("index"), py::arg("found"), py::arg("threads"), "Ascending indices of the best scores.");
-  m.def(
-      "token_gather",
-      [](const std::array<int64_t, 4>& sizes, uintptr_t from, int64_t batch_stride, int64_t row_stride,
-         int64_t element_bytes, uintptr_t index, uintptr_t weights, uintptr_t to, int threads) {
-        const TokenGather call{sizes[0],      sizes[1],
-                               sizes[2],      sizes[3],
-                               address<const void>(from), batch_stride,
-                               row_stride,    element_bytes,
-                               address<const int64_t>(index), address<const float>(weights),
-                               address<void>(to)};
-        py::gil_scoped_release release;
-        token_gather(call, threads);
-      },
-      py::arg("sizes"), py::arg("from_"), py::arg("batch_stride"), py::arg("row_stride"), py::arg("element_bytes"),
-      py::arg("index"), py::arg("weights"), py::arg("to"), py::arg("threads"),
-      "Rows by index; sizes: batch, length of the source, of the result, width.");
-  m.def(
-      "token_scatter",
-      [](const std::array<int64_t, 4>& sizes, uintptr_t from, int64_t batch_stride, int64_t row_stride,
-         uintptr_t index, uintptr_t weights, uintptr_t to, int threads) {
-        const TokenScatter call{sizes[0],
-                                sizes[1],
-                                sizes[2],
-                                sizes[3],
-                                address<const float>(from),
-                                batch_stride,
-                                row_stride,
-                                address<const int64_t>(index),
-                                address<const float>(weights),
-                                address<float>(to)};
-        py::gil_scoped_release release;
-        token_scatter(call, threads);
-      },
-      py::arg("sizes"), py::arg("from_"), py::arg("batch_stride"), py::arg("row_stride"), py::arg("index"),
-      py::arg("weights"), py::arg("to"), py::arg("threads"),
-      "Sums of rows by slot; sizes: batch, length of the source, slots, width.");
-  m.def(
-      "token_weights",
-      [](const std::array<int64_t, 3>& sizes, uintptr_t assign, uintptr_t token_sizes, bool by_size, uintptr_t weights,
-         uintptr_t slot_sizes) {
-        const TokenWeights call{sizes[0],
-                                sizes[1],
-                                sizes[2],
-                                address<const int64_t>(assign),
-                                address<const float>(token_sizes),
-                                by_size,
-                                address<float>(weights),
-                                address<float>(slot_sizes)};
-        py::gil_scoped_release release;
-        token_weights(call);
-      },
-      py::arg("sizes"), py::arg("assign"), py::arg("token_sizes"), py::arg("by_size"), py::arg("weights"),
-      py::arg("slot_sizes"), "Weights of a merge; sizes: batch, length, slots.");
+  define_token_match<int>(m, [](const TokenMatch& call, int threads) { token_match(call, threads); },
+                          py::arg("threads"));
+  define_token_select<int>(m, [](const TokenSelect& call, int threads) { token_select(call, threads); },
+                           py::arg("threads"));
+  define_token_gather<int>(m, [](const TokenGather& call, int threads) { token_gather(call, threads); },
+                           py::arg("threads"));
+  define_token_scatter<int>(m, [](const TokenScatter& call, int threads) { token_scatter(call, threads); },
+                            py::arg("threads"));
+  define_token_weights<int>(m, [](const TokenWeights& call, int) { token_weights(call); }, py::arg("threads"));
 }
 
 }  // namespace vlm::bindings

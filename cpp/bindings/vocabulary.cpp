@@ -1,11 +1,9 @@
 #include "vlm/half_products.hpp"
 #include "vlm/vocabulary.hpp"
 
-#include <array>
 #include <string>
-#include <utility>
 
-#include "bindings.hpp"
+#include "views.hpp"
 
 namespace py = pybind11;
 
@@ -19,10 +17,7 @@ Divergence divergence_from_name(const std::string& name) {
   throw py::value_error("unknown divergence '" + name + "'; expected forward, reverse, symmetric, js, skew or tv");
 }
 
-using Block = std::pair<uintptr_t, int64_t>;  // address, row stride
-
 HalfMatrix half(const Block& b) { return {address<const uint16_t>(b.first), b.second}; }
-MutableMatrix output(const Block& b) { return {address<float>(b.first), b.second}; }
 
 }  // namespace
 
@@ -33,7 +28,7 @@ void register_vocabulary(py::module_& m) {
          float z_loss, float softcap, bool gradient, uintptr_t loss, uintptr_t log_p, uintptr_t lse, int threads) {
         const CrossEntropyRows call{rows,
                                     ids,
-                                    {address<float>(chunk.first), chunk.second},
+                                    output(chunk),
                                     address<const float>(bias),
                                     address<const int64_t>(labels),
                                     address<const float>(factors),
@@ -57,8 +52,8 @@ void register_vocabulary(py::module_& m) {
          float temperature, float mix, bool gradient, uintptr_t value, int threads) {
         const DivergenceRows call{rows,
                                   ids,
-                                  {address<float>(student.first), student.second},
-                                  {address<float>(teacher.first), teacher.second},
+                                  output(student),
+                                  output(teacher),
                                   address<const float>(factors),
                                   divergence_from_name(kind),
                                   temperature,
@@ -89,7 +84,7 @@ void register_vocabulary(py::module_& m) {
                                         width,
                                         half(hidden),
                                         half(weight),
-                                        {address<const float>(gradient.first), gradient.second},
+                                        input(gradient),
                                         output(d_hidden),
                                         output(d_weight)};
         py::gil_scoped_release release;

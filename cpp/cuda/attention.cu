@@ -15,6 +15,7 @@ AttentionProblem checked(AttentionProblem p) {
   require(p.key_heads > 0 && p.query_heads % p.key_heads == 0,
           "attention: query heads are not a multiple of key heads");
   require(width_steps(p) > 0, "attention: CUDA kernels take widths of at most 256");
+  require(!p.half || width_steps(p) < 4, "attention: CUDA kernels take bf16 of widths of at most 128");
   require(p.softcap == 0.0f && p.temperature == nullptr && p.drop_below == 0,
           "attention: CUDA kernels take no softcap, temperature or dropout");
   if (p.relative == nullptr) return p;
@@ -49,6 +50,32 @@ void check_rows(const HalfHeads& t) {
           "attention: the bf16 kernel takes rows at multiples of 16 bytes");
 }
 
+void run_forward_bf16(const AttentionForward& call, const MaskProgram& mask, void* stream) {
+  const AttentionProblem& p = call.problem;
+  const AttentionForwardBf16 half{p, halves(p.q), halves(p.k), halves(p.v), halves(call.out), call.lse};
+  for (const HalfHeads& t : {half.q, half.k, half.v}) check_rows(t);
+  if (width_steps(p) == 1) return launch_attention_mma<64>(half, mask, stream);
+  launch_attention_mma<128>(half, mask, stream);
+}
+
+void run_backward_bf16(const AttentionBackward& call, const MaskProgram& mask, float* delta, void* stream) {
+  const AttentionProblem& p = call.problem;
+  const AttentionBackwardBf16 half{p,
+                                   halves(p.q),
+                                   halves(p.k),
+                                   halves(p.v),
+                                   halves(call.out),
+                                   call.lse,
+                                   halves(call.dout),
+                                   call.dlse,
+                                   halves(call.dq),
+                                   halves(call.dk),
+                                   halves(call.dv)};
+  for (const HalfHeads& t : {half.q, half.k, half.v, half.dout}) check_rows(t);
+  if (width_steps(p) == 1) return launch_attention_mma_backward<64>(half, mask, delta, stream);
+  launch_attention_mma_backward<128>(half, mask, delta, stream);
+}
+
 }  // namespace
 
 int64_t device_shared_bytes(int device) { return block_room(device); }
@@ -64,31 +91,10 @@ int64_t attention_backward_workspace(const AttentionProblem& p) {
   return delta_bytes(p) + attention_forward_workspace(p);
 }
 
-void attention_forward_bf16(const AttentionForwardBf16& given, void* workspace, void* stream) {
-  const AttentionForwardBf16 call = checked_call(given);
-  const int steps = width_steps(call.problem);
-  require(steps < 4, "attention: the bf16 kernel takes widths of at most 128");
-  for (const HalfHeads& t : {call.q, call.k, call.v}) check_rows(t);
-  const MaskProgram mask = prepared_mask(call.problem, workspace, stream);
-  if (steps == 1) return launch_attention_mma<64>(call, mask, stream);
-  launch_attention_mma<128>(call, mask, stream);
-}
-
-void attention_backward_bf16(const AttentionBackwardBf16& given, void* workspace, void* stream) {
-  const AttentionBackwardBf16 call = checked_call(given);
-  const int steps = width_steps(call.problem);
-  require(steps < 4, "attention: the bf16 kernel takes widths of at most 128");
-  for (const HalfHeads& t : {call.q, call.k, call.v, call.dout}) check_rows(t);
-  float* delta = static_cast<float*>(workspace);
-  void* covers = static_cast<char*>(workspace) + delta_bytes(call.problem);
-  const MaskProgram mask = prepared_mask(call.problem, covers, stream);
-  if (steps == 1) return launch_attention_mma_backward<64>(call, mask, delta, stream);
-  launch_attention_mma_backward<128>(call, mask, delta, stream);
-}
-
 void attention_forward(const AttentionForward& given, void* workspace, void* stream) {
   const AttentionForward call = checked_call(given);
   const MaskProgram mask = prepared_mask(call.problem, workspace, stream);
+  if (call.problem.half) return run_forward_bf16(call, mask, stream);
   switch (width_steps(call.problem)) {
     case 1: return launch_attention_forward<1, 4>(call, mask, stream);
     case 2: return launch_attention_forward<2, 4>(call, mask, stream);
@@ -102,12 +108,15 @@ void attention_backward(const AttentionBackward& given, void* workspace, void* s
   require(given.problem.relative == nullptr || call.dbias == nullptr, "attention: a bias that is not there");
   require(given.problem.relative != nullptr || call.drelative == nullptr, "attention: a table that is not there");
   require(call.dtemperature == nullptr, "attention: CUDA kernels give no gradient of temperatures");
+  require(!p.half || (call.dbias == nullptr && call.drelative == nullptr),
+          "attention: CUDA kernels give the gradient of a bias in float32 alone");
   require(call.dbias == nullptr || ((call.bias_batch == 1 || call.bias_batch == p.batch) &&
                                     (call.bias_heads == 1 || call.bias_heads == p.query_heads) &&
                                     (call.bias_rows == 1 || call.bias_rows == p.queries)),
           "attention: extents of the bias gradient do not fit");
   float* delta = static_cast<float*>(workspace);
   const MaskProgram mask = prepared_mask(p, static_cast<char*>(workspace) + delta_bytes(p), stream);
+  if (p.half) return run_backward_bf16(call, mask, delta, stream);
   const int64_t tables = p.relative_head_stride == 0 ? 1 : p.query_heads;
   const auto run = [&](auto backward, auto relative) {
     backward(call, mask, delta, stream);
@@ -123,6 +132,7 @@ void attention_backward(const AttentionBackward& given, void* workspace, void* s
 void attention_column_sums(const AttentionColumnSums& given, void* workspace, void* stream) {
   AttentionColumnSums call = given;
   call.problem.value_width = 0;
+  require(!call.problem.half, "attention: column sums are computed in float32");
   call.problem = checked(call.problem);
   const MaskProgram mask = prepared_mask(call.problem, workspace, stream);
   switch (width_steps(call.problem)) {

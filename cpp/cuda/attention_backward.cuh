@@ -19,19 +19,30 @@ struct BackwardShape {
       sizeof(float) * (2 * (own + other) * room + own * weight_room + KeyBits::words);
 };
 
-// delta_i = <dout_i, out_i> - dlse_i, a warp for each row.
-__global__ void __launch_bounds__(TILE_THREADS, 1) attention_delta_kernel(AttentionBackward call, float* delta) {
+// delta_i = <dout_i, out_i> - dlse_i, a warp for each row; of float32 or bf16.
+VLM_DEVICE float number(float value) { return value; }
+VLM_DEVICE float number(uint16_t half) { return float_of_bf16(half); }
+
+template <class Call>
+VLM_DEVICE void put_delta(const Call& call, float* delta) {
   const AttentionProblem& p = call.problem;
   const int64_t row = int64_t(blockIdx.x) * (TILE_THREADS / 32) + threadIdx.x / 32;
   if (row >= p.batch * p.query_heads * p.queries) return;  // a whole warp
   const int64_t i = row % p.queries, h = row / p.queries % p.query_heads, b = row / p.queries / p.query_heads;
-  const float* out = head_of(call.out, b, h) + i * call.out.row_stride;
-  const float* dout = head_of(call.dout, b, h) + i * call.dout.row_stride;
+  const auto* out = head_of(call.out, b, h) + i * call.out.row_stride;
+  const auto* dout = head_of(call.dout, b, h) + i * call.dout.row_stride;
   float sum = 0.0f;
-  for (int64_t e = threadIdx.x % 32; e < p.value_width; e += 32) sum = fmaf(out[e], dout[e], sum);
+  for (int64_t e = threadIdx.x % 32; e < p.value_width; e += 32) sum = fmaf(number(out[e]), number(dout[e]), sum);
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(all_lanes, sum, bits);
   if (threadIdx.x % 32 == 0) delta[row] = sum - (call.dlse == nullptr ? 0.0f : call.dlse[row]);
+}
+inline unsigned delta_blocks(const AttentionProblem& p) {
+  return blocks(pieces(p.batch * p.query_heads * p.queries, TILE_THREADS / 32));
+}
+
+__global__ void __launch_bounds__(TILE_THREADS, 1) attention_delta_kernel(AttentionBackward call, float* delta) {
+  put_delta(call, delta);
 }
 
 // Probability of a pair from its product; 0 for removed pairs and rows without any key.
@@ -72,9 +83,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   typename Shape::KeyBits bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false};
 
   const AttentionProblem& p = call.problem;
-  const int64_t tiles = pieces(p.keys, Shape::own), head = blockIdx.x / tiles, group = p.query_heads / p.key_heads;
-  const int64_t b = head / p.key_heads, g = head % p.key_heads;
-  const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys);
+  const KeyBlock at = key_block(p, p.key_heads, Shape::own);
+  const int64_t b = at.b, g = at.h, j0 = at.j0, j1 = at.j1, group = p.query_heads / p.key_heads;
   const HeadMask keys{program, b, g};  // for the key mask alone
   const auto exists = [&](int row) { return keys.exists(j0 + row); };
   load_keys<T>(p, Shape::own, b, g, j0, j1, exists, key, value);
@@ -90,7 +100,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   const bool any_key = __syncthreads_count(my_key_exists(keys, j0, p.keys, Shape::own)) > 0;
 
   for (int64_t h = g * group; any_key && h < (g + 1) * group; ++h) {
-    const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+    const float* bias = bias_of(p, b, h);
     const int64_t first_row = (b * p.query_heads + h) * p.queries;
     const HeadMask mask{program, b, h};
     for (int64_t i0 = 0; i0 < p.queries; i0 += Shape::other) {
@@ -136,52 +146,71 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   }
 }
 
-// The gradient of the logits of one tile, [16 R queries, 16 C keys], from tiles in shared memory.
-template <int R, int C, class Bits>
-VLM_DEVICE void logit_gradient(const AttentionBackward& call, const float* delta, const HeadMask& mask,
-                               const Bits& bits, int64_t i0, int64_t j0, const float* query, const float* dout,
-                               const float* key, const float* value, int room, float (&gradient)[R][C]) {
-  const int64_t b = mask.b, h = mask.h;
-  const AttentionProblem& p = call.problem;
-  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
-  float s[R][C];
-  clear(s);
-  clear(gradient);
-  tile_dot(query, key, room, round_to_4(p.width), s);
-  tile_dot(dout, value, room, round_to_4(p.value_width), gradient);
+// Shared memory of a block that computes tiles of scores [own queries, other keys]: the rows of both sides, a tile of
+// gradients of logits, and what the mask allows.
+template <int T>
+struct ScoreTiles {
+  using Shape = BackwardShape<T>;
+  static constexpr int R = Shape::R, C = Shape::C;
+  float *query, *dout, *key, *value, *weight;
+  typename Shape::QueryBits bits;
+
+  VLM_DEVICE explicit ScoreTiles(float* room)
+      : query(room),
+        dout(query + Shape::own * Shape::room),
+        key(dout + Shape::own * Shape::room),
+        value(key + Shape::other * Shape::room),
+        weight(value + Shape::other * Shape::room),
+        bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false} {}
+
+  VLM_DEVICE void put_queries(const AttentionBackward& call, int64_t b, int64_t h, int64_t i0, int64_t i1) {
+    load_queries<T>(call, Shape::own, b, h, i0, i1, query, dout);
+  }
+  // Keys j0 .. j1 and the bits of the pairs with the queries from i0 on.
+  VLM_DEVICE void put_keys(const AttentionProblem& p, const HeadMask& mask, Cover cover, int64_t i0, int64_t j0,
+                           int64_t j1) {
+    const auto exists = [&](int row) { return mask.exists(j0 + row); };
+    load_keys<T>(p, Shape::other, mask.b, mask.h / (p.query_heads / p.key_heads), j0, j1, exists, key, value);
+    bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
+  }
+  VLM_DEVICE void logit_gradient(const AttentionBackward& call, const float* delta, const HeadMask& mask, int64_t i0,
+                                 int64_t j0, float (&gradient)[R][C]) const {
+    const AttentionProblem& p = call.problem;
+    const float* bias = bias_of(p, mask.b, mask.h);
+    float s[R][C];
+    clear(s);
+    clear(gradient);
+    tile_dot(query, key, Shape::room, round_to_4(p.width), s);
+    tile_dot(dout, value, Shape::room, round_to_4(p.value_width), gradient);
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int64_t i = i0 + thread_row() * R + r, row = (b * p.query_heads + h) * p.queries + i;
-    const float lse = i < p.queries ? call.lse[row] : minus_infinity(), shift = i < p.queries ? delta[row] : 0.0f;
+    for (int r = 0; r < R; ++r) {
+      const int64_t i = i0 + thread_row() * R + r, row = (mask.b * p.query_heads + mask.h) * p.queries + i;
+      const float lse = i < p.queries ? call.lse[row] : minus_infinity(), shift = i < p.queries ? delta[row] : 0.0f;
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const int64_t j = j0 + thread_column() + 16 * c;
-      const bool allowed =
-          j < p.keys && mask.exists(j) && bits.allows(thread_row() * R + r, thread_column() + 16 * c);
-      const float weight = probability(p, allowed, bias, i, j, s[r][c], lse);
-      gradient[r][c] = weight == 0.0f ? 0.0f : weight * (gradient[r][c] - shift);
+      for (int c = 0; c < C; ++c) {
+        const int64_t j = j0 + thread_column() + 16 * c;
+        const bool allowed =
+            j < p.keys && mask.exists(j) && bits.allows(thread_row() * R + r, thread_column() + 16 * c);
+        const float weight_of = probability(p, allowed, bias, i, j, s[r][c], lse);
+        gradient[r][c] = weight_of == 0.0f ? 0.0f : weight_of * (gradient[r][c] - shift);
+      }
     }
   }
-}
+};
 
 template <int T>
 __global__ void __launch_bounds__(TILE_THREADS, 1)
     attention_queries_kernel(AttentionBackward call, const __grid_constant__ MaskProgram program, const float* delta) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;
-  VLM_DYN_SMEM(float, query);
-  float* dout = query + Shape::own * Shape::room;
-  float* key = dout + Shape::own * Shape::room;
-  float* value = key + Shape::other * Shape::room;
-  float* weight = value + Shape::other * Shape::room;
-  typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false};
+  VLM_DYN_SMEM(float, room);
+  ScoreTiles<T> tiles(room);
 
   const AttentionProblem& p = call.problem;
-  const int64_t tiles = pieces(p.queries, Shape::own), head = blockIdx.x / tiles;
-  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
-  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::own, i1 = smaller(i0 + Shape::own, p.queries);
+  const QueryBlock at = query_block(p, Shape::own);
+  const int64_t b = at.b, h = at.h, i0 = at.i0, i1 = at.i1;
   const HeadMask mask{program, b, h};
-  load_queries<T>(call, Shape::own, b, h, i0, i1, query, dout);
+  tiles.put_queries(call, b, h, i0, i1);
   Accumulator<R, T> dq;
   dq.clear();
   for (int64_t j0 = 0; j0 < p.keys; j0 += Shape::other) {
@@ -189,15 +218,13 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
     const Cover cover = mask.cover(i0, i1, j0, j1);
     if (cover == Cover::skip) continue;
     if (__syncthreads_count(my_key_exists(mask, j0, p.keys, Shape::other)) == 0) continue;
-    const auto exists = [&](int row) { return mask.exists(j0 + row); };
-    load_keys<T>(p, Shape::other, b, g, j0, j1, exists, key, value);
-    bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
+    tiles.put_keys(p, mask, cover, i0, j0, j1);
     __syncthreads();
     float gradient[R][C];
-    logit_gradient(call, delta, mask, bits, i0, j0, query, dout, key, value, Shape::room, gradient);
-    put_scores(weight, Shape::weight_room, gradient);
+    tiles.logit_gradient(call, delta, mask, i0, j0, gradient);
+    put_scores(tiles.weight, Shape::weight_room, gradient);
     __syncwarp();
-    dq.add_product(weight, Shape::weight_room, key, Shape::other);
+    dq.add_product(tiles.weight, Shape::weight_room, tiles.key, Shape::other);
   }
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -212,12 +239,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
     attention_bias_kernel(AttentionBackward call, const __grid_constant__ MaskProgram program, const float* delta) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;
-  VLM_DYN_SMEM(float, query);
-  float* dout = query + Shape::own * Shape::room;
-  float* key = dout + Shape::own * Shape::room;
-  float* value = key + Shape::other * Shape::room;
-  float* weight = value + Shape::other * Shape::room;
-  typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false};
+  VLM_DYN_SMEM(float, room);
+  ScoreTiles<T> tiles(room);
 
   const AttentionProblem& p = call.problem;
   const bool one_row = call.bias_rows == 1;
@@ -235,19 +258,16 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   for (int64_t b = b0; b < b1; ++b) {
     for (int64_t h = h0; h < h1; ++h) {
       const HeadMask mask{program, b, h};
-      const auto exists = [&](int row) { return mask.exists(j0 + row); };
-      const int64_t g = h / (p.query_heads / p.key_heads);
       for (int64_t i0 = first; i0 < last; i0 += Shape::own) {
         const int64_t i1 = smaller(i0 + Shape::own, p.queries);
         const Cover cover = mask.cover(i0, i1, j0, j1);
         if (cover == Cover::skip) continue;
         __syncthreads();
-        load_keys<T>(p, Shape::other, b, g, j0, j1, exists, key, value);
-        load_queries<T>(call, Shape::own, b, h, i0, i1, query, dout);
-        bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
+        tiles.put_keys(p, mask, cover, i0, j0, j1);
+        tiles.put_queries(call, b, h, i0, i1);
         __syncthreads();
         float gradient[R][C];
-        logit_gradient(call, delta, mask, bits, i0, j0, query, dout, key, value, Shape::room, gradient);
+        tiles.logit_gradient(call, delta, mask, i0, j0, gradient);
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -255,7 +275,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
       }
     }
   }
-  put_scores(weight, Shape::weight_room, sum);
+  const float* weight = tiles.weight;
+  put_scores(tiles.weight, Shape::weight_room, sum);
   __syncthreads();
   const int64_t keys = j1 - j0;
   float* to = call.dbias + member * call.bias_rows * p.keys + j0;
@@ -278,18 +299,12 @@ template <int T>
 void launch_attention_backward(const AttentionBackward& call, const MaskProgram& mask, float* delta, void* stream) {
   using Shape = BackwardShape<T>;
   const AttentionProblem& p = call.problem;
-  const int64_t rows = p.batch * p.query_heads * p.queries;
-  const int64_t key_blocks = pieces(p.keys, Shape::own) * p.batch * p.key_heads;
-  const int64_t query_blocks = pieces(p.queries, Shape::own) * p.batch * p.query_heads;
-  if (rows > 0)
-    VLM_LAUNCH(attention_delta_kernel, {blocks(pieces(rows, TILE_THREADS / 32))}, {TILE_THREADS}, 0, stream, call,
-               delta);
-  if (key_blocks > 0)
-    VLM_LAUNCH(attention_keys_kernel<T>, {blocks(key_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
-               mask, delta);
-  if (query_blocks > 0)
-    VLM_LAUNCH(attention_queries_kernel<T>, {blocks(query_blocks)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
-               mask, delta);
+  if (const unsigned count = delta_blocks(p))
+    VLM_LAUNCH(attention_delta_kernel, {count}, {TILE_THREADS}, 0, stream, call, delta);
+  if (const unsigned count = key_blocks(p, p.key_heads, Shape::own))
+    VLM_LAUNCH(attention_keys_kernel<T>, {count}, {TILE_THREADS}, Shape::shared_bytes, stream, call, mask, delta);
+  if (const unsigned count = query_blocks(p, Shape::own))
+    VLM_LAUNCH(attention_queries_kernel<T>, {count}, {TILE_THREADS}, Shape::shared_bytes, stream, call, mask, delta);
   if (call.dbias == nullptr) return;
   const int64_t bias_blocks = pieces(p.keys, Shape::other) * (call.bias_rows == 1 ? 1 : pieces(p.queries, Shape::own)) *
                               call.bias_batch * call.bias_heads;

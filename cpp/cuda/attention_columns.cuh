@@ -20,12 +20,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 2)
   typename Shape::KeyBits bits{reinterpret_cast<uint32_t*>(query + Shape::other * Shape::room), false};
 
   const AttentionProblem& p = call.problem;
-  const int64_t tiles = pieces(p.keys, Shape::own), head = blockIdx.x / tiles;
-  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
-  const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys);
-  const int64_t first_row = head * p.queries;
+  const KeyBlock at = key_block(p, p.query_heads, Shape::own);
+  const int64_t b = at.b, h = at.h, g = h / (p.query_heads / p.key_heads), j0 = at.j0, j1 = at.j1;
+  const int64_t first_row = at.head * p.queries;
   const HeadMask mask{program, b, h};
-  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+  const float* bias = bias_of(p, b, h);
   load_tile<T>(key, Shape::own, head_of(p.k, b, g) + j0 * p.k.row_stride, p.k.row_stride, j1 - j0, p.width,
                [&](int row) { return mask.exists(j0 + row); });
   float sum[R];
@@ -65,17 +64,15 @@ __global__ void __launch_bounds__(TILE_THREADS, 2)
   for (int r = 0; r < R; ++r) {
     const int64_t j = j0 + thread_row() * R + r;
     const float total = row_sum(sum[r]);
-    if (j < p.keys && thread_column() == 0) call.sums[head * p.keys + j] = total;
+    if (j < p.keys && thread_column() == 0) call.sums[at.head * p.keys + j] = total;
   }
 }
 
 template <int T>
 void launch_attention_columns(const AttentionColumnSums& call, const MaskProgram& mask, void* stream) {
   const AttentionProblem& p = call.problem;
-  const int64_t count = pieces(p.keys, BackwardShape<T>::own) * p.batch * p.query_heads;
-  if (count > 0)
-    VLM_LAUNCH(attention_columns_kernel<T>, {blocks(count)}, {TILE_THREADS}, columns_shared_bytes<T>, stream, call,
-               mask);
+  if (const unsigned count = key_blocks(p, p.query_heads, BackwardShape<T>::own))
+    VLM_LAUNCH(attention_columns_kernel<T>, {count}, {TILE_THREADS}, columns_shared_bytes<T>, stream, call, mask);
 }
 
 }  // namespace vlm::cuda

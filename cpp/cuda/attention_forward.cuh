@@ -26,12 +26,10 @@ __global__ void __launch_bounds__(TILE_THREADS, T == 1 ? 2 : 1)
   typename Shape::Bits bits{reinterpret_cast<uint32_t*>(weight + Shape::queries * Shape::weight_room), false};
 
   const AttentionProblem& p = call.problem;
-  const int64_t tiles = pieces(p.queries, Shape::queries), head = blockIdx.x / tiles;
-  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
-  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::queries;  // causal: the longest rows first
-  const int64_t i1 = smaller(i0 + Shape::queries, p.queries);
+  const QueryBlock at = query_block(p, Shape::queries);
+  const int64_t b = at.b, h = at.h, g = at.g, i0 = at.i0, i1 = at.i1;
   const HeadMask mask{program, b, h};
-  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+  const float* bias = bias_of(p, b, h);
   const float* keys = head_of(p.k, b, g);
   const float* values = head_of(p.v, b, g);
 
@@ -110,10 +108,8 @@ template <int T, int C>
 void launch_attention_forward(const AttentionForward& call, const MaskProgram& mask, void* stream) {
   using Shape = ForwardShape<T, C>;
   const AttentionProblem& p = call.problem;
-  const int64_t count = pieces(p.queries, Shape::queries) * p.batch * p.query_heads;
-  if (count == 0) return;
-  VLM_LAUNCH((attention_forward_kernel<T, C>), {blocks(count)}, {TILE_THREADS}, Shape::shared_bytes, stream, call,
-             mask);
+  if (const unsigned count = query_blocks(p, Shape::queries))
+    VLM_LAUNCH((attention_forward_kernel<T, C>), {count}, {TILE_THREADS}, Shape::shared_bytes, stream, call, mask);
 }
 
 }  // namespace vlm::cuda

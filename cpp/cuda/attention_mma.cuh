@@ -9,6 +9,31 @@
 
 namespace vlm::cuda {
 
+struct HalfHeads {
+  const uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct MutableHalfHeads {
+  uint16_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// A call whose arrays hold bf16; the q, k, v of its problem are not looked at.
+struct AttentionForwardBf16 {
+  AttentionProblem problem;
+  HalfHeads q, k, v;
+  MutableHalfHeads out;
+  float* lse;
+};
+
+inline HalfHeads halves(const Heads& t) {
+  return {reinterpret_cast<const uint16_t*>(t.data), t.batch_stride, t.head_stride, t.row_stride};
+}
+inline MutableHalfHeads halves(const MutableHeads& t) {
+  return {reinterpret_cast<uint16_t*>(t.data), t.batch_stride, t.head_stride, t.row_stride};
+}
+
 // W: columns of a row in shared memory, 64 or 128; both widths are at most that.
 template <int W>
 struct MmaShape {
@@ -44,6 +69,49 @@ VLM_DEVICE void fetch_tile(uint16_t* to, const uint16_t* from, int64_t row_strid
   }
 }
 
+// Starts the copies of N keys and values from j0 on, of the head that the mask's head reads.
+template <int W, int N, class Call>
+VLM_DEVICE void fetch_keys(const Call& call, const HeadMask& mask, int64_t j0, uint16_t* key, uint16_t* value) {
+  const AttentionProblem& p = call.problem;
+  const int64_t b = mask.b, g = mask.h / (p.query_heads / p.key_heads);
+  const auto exists = [&](int row) { return mask.exists(j0 + row); };
+  fetch_tile<W, N>(key, head_of(call.k, b, g) + j0 * call.k.row_stride, call.k.row_stride, p.keys - j0, p.width,
+                   exists);
+  fetch_tile<W, N>(value, head_of(call.v, b, g) + j0 * call.v.row_stride, call.v.row_stride, p.keys - j0,
+                   p.value_width, exists);
+}
+
+// Row lane / 4 + 8 r of this warp's 16 rows, times a factor.
+template <int COLUMNS>
+VLM_DEVICE void store_bf16(uint16_t* to, const float (&values)[COLUMNS][4], int r, int64_t width, float factor) {
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n) {
+    const int column = 8 * n + 2 * (threadIdx.x % 4);
+    const uint32_t pair = pack_bf16(values[n][2 * r] * factor, values[n][2 * r + 1] * factor);
+    if (column < width) to[column] = uint16_t(pair);
+    if (column + 1 < width) to[column + 1] = uint16_t(pair >> 16);
+  }
+}
+
+// out += s other for the 16 rows of this warp, s rounded to bf16.
+template <int W, int N>
+VLM_DEVICE void mma_add(float (&out)[W / 8][4], const float (&s)[N / 8][4], uint16_t* other) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k) {
+    const uint32_t weights[4] = {pack_bf16(s[2 * k][0], s[2 * k][1]), pack_bf16(s[2 * k][2], s[2 * k][3]),
+                                 pack_bf16(s[2 * k + 1][0], s[2 * k + 1][1]),
+                                 pack_bf16(s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+    for (int n = 0; n < W / 8; n += 2) {
+      uint32_t right[4];
+      load_matrices<true>(right, chunk_at<W>(other, 16 * k + lane % 16, 8 * n + lane / 16 * 8));
+      mma_bf16(out[n], weights, {right[0], right[1]});
+      mma_bf16(out[n + 1], weights, {right[2], right[3]});
+    }
+  }
+}
+
 // The first tile of keys at or after j0 that the queries [i0, i1) may see.
 VLM_DEVICE int64_t next_tile(const HeadMask& mask, int64_t i0, int64_t i1, int64_t j0, int64_t keys, int tile) {
   while (j0 < keys && mask.cover(i0, i1, j0, smaller(j0 + tile, keys)) == Cover::skip) j0 += tile;
@@ -70,19 +138,14 @@ __global__ void __launch_bounds__(MmaShape<W>::threads, 2)
   typename Shape::Bits bits{reinterpret_cast<uint32_t*>(values_at + 2 * Shape::tile), false};
 
   const AttentionProblem& p = call.problem;
-  const int64_t tiles = pieces(p.queries, Shape::queries), head = blockIdx.x / tiles;
-  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
-  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::queries, i1 = smaller(i0 + Shape::queries, p.queries);
+  const QueryBlock own = query_block(p, Shape::queries);
+  const int64_t b = own.b, h = own.h, i0 = own.i0, i1 = own.i1;
   const HeadMask mask{program, b, h};
-  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+  const float* bias = bias_of(p, b, h);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   const auto fetch = [&](int stage, int64_t j0) {
-    const auto exists = [&](int row) { return mask.exists(j0 + row); };
-    fetch_tile<W, Shape::keys>(keys_at + stage * Shape::tile, head_of(call.k, b, g) + j0 * call.k.row_stride,
-                               call.k.row_stride, p.keys - j0, p.width, exists);
-    fetch_tile<W, Shape::keys>(values_at + stage * Shape::tile, head_of(call.v, b, g) + j0 * call.v.row_stride,
-                               call.v.row_stride, p.keys - j0, p.value_width, exists);
+    fetch_keys<W, Shape::keys>(call, mask, j0, keys_at + stage * Shape::tile, values_at + stage * Shape::tile);
   };
 
   fetch_tile<W, Shape::queries>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, i1 - i0,
@@ -161,19 +224,7 @@ __global__ void __launch_bounds__(MmaShape<W>::threads, 2)
     for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
-#pragma unroll
-    for (int k = 0; k < Shape::keys / 16; ++k) {
-      const uint32_t weights[4] = {pack_bf16(s[2 * k][0], s[2 * k][1]), pack_bf16(s[2 * k][2], s[2 * k][3]),
-                                   pack_bf16(s[2 * k + 1][0], s[2 * k + 1][1]),
-                                   pack_bf16(s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-      for (int n = 0; n < COLUMNS; n += 2) {
-        uint32_t right[4];
-        load_matrices<true>(right, chunk_at<W>(value, 16 * k + lane % 16, 8 * n + lane / 16 * 8));
-        mma_bf16(out[n], weights, {right[0], right[1]});
-        mma_bf16(out[n + 1], weights, {right[2], right[3]});
-      }
-    }
+    mma_add<W, Shape::keys>(out, s, value);
     __syncthreads();
     j0 = after;
     stage = 1 - stage;
@@ -184,14 +235,7 @@ __global__ void __launch_bounds__(MmaShape<W>::threads, 2)
     const int64_t i = i0 + 16 * warp + lane / 4 + 8 * r;
     if (i >= p.queries) continue;
     const float factor = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
-    uint16_t* to = call.out.data + b * call.out.batch_stride + h * call.out.head_stride + i * call.out.row_stride;
-#pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) {
-      const int column = 8 * n + 2 * (lane % 4);
-      const uint32_t pair = pack_bf16(out[n][2 * r] * factor, out[n][2 * r + 1] * factor);
-      if (column < p.value_width) to[column] = uint16_t(pair);
-      if (column + 1 < p.value_width) to[column + 1] = uint16_t(pair >> 16);
-    }
+    store_bf16(head_of(call.out, b, h) + i * call.out.row_stride, out, r, p.value_width, factor);
     if (lane % 4 == 0)
       call.lse[(b * p.query_heads + h) * p.queries + i] = sum[r] > 0.0f ? top[r] + logf(sum[r]) : minus_infinity();
   }
@@ -201,9 +245,8 @@ template <int W>
 void launch_attention_mma(const AttentionForwardBf16& call, const MaskProgram& mask, void* stream) {
   using Shape = MmaShape<W>;
   const AttentionProblem& p = call.problem;
-  const int64_t count = pieces(p.queries, Shape::queries) * p.batch * p.query_heads;
-  if (count > 0)
-    VLM_LAUNCH(attention_mma_kernel<W>, {blocks(count)}, {Shape::threads}, Shape::shared_bytes, stream, call, mask);
+  if (const unsigned count = query_blocks(p, Shape::queries))
+    VLM_LAUNCH(attention_mma_kernel<W>, {count}, {Shape::threads}, Shape::shared_bytes, stream, call, mask);
 }
 
 }  // namespace vlm::cuda

@@ -8,6 +8,15 @@
 
 namespace vlm::cuda {
 
+struct AttentionBackwardBf16 {
+  AttentionProblem problem;  // as in AttentionForwardBf16
+  HalfHeads q, k, v, out;
+  const float* lse;
+  HalfHeads dout;
+  const float* dlse;  // contiguous like lse, or null for zero
+  MutableHalfHeads dq, dk, dv;
+};
+
 template <int W>
 struct MmaBackwardShape {
   // Rows of a tile of the other side. A block that owns keys holds two gradients: wide rows leave room for few scores.
@@ -20,21 +29,9 @@ struct MmaBackwardShape {
       sizeof(uint16_t) * (2 * own + 4 * keys) * W + sizeof(uint32_t) * QueryBits::words;
 };
 
-// delta_i = <dout_i, out_i> - dlse_i, a warp for each row.
 __global__ void __launch_bounds__(TILE_THREADS, 1)
     attention_delta_bf16_kernel(AttentionBackwardBf16 call, float* delta) {
-  const AttentionProblem& p = call.problem;
-  const int64_t row = int64_t(blockIdx.x) * (TILE_THREADS / 32) + threadIdx.x / 32;
-  if (row >= p.batch * p.query_heads * p.queries) return;  // a whole warp
-  const int64_t i = row % p.queries, h = row / p.queries % p.query_heads, b = row / p.queries / p.query_heads;
-  const uint16_t* out = head_of(call.out, b, h) + i * call.out.row_stride;
-  const uint16_t* dout = head_of(call.dout, b, h) + i * call.dout.row_stride;
-  float sum = 0.0f;
-  for (int64_t e = threadIdx.x % 32; e < p.value_width; e += 32)
-    sum = fmaf(float_of_bf16(out[e]), float_of_bf16(dout[e]), sum);
-#pragma unroll
-  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(all_lanes, sum, bits);
-  if (threadIdx.x % 32 == 0) delta[row] = sum - (call.dlse == nullptr ? 0.0f : call.dlse[row]);
+  put_delta(call, delta);
 }
 
 // s = the 16 rows of this warp in `own` times the N rows of `other`.
@@ -56,35 +53,16 @@ VLM_DEVICE void mma_products(uint16_t* own, uint16_t* other, float (&s)[N / 8][4
   }
 }
 
-// out += s other, s rounded to bf16.
+// Starts the copies of N queries of a head from i0 on and of the gradients of their outputs.
 template <int W, int N>
-VLM_DEVICE void mma_add(float (&out)[W / 8][4], const float (&s)[N / 8][4], uint16_t* other) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k < N / 16; ++k) {
-    const uint32_t weights[4] = {pack_bf16(s[2 * k][0], s[2 * k][1]), pack_bf16(s[2 * k][2], s[2 * k][3]),
-                                 pack_bf16(s[2 * k + 1][0], s[2 * k + 1][1]),
-                                 pack_bf16(s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-    for (int n = 0; n < W / 8; n += 2) {
-      uint32_t right[4];
-      load_matrices<true>(right, chunk_at<W>(other, 16 * k + lane % 16, 8 * n + lane / 16 * 8));
-      mma_bf16(out[n], weights, {right[0], right[1]});
-      mma_bf16(out[n + 1], weights, {right[2], right[3]});
-    }
-  }
-}
-
-// Row lane / 4 + 8 r of this warp's 16 rows.
-template <int COLUMNS>
-VLM_DEVICE void store_bf16(uint16_t* to, const float (&values)[COLUMNS][4], int r, int64_t width, float factor) {
-#pragma unroll
-  for (int n = 0; n < COLUMNS; ++n) {
-    const int column = 8 * n + 2 * (threadIdx.x % 4);
-    const uint32_t pair = pack_bf16(values[n][2 * r] * factor, values[n][2 * r + 1] * factor);
-    if (column < width) to[column] = uint16_t(pair);
-    if (column + 1 < width) to[column + 1] = uint16_t(pair >> 16);
-  }
+VLM_DEVICE void fetch_queries(const AttentionBackwardBf16& call, int64_t b, int64_t h, int64_t i0, uint16_t* query,
+                              uint16_t* dout) {
+  const AttentionProblem& p = call.problem;
+  const auto every = [](int) { return true; };
+  fetch_tile<W, N>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, p.queries - i0, p.width,
+                   every);
+  fetch_tile<W, N>(dout, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride, p.queries - i0,
+                   p.value_width, every);
 }
 
 template <int W>
@@ -100,9 +78,8 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
   typename Shape::KeyBits bits{reinterpret_cast<uint32_t*>(douts_at + 2 * TILE), false};
 
   const AttentionProblem& p = call.problem;
-  const int64_t tiles = pieces(p.keys, Shape::own), head = blockIdx.x / tiles, group = p.query_heads / p.key_heads;
-  const int64_t b = head / p.key_heads, g = head % p.key_heads;
-  const int64_t j0 = blockIdx.x % tiles * Shape::own, j1 = smaller(j0 + Shape::own, p.keys);
+  const KeyBlock own = key_block(p, p.key_heads, Shape::own);
+  const int64_t b = own.b, g = own.h, j0 = own.j0, j1 = own.j1, group = p.query_heads / p.key_heads;
   const HeadMask keys{program, b, g};  // for the key mask alone
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -117,12 +94,8 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
     return at;
   };
   const auto fetch = [&](int stage, int64_t at) {
-    const int64_t h = g * group + at / query_tiles, i0 = at % query_tiles * N;
-    const auto every = [](int) { return true; };
-    fetch_tile<W, N>(queries_at + stage * TILE, head_of(call.q, b, h) + i0 * call.q.row_stride,
-                     call.q.row_stride, p.queries - i0, p.width, every);
-    fetch_tile<W, N>(douts_at + stage * TILE, head_of(call.dout, b, h) + i0 * call.dout.row_stride,
-                     call.dout.row_stride, p.queries - i0, p.value_width, every);
+    fetch_queries<W, N>(call, b, g * group + at / query_tiles, at % query_tiles * N, queries_at + stage * TILE,
+                        douts_at + stage * TILE);
   };
 
   const auto exists = [&](int row) { return keys.exists(j0 + row); };
@@ -149,7 +122,7 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
     const int64_t first_row = (b * p.query_heads + h) * p.queries + i0;
     const float *lses = call.lse + first_row, *shifts = delta + first_row;
     const int count = int(smaller(p.queries - i0, int64_t(N)));
-    const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+    const float* bias = bias_of(p, b, h);
     if (after < end) fetch(1 - stage, after);
     copy_commit();
     bits.template fill<Shape::threads>(mask, mask.cover(i0, smaller(i0 + N, p.queries), j0, j1), i0, j0);
@@ -199,31 +172,22 @@ __global__ void __launch_bounds__(MmaBackwardShape<W>::threads, 2)
   typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(values_at + 2 * TILE), false};
 
   const AttentionProblem& p = call.problem;
-  const int64_t tiles = pieces(p.queries, Shape::own), head = blockIdx.x / tiles;
-  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
-  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * Shape::own, i1 = smaller(i0 + Shape::own, p.queries);
+  const QueryBlock own = query_block(p, Shape::own);
+  const int64_t b = own.b, h = own.h, i0 = own.i0, i1 = own.i1, first_row = own.head * p.queries;
   const HeadMask mask{program, b, h};
-  const float* bias = p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+  const float* bias = bias_of(p, b, h);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto fetch = [&](int stage, int64_t j0) {
-    const auto exists = [&](int row) { return mask.exists(j0 + row); };
-    fetch_tile<W, N>(keys_at + stage * TILE, head_of(call.k, b, g) + j0 * call.k.row_stride,
-                     call.k.row_stride, p.keys - j0, p.width, exists);
-    fetch_tile<W, N>(values_at + stage * TILE, head_of(call.v, b, g) + j0 * call.v.row_stride,
-                     call.v.row_stride, p.keys - j0, p.value_width, exists);
+    fetch_keys<W, N>(call, mask, j0, keys_at + stage * TILE, values_at + stage * TILE);
   };
-  const auto every = [](int) { return true; };
-  fetch_tile<W, Shape::own>(query, head_of(call.q, b, h) + i0 * call.q.row_stride, call.q.row_stride, i1 - i0, p.width,
-                            every);
-  fetch_tile<W, Shape::own>(dout, head_of(call.dout, b, h) + i0 * call.dout.row_stride, call.dout.row_stride, i1 - i0,
-                            p.value_width, every);
+  fetch_queries<W, Shape::own>(call, b, h, i0, query, dout);
   float dq[W / 8][4], lse[2], shift[2];
   clear(dq);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int64_t i = i0 + 16 * warp + lane / 4 + 8 * r;
-    lse[r] = i < p.queries ? call.lse[head * p.queries + i] : minus_infinity();
-    shift[r] = i < p.queries ? delta[head * p.queries + i] : 0.0f;
+    lse[r] = i < p.queries ? call.lse[first_row + i] : minus_infinity();
+    shift[r] = i < p.queries ? delta[first_row + i] : 0.0f;
   }
   int stage = 0;
   int64_t j0 = next_tile(mask, i0, i1, 0, p.keys, N);
@@ -269,18 +233,13 @@ void launch_attention_mma_backward(const AttentionBackwardBf16& call, const Mask
                                    void* stream) {
   using Shape = MmaBackwardShape<W>;
   const AttentionProblem& p = call.problem;
-  const int64_t rows = p.batch * p.query_heads * p.queries;
-  const int64_t key_blocks = pieces(p.keys, Shape::own) * p.batch * p.key_heads;
-  const int64_t query_blocks = pieces(p.queries, Shape::own) * p.batch * p.query_heads;
-  if (rows > 0)
-    VLM_LAUNCH(attention_delta_bf16_kernel, {blocks(pieces(rows, TILE_THREADS / 32))}, {TILE_THREADS}, 0, stream, call,
+  if (const unsigned count = delta_blocks(p))
+    VLM_LAUNCH(attention_delta_bf16_kernel, {count}, {TILE_THREADS}, 0, stream, call, delta);
+  if (const unsigned count = key_blocks(p, p.key_heads, Shape::own))
+    VLM_LAUNCH(attention_mma_keys_kernel<W>, {count}, {Shape::threads}, Shape::keys_shared, stream, call, mask, delta);
+  if (const unsigned count = query_blocks(p, Shape::own))
+    VLM_LAUNCH(attention_mma_queries_kernel<W>, {count}, {Shape::threads}, Shape::queries_shared, stream, call, mask,
                delta);
-  if (key_blocks > 0)
-    VLM_LAUNCH(attention_mma_keys_kernel<W>, {blocks(key_blocks)}, {Shape::threads}, Shape::keys_shared, stream, call,
-               mask, delta);
-  if (query_blocks > 0)
-    VLM_LAUNCH(attention_mma_queries_kernel<W>, {blocks(query_blocks)}, {Shape::threads}, Shape::queries_shared, stream,
-               call, mask, delta);
 }
 
 }  // namespace vlm::cuda

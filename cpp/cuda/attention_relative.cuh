@@ -15,12 +15,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
                               int64_t heads) {
   using Shape = BackwardShape<T>;
   constexpr int R = Shape::R, C = Shape::C;
-  VLM_DYN_SMEM(float, query);
-  float* dout = query + Shape::own * Shape::room;
-  float* key = dout + Shape::own * Shape::room;
-  float* value = key + Shape::other * Shape::room;
-  float* weight = value + Shape::other * Shape::room;
-  typename Shape::QueryBits bits{reinterpret_cast<uint32_t*>(weight + Shape::own * Shape::weight_room), false};
+  VLM_DYN_SMEM(float, room);
+  ScoreTiles<T> tiles(room);
 
   const AttentionProblem& p = call.problem;
   const int64_t places = p.queries + p.keys - 1, strips = pieces(places, RELATIVE_STRIP);
@@ -29,7 +25,6 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   float sum = 0.0f;
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = h0; h < h1; ++h) {
-      const int64_t g = h / (p.query_heads / p.key_heads);
       const HeadMask mask{program, b, h};
       for (int64_t i0 = 0; i0 < p.queries; i0 += Shape::own) {
         const int64_t i1 = smaller(i0 + Shape::own, p.queries), shift = t0 - (p.queries - 1);
@@ -39,19 +34,17 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
           const int64_t j1 = smaller(j0 + Shape::other, p.keys);
           const Cover cover = mask.cover(i0, i1, j0, j1);
           if (cover == Cover::skip) continue;
-          const auto exists = [&](int row) { return mask.exists(j0 + row); };
-          load_keys<T>(p, Shape::other, b, g, j0, j1, exists, key, value);
-          load_queries<T>(call, Shape::own, b, h, i0, i1, query, dout);
-          bits.template fill<TILE_THREADS>(mask, cover, i0, j0);
+          tiles.put_keys(p, mask, cover, i0, j0, j1);
+          tiles.put_queries(call, b, h, i0, i1);
           __syncthreads();
           float gradient[R][C];
-          logit_gradient(call, delta, mask, bits, i0, j0, query, dout, key, value, Shape::room, gradient);
-          put_scores(weight, Shape::weight_room, gradient);
+          tiles.logit_gradient(call, delta, mask, i0, j0, gradient);
+          put_scores(tiles.weight, Shape::weight_room, gradient);
           __syncthreads();  // after it the tiles may be overwritten too
           if (threadIdx.x >= RELATIVE_STRIP) continue;
           for (int64_t i = i0; i < i1; ++i) {
             const int64_t j = t - (p.queries - 1) + i;
-            if (j >= j0 && j < j1) sum += weight[(i - i0) * Shape::weight_room + (j - j0)];
+            if (j >= j0 && j < j1) sum += tiles.weight[(i - i0) * Shape::weight_room + (j - j0)];
           }
         }
       }

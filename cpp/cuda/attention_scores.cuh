@@ -17,6 +17,37 @@ VLM_BOTH float* head_of(const MutableHeads& t, int64_t b, int64_t h) {
 
 VLM_BOTH int round_to_4(int64_t n) { return int((n + 3) / 4 * 4); }
 
+// The tile of queries that a block owns, and the heads that it reads. The last rows come first: where the mask is
+// causal they are the longest.
+struct QueryBlock {
+  int64_t head, b, h, g, i0, i1;
+};
+VLM_DEVICE QueryBlock query_block(const AttentionProblem& p, int rows) {
+  const int64_t tiles = pieces(p.queries, rows), head = blockIdx.x / tiles;
+  const int64_t b = head / p.query_heads, h = head % p.query_heads, g = h / (p.query_heads / p.key_heads);
+  const int64_t i0 = (tiles - 1 - blockIdx.x % tiles) * rows;
+  return {head, b, h, g, i0, smaller(i0 + rows, p.queries)};
+}
+inline unsigned query_blocks(const AttentionProblem& p, int rows) {
+  return blocks(pieces(p.queries, rows) * p.batch * p.query_heads);
+}
+
+// The tile of keys that a block owns, of one of `heads` heads.
+struct KeyBlock {
+  int64_t head, b, h, j0, j1;
+};
+VLM_DEVICE KeyBlock key_block(const AttentionProblem& p, int64_t heads, int rows) {
+  const int64_t tiles = pieces(p.keys, rows), head = blockIdx.x / tiles, j0 = blockIdx.x % tiles * rows;
+  return {head, head / heads, head % heads, j0, smaller(j0 + rows, p.keys)};
+}
+inline unsigned key_blocks(const AttentionProblem& p, int64_t heads, int rows) {
+  return blocks(pieces(p.keys, rows) * p.batch * heads);
+}
+
+VLM_DEVICE const float* bias_of(const AttentionProblem& p, int64_t b, int64_t h) {
+  return p.bias.data == nullptr ? nullptr : head_of(p.bias, b, h);
+}
+
 // Existence of this thread's key among the keys of a tile, for __syncthreads_count.
 VLM_DEVICE bool my_key_exists(const HeadMask& mask, int64_t j0, int64_t keys, int tile) {
   const int64_t j = j0 + int(threadIdx.x);

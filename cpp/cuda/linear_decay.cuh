@@ -11,7 +11,7 @@ namespace vlm::cuda {
 // T: steps of 64 query/key columns, which are the rows of the state.
 template <int T>
 struct DecayShape {
-  static constexpr int chunk = 64, room = row_room<T>, narrow = row_room<1>;
+  static constexpr int chunk = LINEAR_CHUNK, room = row_room<T>, narrow = row_room<1>;
   static constexpr std::size_t shared_bytes = sizeof(float) * (2 * chunk * room + 2 * chunk * narrow + 64 * T * narrow);
 };
 
@@ -52,7 +52,7 @@ VLM_DEVICE void update_state(float* state, const float* key, const float* value,
 }
 
 template <int T>
-__global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearDecay call) {
+__global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearScan call) {
   using Shape = DecayShape<T>;
   constexpr int R = 4, C = 4;
   VLM_DYN_SMEM(float, query);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearDec
   const int64_t b = head / call.heads, h = head % call.heads, e0 = blockIdx.x % slices * 64;
   const int64_t breadth = smaller(call.value_width - e0, int64_t(64)), chunks = pieces(call.length, Shape::chunk);
   const float log_decay = call.log_decay[h];
-  const int64_t state_at = (b * call.heads + h) * call.width * call.value_width + e0;
+  const int64_t cell = call.width * call.value_width, state_at = (b * call.heads + h) * cell + e0;
   const auto head_at = [&](const Heads& t) { return t.data + b * t.batch_stride + h * t.head_stride; };
 
   for (int at = threadIdx.x; at < 64 * T * 64; at += TILE_THREADS) {
@@ -73,8 +73,21 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearDec
     const bool there = call.state != nullptr && row < call.width && column < breadth;
     state[row * Shape::narrow + column] = there ? call.state[state_at + row * call.value_width + column] : 0.0f;
   }
+  const auto put_state = [&](float* to) {
+    for (int at = threadIdx.x; at < 64 * T * 64; at += TILE_THREADS) {
+      const int row = at / 64, column = at % 64;
+      if (row < call.width && column < breadth)
+        to[row * call.value_width + column] = state[row * Shape::narrow + column];
+    }
+  };
+  // The state at the border of a chunk, where it is wanted.
+  const auto put_boundary = [&](int64_t number) {
+    if (call.boundaries == nullptr || number % call.boundary_every != 0) return;
+    const int64_t spans = pieces(chunks, call.boundary_every);
+    put_state(call.boundaries + ((b * call.heads + h) * spans + number / call.boundary_every) * cell + e0);
+  };
   for (int64_t step = 0; step < chunks; ++step) {
-    const int64_t t0 = (call.reverse ? chunks - 1 - step : step) * Shape::chunk;
+    const int64_t number = call.reverse ? chunks - 1 - step : step, t0 = number * Shape::chunk;
     const int64_t n = smaller(call.length - t0, int64_t(Shape::chunk));
     __syncthreads();
     load_tile<T>(query, Shape::chunk, head_at(call.q) + t0 * call.q.row_stride, call.q.row_stride, n, call.width,
@@ -83,6 +96,10 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearDec
     load_tile<1>(value, Shape::chunk, head_at(call.v) + t0 * call.v.row_stride + e0, call.v.row_stride, n, breadth,
                  always);
     __syncthreads();
+    if (!call.reverse)
+      put_boundary(number);
+    else if (step > 0)
+      put_boundary(number + 1);
 
     float s[R][C];
     clear(s);
@@ -119,17 +136,13 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) linear_decay_kernel(LinearDec
       return decay_power(log_decay, call.reverse ? int64_t(at) + 1 : n - 1 - at);
     });
   }
-  if (call.final_state == nullptr) return;
   __syncthreads();
-  for (int at = threadIdx.x; at < 64 * T * 64; at += TILE_THREADS) {
-    const int row = at / 64, column = at % 64;
-    if (row < call.width && column < breadth)
-      call.final_state[state_at + row * call.value_width + column] = state[row * Shape::narrow + column];
-  }
+  if (call.reverse && chunks > 0) put_boundary(0);
+  if (call.final_state != nullptr) put_state(call.final_state + state_at);
 }
 
 template <int T>
-void launch_linear_decay(const LinearDecay& call, void* stream) {
+void launch_linear_decay(const LinearScan& call, void* stream) {
   const int64_t count = call.batch * call.heads * pieces(call.value_width, 64);
   if (count > 0)
     VLM_LAUNCH(linear_decay_kernel<T>, {blocks(count)}, {TILE_THREADS}, DecayShape<T>::shared_bytes, stream, call);

@@ -26,4 +26,15 @@ VLM_DEVICE void pair_products(const Matrix& x, int64_t rows, const Matrix& y, in
   } while (e < width);
 }
 
+// Takes logits, whose largest of this thread is `high`, into the streaming maximum and sum of exponentials of their row.
+template <int C>
+VLM_DEVICE void add_to_row(const float (&s)[C], float high, float& top, float& sum) {
+  const float now = fmaxf(top, row_max(high)), reference = now == minus_infinity() ? 0.0f : now;
+  float part = 0.0f;
+#pragma unroll
+  for (int c = 0; c < C; ++c) part += expf(s[c] - reference);
+  sum = sum * expf(top - reference) + row_sum(part);
+  top = now;
+}
+
 }  // namespace vlm::cuda

@@ -52,12 +52,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 2)
         if (there && v == label) own_logits[i] = s[r][c];
         high = fmaxf(high, s[r][c]);
       }
-      const float now = fmaxf(top[r], row_max(high)), reference = now == minus_infinity() ? 0.0f : now;
-      float part = 0.0f;
-#pragma unroll
-      for (int c = 0; c < C; ++c) part += expf(s[r][c] - reference);
-      sum[r] = sum[r] * expf(top[r] - reference) + row_sum(part);
-      top[r] = now;
+      add_to_row(s[r], high, top[r], sum[r]);
     }
   }
 #pragma unroll

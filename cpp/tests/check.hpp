@@ -8,6 +8,7 @@
 #include <cstring>
 #include <exception>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,16 @@ void check_close(const std::vector<A>& got, const std::vector<B>& expected, doub
 
 inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
+template <class Body>
+void check_refused(const std::string& what, Body body) {
+  try {
+    body();
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  check(false, what + " is not refused");
 }
 
 struct Numbers {

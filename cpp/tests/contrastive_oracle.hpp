@@ -1,4 +1,5 @@
-// Contrastive losses in float64 from the definitions of vlm/contrastive.hpp, holding all pairs.
+// Contrastive losses in float64 from the definitions of vlm/contrastive.hpp, holding all pairs; and the values of the
+// plain losses made of them.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "check.hpp"
 #include "vlm/contrastive.hpp"
 
 namespace vlm::test {
@@ -113,6 +115,81 @@ struct PairOracle {
         of[3 * n + a] = teacher > 0.0 ? mean / teacher : 0.0, of[6 * n + a] = std::log(teacher);
     }
     return of;
+  }
+};
+
+// Inputs of a plain loss, with a gap after each row.
+struct PairInputs {
+  int64_t rows, columns, width, offset, stride;
+  float scale = 6.5f, bias = -2.5f;
+  std::vector<float> x, y, row_gradient, column_gradient;
+  std::vector<int64_t> row_ids, column_ids;
+
+  PairInputs(int64_t R, int64_t C, int64_t E, bool groups, int64_t offset_)
+      : rows(R), columns(C), width(E), offset(offset_), stride(E + 5) {
+    Numbers numbers(11);
+    x = numbers.normal(R * stride, 1.0f / std::sqrt(float(E + 1)));
+    y = numbers.normal(C * stride, 1.0f / std::sqrt(float(E + 1)));
+    row_gradient = numbers.normal(R);
+    column_gradient = numbers.normal(C);
+    for (int64_t i = 0; groups && i < R; ++i) row_ids.push_back((numbers.below(R / 2 + 2) - 3) * (int64_t(1) << 40));
+    for (int64_t j = 0; groups && j < C; ++j) column_ids.push_back((numbers.below(R / 2 + 2) - 2) * (int64_t(1) << 40));
+  }
+  PairProblem problem() const {
+    PairProblem p{};
+    p.rows = rows;
+    p.columns = columns;
+    p.width = width;
+    p.x = {x.data(), stride};
+    p.y = {y.data(), stride};
+    p.scale = scale;
+    p.bias = bias;
+    p.row_ids = row_ids.empty() ? nullptr : row_ids.data();
+    p.column_ids = row_ids.empty() ? nullptr : column_ids.data();
+    p.row_offset = offset;
+    p.negative_weight = 1.0f;
+    p.teacher.similar = INFINITY;
+    return p;
+  }
+};
+
+// The plain losses: rows[i] = logsumexp_j z_ij - mean of z_ij over the positives of row i, 0 if it has none (sigmoid:
+// the sum of its terms), columns likewise, and the gradients of sum row_gradient rows + sum column_gradient columns.
+struct PairValues {
+  std::vector<double> rows, columns, dx, dy;
+  double dlog_scale, dbias;
+
+  PairValues(PairLoss loss, const PairInputs& in) {
+    PairOracle all(loss, in.problem());
+    rows = values(loss, all.rows, in.rows);
+    columns = values(loss, all.columns, in.columns);
+    const std::vector<float> up_rows = upstream(loss, all.rows, in.row_gradient);
+    const std::vector<float> up_columns = upstream(loss, all.columns, in.column_gradient);
+    all.backward(loss, up_rows.data(), up_columns.data());
+    dx = all.dx, dy = all.dy, dlog_scale = all.dlog_scale, dbias = all.dbias;
+  }
+
+  // Values of numbers [7, n] (sigmoid [1, n]).
+  template <class T>
+  static std::vector<T> values(PairLoss loss, const std::vector<T>& numbers, int64_t n) {
+    if (loss == PairLoss::sigmoid) return {numbers.begin(), numbers.begin() + n};
+    std::vector<T> result(n, T(0));
+    for (int64_t i = 0; i < n; ++i)
+      if (numbers[4 * n + i] > 0) result[i] = numbers[i] - numbers[n + i] / numbers[4 * n + i];
+    return result;
+  }
+  // The gradients of the numbers [4, n] (sigmoid [1, n]) from those of the values.
+  template <class T>
+  static std::vector<float> upstream(PairLoss loss, const std::vector<T>& numbers, const std::vector<float>& gradient) {
+    const std::size_t n = gradient.size();
+    if (loss == PairLoss::sigmoid) return gradient;
+    std::vector<float> result(PAIR_GRADIENTS * n, 0.0f);
+    for (std::size_t i = 0; i < n; ++i) {
+      const float count = float(numbers[4 * n + i]);
+      result[i] = count > 0.0f ? gradient[i] : 0.0f;
+      result[n + i] = count > 0.0f ? -gradient[i] / count : 0.0f;
+    }
+    return result;
   }
 };
 

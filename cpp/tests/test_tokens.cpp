@@ -51,6 +51,14 @@ void rows(int64_t batch, int64_t from_length, int64_t length, int64_t width) {
 }
 
 void select() {
+  for (int64_t n : {0, 1, 2, 15, 16, 17, 700})
+    for (int kinds : {0, 5})
+      for (bool masks : {false, true})
+        for (int threads : {1, 3}) {
+          SelectRows rows(5, n, kinds, masks);
+          token_select(rows.call(), threads);
+          check(rows.right(), "select N" + std::to_string(n) + " kinds" + std::to_string(kinds));
+        }
   const float nan = std::numeric_limits<float>::quiet_NaN(), inf = INFINITY;
   const std::vector<float> scores = {1, 3, nan, 3, -0.0f, 0.0f, -inf, inf};
   const std::vector<uint8_t> valid = {1, 1, 1, 1, 1, 1, 1, 0}, always = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -71,28 +79,6 @@ void select() {
   check(index == std::vector<int64_t>{1, 2, 3, 6, -1, -1, -1, -1}, "select: protected besides, not valid never");
 }
 
-void weights() {
-  const std::vector<int64_t> assign = {0, 1, 1, 2, 2};
-  const std::vector<float> sizes = {3, 1, 4, 0, 0};
-  std::vector<float> w(5), totals(3);
-  token_weights({1, 5, 3, assign.data(), sizes.data(), true, w.data(), totals.data()});
-  check(w == std::vector<float>{1.0f, 0.2f, 0.8f, 0.5f, 0.5f} && totals == std::vector<float>{3, 5, 0},
-        "weights by size");
-  token_weights({1, 5, 3, assign.data(), nullptr, false, w.data(), totals.data()});
-  check(w == std::vector<float>{1.0f, 0.5f, 0.5f, 0.5f, 0.5f} && totals == std::vector<float>{1, 2, 2},
-        "weights by mean");
-}
-
-template <class Body>
-void refused(const std::string& what, Body body) {
-  try {
-    body();
-  } catch (const std::invalid_argument&) {
-    return;
-  }
-  check(false, what + " is not refused");
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -105,21 +91,21 @@ int main(int argc, char** argv) {
     rows(2, 0, 5, 8);
     rows(2, 300, 1, 400);
     select();
-    weights();
+    check_token_weights([](const TokenWeights& call) { token_weights(call); });
     const std::vector<int64_t> outside = {2}, none = {-1};
     const std::vector<float> one = {1.0f};
     std::vector<float> out(2);
-    refused("an index beyond the slots", [&] {
+    check_refused("an index beyond the slots", [&] {
       token_scatter({1, 1, 2, 1, one.data(), 1, 1, outside.data(), nullptr, out.data()}, 1);
     });
-    refused("an index beyond the rows", [&] {
+    check_refused("an index beyond the rows", [&] {
       token_gather({1, 1, 1, 1, one.data(), 1, 1, 4, outside.data(), nullptr, out.data()}, 1);
     });
-    refused("elements of no byte", [&] {
+    check_refused("elements of no byte", [&] {
       token_gather({1, 1, 1, 1, one.data(), 1, 1, 0, none.data(), nullptr, out.data()}, 1);
     });
-    refused("an unknown order", [&] { run_match(Metric(1, 1, 5, 4, 1), 1, 0, static_cast<MatchOrder>(3), 1); });
-    refused("too many merges", [&] { run_match(Metric(1, 1, 5, 4, 1), 3, 0, MatchOrder::position, 1); });
-    refused("a negative size", [&] { token_weights({1, -1, 1, nullptr, nullptr, true, nullptr, nullptr}); });
+    check_refused("an unknown order", [&] { run_match(Metric(1, 1, 5, 4, 1), 1, 0, static_cast<MatchOrder>(3), 1); });
+    check_refused("too many merges", [&] { run_match(Metric(1, 1, 5, 4, 1), 3, 0, MatchOrder::position, 1); });
+    check_refused("a negative size", [&] { token_weights({1, -1, 1, nullptr, nullptr, true, nullptr, nullptr}); });
   });
 }

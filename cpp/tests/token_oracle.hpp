@@ -132,4 +132,69 @@ struct TokenRows {
   }
 };
 
+// Rows of scores with many equals, NaN and -inf, to select from; checked against a stable sort.
+struct SelectRows {
+  int64_t batch, length;
+  std::vector<float> scores;
+  std::vector<int64_t> counts;
+  std::vector<uint8_t> valid, always;
+  std::vector<int64_t> index, found;
+
+  SelectRows(int64_t B, int64_t N, int kinds, bool masks) : batch(B), length(N) {
+    Numbers numbers(13);
+    scores = numbers.normal(B * N);
+    for (float& s : scores) {  // few values: many equals
+      if (kinds > 0) s = float(numbers.below(kinds)) - float(kinds / 2);
+      if (kinds > 0 && s == 0.0f && numbers.below(2)) s = -0.0f;
+      if (numbers.below(17) == 0) s = numbers.below(2) ? NAN : -INFINITY;
+    }
+    for (int64_t b = 0; b < B; ++b) counts.push_back(b == 0 ? 0 : b == 1 ? N + 5 : numbers.below(N + 1));
+    for (int64_t n = 0; n < (masks ? B * N : 0); ++n) {
+      valid.push_back(numbers.below(4) > 0);
+      always.push_back(numbers.below(6) == 0);
+    }
+  }
+  TokenSelect call() {
+    index.assign(batch * length, -7);
+    found.assign(batch, -7);
+    return {batch, length, scores.data(), counts.data(), valid.empty() ? nullptr : valid.data(),
+            always.empty() ? nullptr : always.data(), index.data(), found.data()};
+  }
+  bool right() const {
+    for (int64_t b = 0; b < batch; ++b) {
+      std::vector<int64_t> best, chosen;
+      for (int64_t n = 0; n < length; ++n) {
+        if (!valid.empty() && !valid[b * length + n]) continue;
+        (!always.empty() && always[b * length + n] ? chosen : best).push_back(n);
+      }
+      const auto score = [&](int64_t n) {
+        const float s = scores[b * length + n];
+        return std::isnan(s) ? -INFINITY : s;
+      };
+      std::stable_sort(best.begin(), best.end(), [&](int64_t x, int64_t y) { return score(x) > score(y); });
+      best.resize(std::min<std::size_t>(best.size(), std::size_t(counts[b])));
+      chosen.insert(chosen.end(), best.begin(), best.end());
+      std::sort(chosen.begin(), chosen.end());
+      if (found[b] != int64_t(chosen.size())) return false;
+      chosen.resize(length, -1);
+      if (!std::equal(chosen.begin(), chosen.end(), index.begin() + b * length)) return false;
+    }
+    return true;
+  }
+};
+
+// Weights of merges of 5 tokens into 3 slots; run(call) computes.
+template <class Run>
+void check_token_weights(Run run) {
+  const std::vector<int64_t> assign = {0, 1, 1, 2, 2};
+  const std::vector<float> sizes = {3, 1, 4, 0, 0};
+  std::vector<float> w(5), totals(3);
+  run(TokenWeights{1, 5, 3, assign.data(), sizes.data(), true, w.data(), totals.data()});
+  check(w == std::vector<float>{1.0f, 0.2f, 0.8f, 0.5f, 0.5f} && totals == std::vector<float>{3, 5, 0},
+        "weights by size");
+  run(TokenWeights{1, 5, 3, assign.data(), nullptr, false, w.data(), totals.data()});
+  check(w == std::vector<float>{1.0f, 0.5f, 0.5f, 0.5f, 0.5f} && totals == std::vector<float>{1, 2, 2},
+        "weights by mean");
+}
+
 }  // namespace vlm::test

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -100,6 +101,18 @@ def test_the_native_core_names_its_level():
     (found,) = doctor.check_native()
     assert found.state == "ok"
     assert "level " in found.detail
+
+
+def test_it_says_whether_the_cuda_kernels_are_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vlm._native_cuda", None)  # as where they were not built
+    absent, wanted = doctor._check_cuda_kernels(usable=False), doctor._check_cuda_kernels(usable=True)
+    assert (absent.state, absent.remedy) == ("note", None)
+    assert (wanted.state, "VLM_CUDA=ON" in wanted.remedy) == ("note", True)
+    assert "not built" in wanted.detail
+    built = types.SimpleNamespace(device_shared_bytes=lambda device: 99 << 10)
+    monkeypatch.setitem(sys.modules, "vlm._native_cuda", built)
+    assert doctor._check_cuda_kernels(usable=False).detail == "built, but there is no usable device"
+    assert doctor._check_cuda_kernels(usable=True).state == "ok"
 
 
 def test_without_torch_the_runtime_is_still_checked():

@@ -7,7 +7,7 @@ every backend and type. Letters of the shapes are those of the operator's own te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.ops import oracle
 from vlm import ops
 from vlm.ops import masks
 
@@ -68,6 +69,30 @@ def drawn(*shapes: Shape) -> list[Tensor]:
 def lengths(rows: int, length: int) -> Tensor:
     """bool [rows, length]: all, then fewer and fewer, then none."""
     return torch.arange(length)[None] < torch.arange(rows)[:, None].neg() * (length // 3) + length
+
+
+def narrow(contract: Contract, shape: tuple[int, ...]) -> list[Tensor]:
+    return [t.float() for t in contract.make(*shape)]
+
+
+def results(contract: Contract, inputs: Sequence[Tensor], backend: ops.Backend, dtype: torch.dtype = torch.float32,
+            call: Call | None = None) -> list[Tensor]:
+    """Outputs, and gradients where there are any."""
+    call = call or contract.call
+    if contract.trains:
+        return oracle.run(call, inputs, backend, dtype)
+    with torch.no_grad(), ops.backend(backend):
+        return list(call(*(t.to(dtype) for t in inputs)))
+
+
+def spread(t: Tensor, turned: bool) -> Tensor:
+    """The same values with gaps of NaN between them; `turned`: with the last axis not contiguous."""
+    if turned and t.ndim > 1:
+        return spread(t.mT, False).mT
+    buffer = torch.full([size + 3 for size in t.shape], math.nan)
+    view = buffer[tuple(slice(1, size + 1) for size in t.shape)]
+    view.copy_(t)
+    return view if t.ndim != 1 else torch.stack([t, torch.full_like(t, math.nan)], 1)[:, 0]
 
 
 # ---- attention

@@ -11,6 +11,9 @@
 #include <cstdint>
 
 #include "vlm/attention.hpp"
+#include "vlm/attention_statistics.hpp"
+#include "vlm/contrastive.hpp"
+#include "vlm/recurrent.hpp"
 #include "vlm/tokens.hpp"
 #include "vlm/view.hpp"
 
@@ -22,6 +25,11 @@ namespace vlm::cuda {
 // (`atoms`, at most 8) lie on the host, what they point to on the device, and is trusted: values are not checked.
 // `relative` is taken without a grid and without a bias; ALiBi is such a table. Softcap, temperature and dropout are
 // refused.
+//
+// With `half`, q, k, v, out and their gradients are bf16 and multiplied on tensor cores: products of bf16, sums in
+// float32, probabilities (backward: their gradients, too) rounded to bf16 for the second product, gradients rounded once.
+// Then D and V are at most 128, a bias or a table has no gradient, and data of q, k, v and dout is aligned to 16 bytes
+// with strides that are multiples of 8, so that rows can be copied in pieces of 16 bytes.
 using vlm::AttentionBackward;
 using vlm::AttentionForward;
 using vlm::AttentionProblem;
@@ -32,58 +40,15 @@ void attention_forward(const AttentionForward& call, void* workspace, void* stre
 int64_t attention_backward_workspace(const AttentionProblem& problem);
 void attention_backward(const AttentionBackward& call, void* workspace, void* stream);
 
-// The most shared memory that a block of the float32 kernels for this problem asks for; a device may have less.
+// The most shared memory that a block of any of the kernels for this problem asks for; a device may have less.
 int64_t attention_shared_bytes(const AttentionProblem& problem);
 int64_t device_shared_bytes(int device);
 
-// bf16 in and out on tensor cores: products of bf16, sums in float32, probabilities rounded to bf16 for the second
-// product. D and V at most 128. Data is aligned to 16 bytes and strides of q, k, v are multiples of 8, so that rows can
-// be copied in pieces of 16 bytes.
-struct HalfHeads {
-  const uint16_t* data;
-  int64_t batch_stride, head_stride, row_stride;
-};
-
-struct MutableHalfHeads {
-  uint16_t* data;
-  int64_t batch_stride, head_stride, row_stride;
-};
-
-struct AttentionForwardBf16 {
-  AttentionProblem problem;  // its q, k, v are not looked at; mask and bias (float32) are
-  HalfHeads q, k, v;
-  MutableHalfHeads out;
-  float* lse;
-};
-
-// The workspace is that of attention_forward.
-void attention_forward_bf16(const AttentionForwardBf16& call, void* workspace, void* stream);
-
-// Gradients in bf16, each rounded once; probabilities and their gradients are rounded to bf16 for their products. A
-// bias or a table has no gradient here. The workspace is that of attention_backward; rows of dout are aligned like
-// those of q.
-struct AttentionBackwardBf16 {
-  AttentionProblem problem;  // as above
-  HalfHeads q, k, v, out;
-  const float* lse;
-  HalfHeads dout;
-  const float* dlse;  // contiguous like lse, or null for zero
-  MutableHalfHeads dq, dk, dv;
-};
-
-void attention_backward_bf16(const AttentionBackwardBf16& call, void* workspace, void* stream);
-
 // ---- column sums of attention
 //
-// sums_bhj = sum_i weights_bhi P_bhij with P_ij = exp(s_ij - lse_i); a query of weight 0 is not read into a sum.
-struct AttentionColumnSums {
-  AttentionProblem problem;  // v is not looked at
-  const float* lse;          // [batch, query_heads, queries], contiguous
-  const float* weights;      // the same extents, contiguous; null = all 1
-  float* sums;               // [batch, query_heads, keys], contiguous
-};
+// The call is that of vlm/attention_statistics.hpp. The workspace is that of attention_forward.
+using vlm::AttentionColumnSums;
 
-// The workspace is that of attention_forward.
 void attention_column_sums(const AttentionColumnSums& call, void* workspace, void* stream);
 
 // ---- contrastive losses
@@ -94,7 +59,7 @@ void attention_column_sums(const AttentionColumnSums& call, void* workspace, voi
 // Sigmoid: rows[i] and columns[j] are the sums of softplus(-t z_ij), t = +1 on positives and -1 elsewhere.
 // Backward takes the gradient of every value. Logits are recomputed; no [R, C] buffer exists, but the workspace holds
 // 12 bytes for each column and 64 rows.
-enum class PairLoss : int { softmax = 0, sigmoid = 1 };
+using vlm::PairLoss;
 
 struct PairProblem {
   int64_t rows, columns, width;
@@ -163,21 +128,16 @@ void vocabulary_backward(const VocabularyBackward& call, void* stream);
 
 // ---- linear attention with decay
 //
-// With a = exp(log_decay[h]) and the state S [D, E] of each batch and head: S_t = a S_{t-1} + k_t v_t^T, out_t = q_t
-// S_t; `reverse` visits the last position first and decays after reading: out_t = q_t (S + k_t v_t^T), S <- a (S + k_t
-// v_t^T). So the gradients are scans as well: dq = scan(dout, v, k, state^T), dk = reverse scan(v, dout, q, dfinal^T),
-// dv = reverse scan(k, q, dout, dfinal), whose final state is the gradient of `state`. D at most 128.
-struct LinearDecay {
-  int64_t batch, heads, length, width, value_width;
-  Heads q, k, v;           // [B, H, N, D], [B, H, N, D], [B, H, N, E]
-  const float* log_decay;  // [H], <= 0
-  const float* state;      // [B, H, D, E] contiguous, or null for 0
-  bool reverse;
-  MutableHeads out;        // [B, H, N, E]
-  float* final_state;      // [B, H, D, E] contiguous, or null if not wanted
-};
+// The call is that of vlm/recurrent.hpp, with chunks of LINEAR_CHUNK positions and without `keep` and `run`. D at most
+// 128.
+using vlm::LinearScan;
 
-void linear_decay(const LinearDecay& call, void* stream);
+constexpr int64_t LINEAR_CHUNK = 64;
+
+void linear_scan(const LinearScan& call, void* stream);
+
+// The shared memory that a block asks for where q and k are `width` wide.
+int64_t linear_scan_shared_bytes(int64_t width);
 
 // ---- token reduction
 //

@@ -77,49 +77,41 @@ struct Tensors {
   }
   float scale() const { return 1.0f / std::sqrt(float(c.width)); }
 
-  AttentionProblem problem() const {
+  AttentionProblem problem() const {  // without q, k and v
     Heads b{nullptr, 0, 0, 0};
     if (c.bias) b = {bias.data(), 0, c.queries * c.keys, c.keys};
     const Heads none{nullptr, 0, 0, 0};
     return {c.batch, c.query_heads, c.key_heads, c.queries, c.keys, c.width, c.value_width, none, none, none, scale(),
             c.causal, c.offset, c.mask ? mask.data() : nullptr, c.keys, b, &window, c.window ? 1 : 0};
   }
+  static Heads halves(const std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t stride) {
+    return {reinterpret_cast<const float*>(t.data()), heads * length * stride, length * stride, stride};
+  }
+  static MutableHeads halves_to(std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t width) {
+    return {reinterpret_cast<float*>(t.data()), heads * length * width, length * width, width};
+  }
 
   void run() {
-    const auto view = [](const std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t stride) {
-      return cuda::HalfHeads{t.data(), heads * length * stride, length * stride, stride};
-    };
+    AttentionProblem half = problem();
+    half.half = true;
+    half.q = halves(q, c.query_heads, c.queries, stride_of(c.width));
+    half.k = halves(k, c.key_heads, c.keys, stride_of(c.width));
+    half.v = halves(v, c.key_heads, c.keys, stride_of(c.value_width));
     out.assign(exact.out.size(), 0x7fff);
     lse.assign(exact.lse.size(), NAN);
-    std::vector<uint8_t> covers(cuda::attention_forward_workspace(problem()), 77);
-    cuda::attention_forward_bf16(
-        {problem(),
-         view(q, c.query_heads, c.queries, stride_of(c.width)),
-         view(k, c.key_heads, c.keys, stride_of(c.width)),
-         view(v, c.key_heads, c.keys, stride_of(c.value_width)),
-         {out.data(), c.query_heads * c.queries * c.value_width, c.queries * c.value_width, c.value_width},
-         lse.data()},
-        covers.data(), nullptr);
+    std::vector<uint8_t> covers(cuda::attention_forward_workspace(half), 77);
+    cuda::attention_forward({half, halves_to(out, c.query_heads, c.queries, c.value_width), lse.data()}, covers.data(),
+                            nullptr);
     dq.assign(exact.dq.size(), 0x7fff);
     dk.assign(exact.dk.size(), 0x7fff);
     dv.assign(exact.dv.size(), 0x7fff);
-    const auto to = [](std::vector<uint16_t>& t, int64_t heads, int64_t length, int64_t width) {
-      return cuda::MutableHalfHeads{t.data(), heads * length * width, length * width, width};
-    };
-    std::vector<float> workspace(cuda::attention_backward_workspace(problem()) / 4 + 1, NAN);
-    cuda::attention_backward_bf16(
-        {problem(),
-         view(q, c.query_heads, c.queries, stride_of(c.width)),
-         view(k, c.key_heads, c.keys, stride_of(c.width)),
-         view(v, c.key_heads, c.keys, stride_of(c.value_width)),
-         view(out, c.query_heads, c.queries, c.value_width),
-         lse.data(),
-         view(dout, c.query_heads, c.queries, stride_of(c.value_width)),
-         dlse.data(),
-         to(dq, c.query_heads, c.queries, c.width),
-         to(dk, c.key_heads, c.keys, c.width),
-         to(dv, c.key_heads, c.keys, c.value_width)},
-        workspace.data(), nullptr);
+    std::vector<float> workspace(cuda::attention_backward_workspace(half) / 4 + 1, NAN);
+    cuda::attention_backward({half, halves(out, c.query_heads, c.queries, c.value_width), lse.data(),
+                              halves(dout, c.query_heads, c.queries, stride_of(c.value_width)), dlse.data(),
+                              halves_to(dq, c.query_heads, c.queries, c.width),
+                              halves_to(dk, c.key_heads, c.keys, c.width),
+                              halves_to(dv, c.key_heads, c.keys, c.value_width), nullptr, 1, 1, 1},
+                             workspace.data(), nullptr);
   }
   static std::vector<float> wide(const std::vector<uint16_t>& t) {
     std::vector<float> values;

@@ -1,4 +1,7 @@
 // Chunked linear attention with decay against the recurrence in float64, in both directions.
+#include <algorithm>
+
+#include "../recurrent_oracle.hpp"
 #include "emulated.hpp"
 #include "vlm/cuda.hpp"
 
@@ -11,7 +14,8 @@ struct Tensors {
   int64_t batch, heads, length, width, value_width;
   bool reverse, with_state;
   static constexpr int64_t gap = 3;
-  std::vector<float> q, k, v, log_decay, state, out, final_state;
+  std::vector<float> q, k, v, log_decay, state, out, final_state, boundaries;
+  int64_t every = 1;
 
   Tensors(int64_t B, int64_t H, int64_t N, int64_t D, int64_t E, bool reverse_, bool with_state_)
       : batch(B), heads(H), length(N), width(D), value_width(E), reverse(reverse_), with_state(with_state_) {
@@ -33,58 +37,53 @@ struct Tensors {
   Heads inside(const std::vector<float>& t, int64_t columns) const {
     return {t.data(), length * heads * (columns + gap), columns + gap, heads * (columns + gap)};
   }
+  LinearScan call() {
+    const MutableHeads to{out.data(), heads * length * value_width, length * value_width, value_width};
+    return {batch, heads, length, width, value_width, inside(q, width), inside(k, width), inside(v, value_width),
+            log_decay.data(), with_state ? state.data() : nullptr, nullptr, nullptr, reverse, cuda::LINEAR_CHUNK, to,
+            final_state.data(), boundaries.data(), every};
+  }
   void run() {
     out.assign(batch * heads * length * value_width, NAN);
     final_state.assign(batch * heads * width * value_width, NAN);
-    const MutableHeads to{out.data(), heads * length * value_width, length * value_width, value_width};
-    cuda::linear_decay({batch, heads, length, width, value_width, inside(q, width), inside(k, width),
-                        inside(v, value_width), log_decay.data(), with_state ? state.data() : nullptr, reverse, to,
-                        final_state.data()},
-                       nullptr);
+    const int64_t span = every * cuda::LINEAR_CHUNK;
+    boundaries.assign(batch * heads * ((length + span - 1) / span) * width * value_width, NAN);
+    cuda::linear_scan(call(), nullptr);
   }
 };
 
-struct Oracle {
-  std::vector<double> out, final_state;
-};
-
-Oracle oracle(const Tensors& t) {
-  Oracle o;
-  const int64_t D = t.width, E = t.value_width;
-  o.out.assign(t.batch * t.heads * t.length * E, 0.0);
-  o.final_state.assign(t.batch * t.heads * D * E, 0.0);
-  for (int64_t b = 0; b < t.batch; ++b)
-    for (int64_t h = 0; h < t.heads; ++h) {
-      double* S = o.final_state.data() + (b * t.heads + h) * D * E;
-      for (int64_t x = 0; x < D * E && t.with_state; ++x) S[x] = t.state[(b * t.heads + h) * D * E + x];
-      const double a = std::exp(double(t.log_decay[h]));
-      for (int64_t step = 0; step < t.length; ++step) {
-        const int64_t n = t.reverse ? t.length - 1 - step : step;
-        double* out = o.out.data() + ((b * t.heads + h) * t.length + n) * E;
-        for (int64_t d = 0; d < D; ++d)
-          for (int64_t e = 0; e < E; ++e) {
-            double& s = S[d * E + e];
-            if (!t.reverse) s *= a;
-            s += double(t.k[t.at(b, n, h, D) + d]) * t.v[t.at(b, n, h, E) + e];
-            out[e] += t.q[t.at(b, n, h, D) + d] * s;
-            if (t.reverse) s *= a;
-          }
-      }
-    }
-  return o;
+// The states at the borders of spans are the last ones of shorter sequences.
+std::vector<double> borders(Tensors& t) {
+  const int64_t span = t.every * cuda::LINEAR_CHUNK, spans = (t.length + span - 1) / span;
+  const int64_t cell = t.width * t.value_width;
+  std::vector<double> states(t.batch * t.heads * spans * cell);
+  for (int64_t i = 0; i < spans; ++i) {
+    LinearScan part = t.call();
+    const int64_t start = i * span;
+    part.length = t.reverse ? t.length - start : start;
+    if (t.reverse)
+      for (Heads* h : {&part.q, &part.k, &part.v}) h->data += start * h->row_stride;
+    const ScanAnswer o = scan_oracle(part);
+    for (int64_t head = 0; head < t.batch * t.heads; ++head)
+      std::copy_n(o.last.begin() + head * cell, cell, states.begin() + (head * spans + i) * cell);
+  }
+  return states;
 }
 
-bool close(const Tensors& t, const Oracle& o) {
-  return error_between(t.out, o.out) <= 2e-6 && error_between(t.final_state, o.final_state) <= 2e-6;
+bool close(Tensors& t, const ScanAnswer& o, const std::vector<double>& states) {
+  return error_between(t.out, o.out) <= 2e-6 && error_between(t.final_state, o.last) <= 2e-6 &&
+         error_between(t.boundaries, states) <= 2e-6;
 }
 
 void compare(const Tensors& given) {
   Tensors t = given;
-  const Oracle o = oracle(t);
+  const ScanAnswer o = scan_oracle(t.call());
+  const std::vector<double> states = borders(t);
   in_every_mode([&](const std::string& mode) {
     t.run();
     check_close(t.out, o.out, 2e-6, t.name() + " " + mode + " out");
-    check_close(t.final_state, o.final_state, 2e-6, t.name() + " " + mode + " state");
+    check_close(t.final_state, o.last, 2e-6, t.name() + " " + mode + " state");
+    check_close(t.boundaries, states, 2e-6, t.name() + " " + mode + " borders");
   });
 }
 
@@ -99,12 +98,13 @@ int main() {
       for (int64_t n : {63, 64, 65}) compare({1, 3, n, 17, 9, reverse, true});
       compare({2, 3, 130, 65, 70, reverse, true});
       compare({1, 2, 100, 128, 64, reverse, false});
-      const Tensors small(1, 2, 150, 16, 16, reverse, true);
-      const Oracle o = oracle(small);
+      Tensors small(1, 2, 150, 16, 16, reverse, true);
+      const ScanAnswer o = scan_oracle(small.call());
+      const std::vector<double> states = borders(small);
       every_barrier_is_needed("linear decay", [&] {
         Tensors t = small;
         t.run();
-        return close(t, o);
+        return close(t, o, states);
       });
     }
   });

@@ -105,28 +105,6 @@ void merge_conserves() {
   check_close(after, before, 1e-5, "core tome: a merge conserves the weighted sum and the sizes");
 }
 
-void weights() {
-  const std::vector<int64_t> assign = {0, 1, 1, 2, 2};
-  const std::vector<float> sizes = {3, 1, 4, 0, 0};
-  std::vector<float> w(5), totals(3);
-  cuda::token_weights({1, 5, 3, assign.data(), sizes.data(), true, w.data(), totals.data()}, nullptr);
-  check(w == std::vector<float>{1.0f, 0.2f, 0.8f, 0.5f, 0.5f} && totals == std::vector<float>{3, 5, 0},
-        "weights by size");
-  cuda::token_weights({1, 5, 3, assign.data(), nullptr, false, w.data(), totals.data()}, nullptr);
-  check(w == std::vector<float>{1.0f, 0.5f, 0.5f, 0.5f, 0.5f} && totals == std::vector<float>{1, 2, 2},
-        "weights by mean");
-}
-
-template <class Body>
-void refused(const std::string& what, Body body) {
-  try {
-    body();
-  } catch (const std::invalid_argument&) {
-    return;
-  }
-  check(false, what + " is not refused");
-}
-
 }  // namespace
 
 int main() {
@@ -145,12 +123,12 @@ int main() {
     gather_of_any_type<uint16_t>();
     gather_of_any_type<uint64_t>();
     merge_conserves();
-    weights();
-    refused("too many merges", [] { run_match(Metric(1, 1, 5, 4, 1), 3, 0, MatchOrder::position); });
-    refused("a negative size", [] {
+    check_token_weights([](const TokenWeights& call) { cuda::token_weights(call, nullptr); });
+    check_refused("too many merges", [] { run_match(Metric(1, 1, 5, 4, 1), 3, 0, MatchOrder::position); });
+    check_refused("a negative size", [] {
       cuda::token_weights({1, -1, 1, nullptr, nullptr, true, nullptr, nullptr}, nullptr);
     });
-    refused("elements of 3 bytes", [] {
+    check_refused("elements of 3 bytes", [] {
       cuda::token_gather({1, 1, 1, 1, nullptr, 1, 1, 3, nullptr, nullptr, nullptr}, nullptr);
     });
     const Metric t(1, 2, 140, 70, 7);

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm.ops.attention_bias import AnyBias, lowered
-from vlm.ops.attention_cuda import attention_cuda, attention_cuda_takes
-from vlm.ops.attention_native import native_attention
+from vlm.ops.attention_native import cuda_attends, native_attention
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.backend import use_native
+from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.masks import Alignment, Atom, MaskProgram, MaskShape, key_mask_of
 
 Score = Literal["dot", "cosine"]
@@ -77,6 +77,7 @@ def attention(
 
     A query with no allowed key gets output 0, lse -inf, and gives no gradient. Half-precision input is returned in its
     own type; the native core multiplies bfloat16 as it is where the processor does that, and computes in float32 elsewhere.
+    On a GPU without the compiled kernels, and for what they do not take (docs/kernels/cuda.md), plain torch computes.
     Raises ValueError on shapes or dtypes that do not fit. Source: core-exact-attention, swin-v2 for the cosine.
     """
     q, k, v = _under_autocast(q, k, v)
@@ -93,19 +94,18 @@ def attention(
     plain = not exporting and key_mask is None and bias is None and mask is None and temperature is None and not softcap \
         and dropout is None and not return_lse and (not causal or q.shape[2] == k.shape[2])
     given = bias if isinstance(bias, Tensor) else None
-    simple = mask is None and temperature is None and not softcap and dropout is None and (bias is None or given is not None)
-    if simple and attention_cuda_takes(q, k, v, given):
-        offset = k.shape[2] - q.shape[2] if alignment == "bottom-right" else 0
-        out, lse = attention_cuda(q, k, v, key_mask, given, q.shape[3] ** -0.5 if scale is None else scale, causal, offset)
-        return (out, lse) if return_lse else out
-    if not use_native(q, k, v, given, temperature, prefer_torch=plain and _torch_is_faster(q, k, v)):
+    def cuda() -> bool:
+        extras = temperature is not None or bool(softcap) or dropout is not None
+        return cuda_attends(q, v.shape[3], 0 if mask is None else len(mask.atoms), extras)
+
+    if not use_native(q, k, v, given, temperature, prefer_torch=plain and _torch_is_faster(q, k, v), cuda=cuda):
         with torch.autocast(q.device.type, enabled=False):
             if temperature is not None:
                 q, k = F.normalize(q, dim=-1) * temperature.to(q.dtype)[:, None, None], F.normalize(k, dim=-1)
             return attention_reference(q, k, v, causal=causal, alignment=alignment, key_mask=key_mask, bias=bias,
                                        scale=scale, mask=mask, softcap=softcap, dropout=dropout, return_lse=return_lse)
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
-    pairs, relative = lowered(bias, shape)
+    pairs, relative = lowered(bias, shape, grids=cuda_kernels_of(q) is None)
     if pairs is not None:
         pairs = pairs.float()
         if pairs.shape[3] != k.shape[2]:  # one number for all keys: the kernel wants a contiguous last axis

@@ -165,11 +165,11 @@ def written_out(bias: AnyBias | None, shape: MaskShape) -> Tensor | None:
     return bias if bias is None or isinstance(bias, Tensor) else bias.dense(shape)
 
 
-def lowered(bias: AnyBias | None, shape: MaskShape) -> tuple[Tensor | None, Relative | None]:
-    """(bias pair by pair, bias by relative position) for the native core."""
+def lowered(bias: AnyBias | None, shape: MaskShape, grids: bool = True) -> tuple[Tensor | None, Relative | None]:
+    """(bias pair by pair, bias by relative position) for compiled kernels. grids: whether they take tables on a grid."""
     if bias is None or isinstance(bias, Tensor):
         return bias, None
-    if isinstance(bias, KeyBias) or (isinstance(bias, GridBias) and bias.small):
+    if isinstance(bias, KeyBias) or (isinstance(bias, GridBias) and (bias.small or not grids)):
         return bias.dense(shape), None
     return None, bias.relative(shape)
 

@@ -1,20 +1,22 @@
-"""Which implementation an operator uses: the native core or its plain-torch twin.
+"""Which implementation an operator uses: compiled kernels (the native core, or those of a GPU) or its plain-torch twin.
 
 The choice is made per call from three facts: the override below, the tensors (the native core takes float32 on the
 CPU, some operators bfloat16; other half precision is converted; everything else goes to the twin), and whether the
-graph is being exported (the twin is made of exportable operators). Whether the compiled module is there is resolved
-once, at import.
+graph is being exported (the twin is made of exportable operators). Tensors of a GPU are taken where the CUDA kernels were
+built and the operator has one for the call. Which compiled modules are there is resolved once, at import.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from vlm.ops.cuda_core import cuda_kernels_of
 
 try:
     _native: Any = importlib.import_module("vlm._native")
@@ -44,7 +46,7 @@ def current_backend() -> Backend:
 def backend(name: Backend) -> Iterator[None]:
     """Within the block every operator uses `name`; meant for tests and measurements.
 
-    `native` raises if the tensors cannot be taken by the native core, instead of falling back quietly.
+    `native` raises if the tensors cannot be taken by compiled kernels, instead of falling back quietly.
     The switch is process-wide, not per thread.
     """
     global _override
@@ -62,15 +64,30 @@ def native_takes(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES) for t in tensors)
 
 
-def use_native(*tensors: Tensor | None, prefer_torch: bool = False) -> bool:
-    """Decide for one call. `prefer_torch`: measured to be faster in torch for this shape, used under `auto` only."""
+def always() -> bool:
+    """For `cuda` of `use_native`: the kernels take whatever the operator takes."""
+    return True
+
+
+def use_native(*tensors: Tensor | None, prefer_torch: bool = False, cuda: Callable[[], bool] | None = None) -> bool:
+    """Whether compiled kernels compute this call. See `kernels.launch_on` for which.
+
+    prefer_torch: measured to be faster in torch for this shape on the CPU, used under `auto` only.
+    cuda: whether the CUDA kernels take this call, asked where they serve the tensors; None: there is none for it.
+    """
     if _override == "torch":
         return False
-    takes = NATIVE_AVAILABLE and native_takes(*tensors)
+    given = [t for t in tensors if t is not None]
+    on_device = bool(given) and any(cuda_kernels_of(t) is not None for t in given)
+    if on_device:
+        takes = cuda is not None and len({t.device for t in given}) == 1 and all(t.dtype in _NATIVE_DTYPES for t in given) and cuda()
+    else:
+        takes = NATIVE_AVAILABLE and native_takes(*tensors)
     if _override == "native":
         if not takes:
-            kinds = ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
-            raise ValueError(f"the native core takes float32, bfloat16 or float16 on the CPU, got {kinds}"
-                             + ("" if NATIVE_AVAILABLE else " (and the compiled module is missing)"))
+            kinds = ", ".join(f"{t.dtype} on {t.device}" for t in given)
+            wanted = "the CUDA kernels do not take this call" if on_device else \
+                "the native core takes float32, bfloat16 or float16 on the CPU"
+            raise ValueError(f"{wanted}, got {kinds}" + ("" if NATIVE_AVAILABLE else " (and the compiled module is missing)"))
         return True
-    return takes and not prefer_torch and not torch.compiler.is_exporting()
+    return takes and not (prefer_torch and not on_device) and not torch.compiler.is_exporting()

@@ -25,7 +25,7 @@ from vlm.ops.contrastive_reference import (
     pair_sigmoid_reference,
     pair_statistics_reference,
 )
-from vlm.ops.cuda_core import cuda_takes
+from vlm.ops.cuda_core import cuda_kernels_of
 
 Smoothing = float | tuple[Tensor, Tensor]
 Listed = tuple[Tensor, Tensor]
@@ -84,9 +84,10 @@ def contrastive_softmax(
                              f"{tuple(queue.shape)}" + ("" if teacher is None else " and a teacher"))
     smooth = isinstance(smoothing, tuple) or smoothing > 0
     simple = relations.plain and not smooth and listed_x is listed_y is queue_x is queue_y is None
-    native = use_native(x, y, log_scale, prefer_torch=simple and groups_x is None and _is_small(x, y))
-    x, y, log_scale = _widen(native, x, y, log_scale)
-    if simple and cuda_takes(x, y, log_scale):
+    native = use_native(x, y, log_scale, prefer_torch=simple and groups_x is None and _is_small(x, y), cuda=lambda: simple)
+    on_device = native and cuda_kernels_of(x) is not None
+    x, y, log_scale = _widen(native and not on_device, x, y, log_scale)
+    if on_device:
         rows, columns, _, _ = pair_loss_cuda("softmax", x, y, log_scale, None, relations.groups_x, relations.groups_y, row_offset)
         return rows, columns
     with torch.autocast(x.device.type, enabled=False):
@@ -142,10 +143,11 @@ def contrastive_sigmoid(
     if negative_weight < 0:
         raise ValueError(f"contrastive loss: negative_weight is {negative_weight}; expected at least 0")
     simple = relations.plain and labels is None and negative_weight == 1 and listed is None
-    native = use_native(x, y, log_scale, bias, prefer_torch=simple and groups_x is None and _is_small(x, y))
-    x, y, log_scale, bias = _widen(native, x, y, log_scale, bias)
+    native = use_native(x, y, log_scale, bias, prefer_torch=simple and groups_x is None and _is_small(x, y), cuda=lambda: simple)
+    on_device = native and cuda_kernels_of(x) is not None
+    x, y, log_scale, bias = _widen(native and not on_device, x, y, log_scale, bias)
     stacked = None if labels is None else torch.stack([p.detach().to(log_scale.dtype) for p in labels])
-    if simple and cuda_takes(x, y, log_scale, bias):
+    if on_device:
         rows, columns, _, _ = pair_loss_cuda("sigmoid", x, y, log_scale, bias, relations.groups_x, relations.groups_y, row_offset)
         return rows, columns
     with torch.autocast(x.device.type, enabled=False):

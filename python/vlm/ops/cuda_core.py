@@ -1,7 +1,7 @@
-"""The compiled CUDA kernels: whether they are there, and what every call of them needs.
+"""The compiled CUDA kernels: whether they are there, which tensors they serve, and what every call of them needs.
 
-`vlm._native_cuda` is built with VLM_CUDA=ON (see docs/kernels/cuda.md) and looked for when the first CUDA tensor asks.
-Kernels run in the current stream of the tensors' device. Nothing here has run on a GPU yet.
+`vlm._native_cuda` is built with VLM_CUDA=ON, see docs/kernels/cuda.md. It loads without a driver, so it is looked for at import.
+Nothing of it has run on a GPU yet. Tests put the same module, built over an emulation, in its place.
 """
 
 from __future__ import annotations
@@ -10,48 +10,83 @@ import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import current_backend
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+@dataclass(frozen=True, eq=False)
+class CudaKernels:
+    """A compiled module, and the type of the devices whose tensors it takes."""
+
+    module: Any
+    device_type: str
 
 
-@functools.cache
-def cuda_module() -> Any:
-    """The compiled module, None where it was not built or torch sees no GPU."""
-    if not torch.cuda.is_available():
-        return None
+def _installed() -> CudaKernels | None:
     try:
-        return importlib.import_module("vlm._native_cuda")
-    except ImportError:
+        module = importlib.import_module("vlm._native_cuda")
+    except ImportError:  # not built, as in the wheel; `vlm doctor` says so
         return None
+    return CudaKernels(module, module.device_type)
 
 
-def cuda_takes(*tensors: Tensor | None) -> bool:
-    """Whether the CUDA kernels compute this call: all tensors on one GPU, in float32 or a half precision.
+_kernels: CudaKernels | None = _installed()
 
-    Never while a graph is exported, and not inside `backend("torch")`.
-    """
-    given = [t for t in tensors if t is not None]
-    if not given or any(not t.is_cuda for t in given) or current_backend() == "torch" or torch.compiler.is_exporting():
-        return False
-    return len({t.device for t in given}) == 1 and all(t.dtype in _DTYPES for t in given) and cuda_module() is not None
+
+def installed_cuda_kernels() -> CudaKernels | None:
+    """The kernels in force: `vlm._native_cuda`, None where it was not built."""
+    return _kernels
 
 
 @contextmanager
-def launch_on(tensor: Tensor) -> Iterator[tuple[Any, int]]:
-    """The module and the stream's address, with the tensor's device made current."""
-    with torch.cuda.device(tensor.device):
-        yield cuda_module(), torch.cuda.current_stream(tensor.device).cuda_stream
+def cuda_kernels(module: Any) -> Iterator[None]:
+    """Within the block `module` serves in place of `vlm._native_cuda`, for tensors of the device type that it names itself.
+
+    For tests: over the emulation it names the CPU, and tensors of the CPU go every way that those of a GPU go. The switch
+    is process-wide, not per thread.
+    """
+    global _kernels
+    previous, _kernels = _kernels, CudaKernels(module, module.device_type)
+    try:
+        yield
+    finally:
+        _kernels = previous
 
 
-def readable(t: Tensor) -> Tensor:
-    """The same values with a contiguous last axis."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+def cuda_kernels_of(t: Tensor) -> CudaKernels | None:
+    """What serves this tensor, None where nothing compiled for a GPU does: on other devices, and on GPUs before sm_80."""
+    if _kernels is None or t.device.type != _kernels.device_type:
+        return None
+    return _kernels if t.device.type != "cuda" or _runs_on(t.device.index or 0) else None
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(index: int) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def block_fits(query: str, sizes: tuple[int, ...] | int, index: int) -> bool:
+    """Whether blocks on device `index` may ask for the shared memory that the module's `query` names for these sizes."""
+    return _kernels is not None and _block_fits(_kernels, query, sizes, index)
+
+
+@functools.cache
+def _block_fits(kernels: CudaKernels, query: str, sizes: tuple[int, ...] | int, index: int) -> bool:
+    return bool(getattr(kernels.module, query)(sizes) <= kernels.module.device_shared_bytes(index))
+
+
+@contextmanager
+def on_device_of(t: Tensor) -> Iterator[int]:
+    """The address of the current stream of the tensor's device, which is made current."""
+    if t.device.type != "cuda":  # emulated: there are no streams
+        yield 0
+        return
+    with torch.cuda.device(t.device):
+        yield torch.cuda.current_stream(t.device).cuda_stream
 
 
 def workspace(like: Tensor, size: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm.ops.backend import use_native
-from vlm.ops.linear_decay_native import native_linear_decay
+from vlm.ops.linear_decay_native import cuda_decays, native_linear_decay
 from vlm.ops.linear_decay_reference import linear_decay_reference, runs_of
 
 CHUNK = 64
@@ -53,7 +53,7 @@ def linear_decay(
     state = None if state is None else state.to(wide)
     if chunk is None:
         chunk = 1 if not torch.compiler.is_exporting() and q.shape[2] <= FEW else CHUNK
-    if not use_native(q, k, v, log_decay, state):
+    if not use_native(q, k, v, log_decay, state, cuda=lambda: cuda_decays(q, v, key_mask, run)):
         with torch.autocast(q.device.type, enabled=False):
             return linear_decay_reference(q, k, v, log_decay, state=state, key_mask=key_mask, run=run, chunk=chunk)
     out, last, _ = native_linear_decay(q.float(), k.float(), v.float(), log_decay, state, key_mask, run, chunk, 0)

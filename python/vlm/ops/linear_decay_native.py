@@ -1,6 +1,7 @@
-"""The native linear attention as torch operators: shapes for the compiler, gradients, addresses for the core.
+"""The native linear attention as torch operators: shapes for the compiler, gradients, addresses for the kernels.
 
-B batch, H heads, N positions, D query/key width, E value width. All float32 on the CPU.
+B batch, H heads, N positions, D query/key width, E value width. All float32. The kernels of a GPU take chunks of 64 positions
+whatever is asked for, widths up to 128, and neither `key_mask` nor `run`.
 Results are laid out as [B, N, H, E] in memory and returned as [B, H, N, E], so that merging the heads is free.
 """
 
@@ -9,19 +10,18 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import core
+from vlm.ops.cuda_core import block_fits
+from vlm.ops.kernels import address, launch_on, readable, view
 
 BACKWARD_CHUNK = 64
 SPAN = 2
 """The gradient of the decay is put together from spans of so many chunks; each keeps two states."""
 
 
-def _readable(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-def _view(t: Tensor) -> tuple[int, int, int, int]:
-    return (t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+def cuda_decays(q: Tensor, v: Tensor, key_mask: Tensor | None, run: Tensor | None) -> bool:
+    """Whether the CUDA kernels compute this call, and its gradients, in which widths change their places."""
+    width = max(q.shape[3], v.shape[3])
+    return key_mask is None and run is None and width <= 128 and block_fits("linear_scan_shared_bytes", width, q.device.index or 0)
 
 
 def _spans(length: int, chunk: int, every: int) -> int:
@@ -31,18 +31,18 @@ def _spans(length: int, chunk: int, every: int) -> int:
 def _scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, key_mask: Tensor | None,
           run: Tensor | None, chunk: int, every: int, reverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, H, N, E], last state [B, H, D, E], states at the span borders [B, H, spans, D, E])."""
-    q, k, v, log_decay = _readable(q), _readable(k), _readable(v), log_decay.contiguous()
+    q, k, v, log_decay = readable(q), readable(k), readable(v), log_decay.contiguous()
     state = None if state is None else state.contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
     run = None if run is None else run.to(torch.int32).contiguous()
-    out, last, borders = _results(q, v, chunk, every)
-    core().linear_scan(
-        sizes=(*q.shape, v.shape[3]), q=_view(q), k=_view(k), v=_view(v), log_decay=log_decay.data_ptr(),
-        state=0 if state is None else state.data_ptr(), keep=0 if key_mask is None else key_mask.data_ptr(),
-        run=0 if run is None else run.data_ptr(), reverse=reverse, chunk=chunk, out=_view(out),
-        final_state=last.data_ptr(), boundaries=borders.data_ptr() if every else 0, boundary_every=every,
-        threads=torch.get_num_threads(),
-    )
+    with launch_on(q) as launch:
+        chunk = BACKWARD_CHUNK if launch.cuda else chunk
+        out, last, borders = _results(q, v, chunk, every)
+        launch.module.linear_scan(
+            sizes=(*q.shape, v.shape[3]), q=view(q), k=view(k), v=view(v), log_decay=log_decay.data_ptr(), state=address(state),
+            keep=address(key_mask), run=address(run), reverse=reverse, chunk=chunk, out=view(out), final_state=last.data_ptr(),
+            boundaries=borders.data_ptr() if every else 0, boundary_every=every, **launch.place,
+        )
     return out, last, borders
 
 
@@ -53,7 +53,7 @@ def _results(q: Tensor, v: Tensor, chunk: int, every: int) -> tuple[Tensor, Tens
     return out, q.new_empty((batch, heads, width, v.shape[3])), borders
 
 
-@torch.library.custom_op("vlm::linear_decay", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("vlm::linear_decay", mutates_args=(), device_types=("cpu", "cuda"))
 def native_linear_decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Optional[Tensor],  # noqa: UP045
                         key_mask: Optional[Tensor], run: Optional[Tensor],  # noqa: UP045
                         chunk: int, every: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, 
     return _results(q, v, chunk, every)
 
 
-@torch.library.custom_op("vlm::linear_decay_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("vlm::linear_decay_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def native_linear_decay_backward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Optional[Tensor],  # noqa: UP045
                                  key_mask: Optional[Tensor], run: Optional[Tensor],  # noqa: UP045
                                  last: Tensor, dout: Tensor, dlast: Tensor,
@@ -107,7 +107,7 @@ def _decay_gradient(by_query: Tensor, by_key: Tensor, flow: Tensor, key_mask: Te
         gone = ~key_mask[:, None]
         by_query, by_key = by_query.masked_fill(gone, 0.0), by_key.masked_fill(gone, 0.0)
     spans = flow.shape[2] - 1
-    exists = torch.ones(by_query.shape[0], length, dtype=torch.float64) if key_mask is None else key_mask.double()
+    exists = by_query.new_ones(by_query.shape[0], length) if key_mask is None else key_mask.double()
     pad = spans * span - length
     exists, net = (torch.nn.functional.pad(t, (0, pad)).unflatten(-1, (spans, span)) for t in (exists, by_query - by_key))
     count = exists.cumsum(-1)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from vlm.ops.attention_bias import AnyBias, lowered, written_out
+from vlm.ops.attention_native import cuda_attends
 from vlm.ops.backend import use_native
+from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.masks import Alignment, Atom, LoweredMask, MaskProgram, MaskShape, key_mask_of
 from vlm.ops.statistics_native import native_column_sums, native_row_statistics, native_rows
 from vlm.ops.statistics_reference import (
@@ -102,7 +104,7 @@ def attention_rows(q: Tensor, k: Tensor, rows: Tensor, **options: Unpack[Attenti
     """P of chosen queries: rows int64 [R] or [B, R] -> [B, H, R, M]. Row -1 stands for none and gives zeros."""
     p = _prepare(q, k, options)
     rows = _indices("rows", rows, q.shape[0])
-    if p.native:
+    if p.native and not p.cuda:
         return native_rows(*p.native_arguments(), rows)
     return _plain(p, lambda: rows_reference(p.q, p.k, rows, **p.twin_arguments()))
 
@@ -194,6 +196,7 @@ class _Problem(NamedTuple):
     causal: bool
     alignment: Alignment
     native: bool
+    cuda: bool  # compiled kernels of a GPU: they have no rows, entropies and best keys
 
     @property
     def shape(self) -> MaskShape:
@@ -212,7 +215,7 @@ class _Problem(NamedTuple):
         return bias if bias is None else self._cooled(bias)
 
     def native_arguments(self) -> tuple[Any, ...]:
-        pairs, relative = lowered(self.bias, self.shape)
+        pairs, relative = lowered(self.bias, self.shape, grids=not self.cuda)
         bias = None if pairs is None else self._cooled(pairs.float())
         values, grid = (None, (0, 0)) if relative is None else (self._cooled(relative.values.float()), relative.grid)
         code, arrays, dense = LoweredMask([], None, None) if self.mask is None else self.mask.lower(self.shape)
@@ -237,13 +240,15 @@ def _prepare(q: Tensor, k: Tensor, options: AttentionOptions) -> _Problem:
     key_mask = _check(q, k, alignment, options.get("key_mask"), given, temperature, softcap)
     if isinstance(mask, Atom):
         mask = MaskProgram(mask)
-    native = use_native(q, k, given)
+    atoms = 0 if mask is None else len(mask.atoms)
+    native = use_native(q, k, given, cuda=lambda: cuda_attends(q, 0, atoms, softcap is not None))
+    cuda = native and cuda_kernels_of(q) is not None
     if native:
         q, k = q.float(), k.float()
     scale = options.get("scale")
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
     problem = _Problem(q, k, key_mask, mask, bias, scale, (softcap or 0.0) / temperature, temperature, options.get("causal", False),
-                       alignment, native)
+                       alignment, native, cuda)
     padding = None if mask is None else mask.key_mask(problem.shape)
     if padding is not None:
         problem = problem._replace(key_mask=padding if key_mask is None else key_mask & padding)
@@ -297,7 +302,7 @@ def _logits(p: _Problem) -> Tensor:
 
 
 def _row_statistics(p: _Problem, everything: bool) -> RowStatistics:
-    if p.native:
+    if p.native and not (p.cuda and everything):
         return RowStatistics(*native_row_statistics(*p.native_arguments(), everything))
     return _plain(p, lambda: RowStatistics(*row_statistics_reference(_logits(p))))
 

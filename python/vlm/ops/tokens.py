@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import use_native
+from vlm.ops.backend import always, use_native
 from vlm.ops.tokens_native import native_gather, native_match, native_merge_weights, native_scatter
 from vlm.ops.tokens_reference import (
     gather_reference,
@@ -58,7 +58,7 @@ def bipartite_match(metric: Tensor, r: int, protect: int = 1, *, order: MatchOrd
     if protect < 0 or not 0 <= r <= max(metric.shape[-2] - protect, 0) // 2:
         raise ValueError(f"bipartite_match: r is {r}, expected 0 to {max(metric.shape[-2] - protect, 0) // 2} for "
                          f"{metric.shape[-2]} tokens of which {protect} are protected")
-    if use_native(metric):
+    if use_native(metric, cuda=always):
         return Matching(*native_match(metric.float(), r, protect, _ORDERS.index(order)))
     with torch.autocast(metric.device.type, enabled=False):
         return Matching(*match_reference(metric.mean(1) if metric.ndim == 4 else metric, r, protect, order))
@@ -79,7 +79,7 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching,
         raise ValueError(f"merge_tokens: sizes must be {tuple(x.shape[:2])}, got {tuple(sizes.shape)}")
     slots, by_size, work = matching.kept.shape[1], weighting == "size", torch.promote_types(x.dtype, torch.float32)
     sizes = None if sizes is None else sizes.detach().to(work)
-    if use_native(x):
+    if use_native(x, cuda=always):
         weights, totals = native_merge_weights(matching.assign, sizes, slots, by_size)
         return native_scatter(x.float(), matching.assign, weights, slots).to(x.dtype), totals
     with torch.autocast(x.device.type, enabled=False):
@@ -112,7 +112,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     flat = x.flatten(2) if x.ndim > 2 else x[..., None]
     _rows("gather_tokens", flat, index, whole=False)
     # Copies are made in x's own type. Integers and a few numbers a row are torch's: the call would cost more than the work.
-    native = flat.is_floating_point() and use_native(flat, prefer_torch=flat.shape[2] < 8)
+    native = flat.is_floating_point() and use_native(flat, prefer_torch=flat.shape[2] < 8, cuda=always)
     rows = native_gather(flat, index, None) if native else gather_reference(flat, index)
     return rows.reshape(x.shape[0], index.shape[1], *x.shape[2:])
 
@@ -123,7 +123,7 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
     An index of -1 drops the row. Distinct indices put kept rows back where they were. Differentiable in x.
     """
     _rows("scatter_tokens", x, index)
-    if use_native(x):
+    if use_native(x, cuda=always):
         return native_scatter(x.float(), index, None, length).to(x.dtype)
     return scatter_reference(x, index, None, length)
 

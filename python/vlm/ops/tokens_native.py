@@ -1,28 +1,30 @@
-"""Native token reduction as torch operators. B batch, N tokens, K kept ones or slots, C width. On the CPU."""
+"""Native token reduction as torch operators. B batch, N tokens, K kept ones or slots, C width. On the CPU and on GPUs."""
 
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import core
+from vlm.ops.cuda_core import workspace
+from vlm.ops.kernels import address, launch_on, readable
 
 
-def _readable(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-@torch.library.custom_op("vlm::bipartite_match", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("vlm::bipartite_match", mutates_args=(), device_types=("cpu", "cuda"))
 def native_match(metric: Tensor, r: int, protect: int, order: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """metric float32 [B, N, D] or [B, H, N, D] -> source, target [B, r], kept [B, N - r], assign [B, N], int64."""
-    metric = _readable(metric)
+    metric = readable(metric)
     heads = metric.shape[1] if metric.ndim == 4 else 1
     batch, length, width = metric.shape[0], metric.shape[-2], metric.shape[-1]
     strides = (metric.stride(0), metric.stride(1) if metric.ndim == 4 else 0, metric.stride(-2))
-    outputs = _match_outputs(metric, r)
-    core().token_match(sizes=(batch, heads, length, width), metric=metric.data_ptr(), strides=strides, merged=r,
-                       protect=protect, order=order, source=outputs[0].data_ptr(), target=outputs[1].data_ptr(),
-                       kept=outputs[2].data_ptr(), assign=outputs[3].data_ptr(), threads=torch.get_num_threads())
+    sizes, outputs = (batch, heads, length, width), _match_outputs(metric, r)
+    source, target, kept, assign = (t.data_ptr() for t in outputs)
+    with launch_on(metric) as launch:
+        place, room = launch.place, None
+        if launch.cuda:
+            room = workspace(metric, launch.module.token_match_workspace(sizes))
+            place = {"workspace": room.data_ptr(), **place}
+        launch.module.token_match(sizes=sizes, metric=metric.data_ptr(), strides=strides, merged=r, protect=protect, order=order,
+                                  source=source, target=target, kept=kept, assign=assign, **place)
     return outputs
 
 
@@ -40,7 +42,7 @@ def _(metric: Tensor, r: int, protect: int, order: int) -> tuple[Tensor, Tensor,
     return _match_outputs(metric, r)
 
 
-@torch.library.custom_op("vlm::select_top", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("vlm::select_top", mutates_args=(), device_types=("cpu", "cuda"))
 def native_select(scores: Tensor, counts: Tensor, valid: Optional[Tensor],  # noqa: UP045
                   always: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
     """scores float32 [B, N], counts int64 [B], valid and always bool [B, N] -> index [B, N] ascending, then -1, and
@@ -49,9 +51,10 @@ def native_select(scores: Tensor, counts: Tensor, valid: Optional[Tensor],  # no
     valid = None if valid is None else valid.contiguous()
     always = None if always is None else always.contiguous()
     index, found = _select_outputs(scores)
-    core().token_select(batch=scores.shape[0], length=scores.shape[1], scores=scores.data_ptr(), counts=counts.data_ptr(),
-                        valid=0 if valid is None else valid.data_ptr(), always=0 if always is None else always.data_ptr(),
-                        index=index.data_ptr(), found=found.data_ptr(), threads=torch.get_num_threads())
+    with launch_on(scores) as launch:
+        launch.module.token_select(batch=scores.shape[0], length=scores.shape[1], scores=scores.data_ptr(), counts=counts.data_ptr(),
+                                   valid=address(valid), always=address(always), index=index.data_ptr(), found=found.data_ptr(),
+                                   **launch.place)
     return index, found
 
 
@@ -64,14 +67,14 @@ def _(scores: Tensor, counts: Tensor, valid: Tensor | None, always: Tensor | Non
     return _select_outputs(scores)
 
 
-@torch.library.custom_op("vlm::merge_weights", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("vlm::merge_weights", mutates_args=(), device_types=("cpu", "cuda"))
 def native_merge_weights(assign: Tensor, sizes: Optional[Tensor], slots: int, by_size: bool) -> tuple[Tensor, Tensor]:  # noqa: UP045
     """assign [B, N], sizes float32 [B, N] -> weights float32 [B, N] and the sizes of the slots [B, K]."""
     assign, sizes = assign.contiguous(), None if sizes is None else sizes.contiguous()
     weights, totals = _weight_outputs(assign, slots)
-    core().token_weights(sizes=(*assign.shape, slots), assign=assign.data_ptr(), by_size=by_size,
-                         token_sizes=0 if sizes is None else sizes.data_ptr(), weights=weights.data_ptr(),
-                         slot_sizes=totals.data_ptr())
+    with launch_on(assign) as launch:
+        launch.module.token_weights(sizes=(*assign.shape, slots), assign=assign.data_ptr(), by_size=by_size, token_sizes=address(sizes),
+                                    weights=weights.data_ptr(), slot_sizes=totals.data_ptr(), **launch.place)
     return weights, totals
 
 
@@ -85,15 +88,16 @@ def _(assign: Tensor, sizes: Tensor | None, slots: int, by_size: bool) -> tuple[
     return _weight_outputs(assign, slots)
 
 
-@torch.library.custom_op("vlm::scatter_rows", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("vlm::scatter_rows", mutates_args=(), device_types=("cpu", "cuda"))
 def native_scatter(x: Tensor, index: Tensor, weights: Optional[Tensor], slots: int) -> Tensor:  # noqa: UP045
     """x float32 [B, N, C], index int64 [B, N] in -1 .. slots - 1, weights float32 [B, N]
     -> the weighted sum of the rows of every slot [B, slots, C]."""
-    x, index, weights = _readable(x), index.contiguous(), None if weights is None else weights.contiguous()
+    x, index, weights = readable(x), index.contiguous(), None if weights is None else weights.contiguous()
     out = x.new_empty((x.shape[0], slots, x.shape[2]))
-    core().token_scatter(sizes=(x.shape[0], x.shape[1], slots, x.shape[2]), from_=x.data_ptr(), batch_stride=x.stride(0),
-                         row_stride=x.stride(1), index=index.data_ptr(), to=out.data_ptr(),
-                         weights=0 if weights is None else weights.data_ptr(), threads=torch.get_num_threads())
+    with launch_on(x) as launch:
+        launch.module.token_scatter(sizes=(x.shape[0], x.shape[1], slots, x.shape[2]), from_=x.data_ptr(), batch_stride=x.stride(0),
+                                    row_stride=x.stride(1), index=index.data_ptr(), to=out.data_ptr(), weights=address(weights),
+                                    **launch.place)
     return out
 
 
@@ -102,15 +106,15 @@ def _(x: Tensor, index: Tensor, weights: Tensor | None, slots: int) -> Tensor:
     return x.new_empty((x.shape[0], slots, x.shape[2]))
 
 
-@torch.library.custom_op("vlm::gather_rows", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("vlm::gather_rows", mutates_args=(), device_types=("cpu", "cuda"))
 def native_gather(x: Tensor, index: Tensor, weights: Optional[Tensor]) -> Tensor:  # noqa: UP045
     """x [B, K, C] (any type without weights, else float32), index int64 [B, N] in -1 .. K - 1 -> [B, N, C]."""
-    x, index, weights = _readable(x), index.contiguous(), None if weights is None else weights.contiguous()
+    x, index, weights = readable(x), index.contiguous(), None if weights is None else weights.contiguous()
     out = x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
-    core().token_gather(sizes=(x.shape[0], x.shape[1], index.shape[1], x.shape[2]), from_=x.data_ptr(),
-                        batch_stride=x.stride(0), row_stride=x.stride(1), element_bytes=x.element_size(),
-                        index=index.data_ptr(), weights=0 if weights is None else weights.data_ptr(), to=out.data_ptr(),
-                        threads=torch.get_num_threads())
+    with launch_on(x) as launch:
+        launch.module.token_gather(sizes=(x.shape[0], x.shape[1], index.shape[1], x.shape[2]), from_=x.data_ptr(),
+                                   batch_stride=x.stride(0), row_stride=x.stride(1), element_bytes=x.element_size(),
+                                   index=index.data_ptr(), weights=address(weights), to=out.data_ptr(), **launch.place)
     return out
 
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import use_native
+from vlm.ops.backend import always, use_native
 from vlm.ops.tokens_native import native_select
 from vlm.ops.tokens_reference import by_group, falling, select_reference
 
@@ -45,13 +45,13 @@ def select_top(scores: Tensor, k: int | Tensor, protect: int | Tensor = 0, *, va
         leading = min(protect, length)
         size = leading + min(max(k, 0), length - leading)
     counts = k.long() if isinstance(k, Tensor) else torch.full((batch,), k, dtype=torch.int64, device=scores.device)
-    always = protect if isinstance(protect, Tensor) else None
-    if always is None and protect:
-        always = (torch.arange(length, device=scores.device) < protect).expand(batch, -1)
-    if use_native(scores):
-        index, count = native_select(scores.float(), counts, valid, always)
+    kept = protect if isinstance(protect, Tensor) else None
+    if kept is None and protect:
+        kept = (torch.arange(length, device=scores.device) < protect).expand(batch, -1)
+    if use_native(scores, cuda=always):
+        index, count = native_select(scores.float(), counts, valid, kept)
     else:
-        index, count = select_reference(scores, counts, valid, always)
+        index, count = select_reference(scores, counts, valid, kept)
     if size is None:
         size = int(count.max()) if batch else 0
     return Selection(index[:, :size], count.clamp(max=size))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from vlm.ops.backend import current_backend, use_native
+from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.vocabulary_chunks import CHUNK, chunked_cross_entropy
+from vlm.ops.vocabulary_cuda import cross_entropy_cuda
 from vlm.ops.vocabulary_reference import CrossEntropy, linear_cross_entropy_reference
 
 Reduction = Literal["none", "mean", "sum"]
@@ -50,8 +52,9 @@ def linear_cross_entropy(
     keeps no gradient between the passes. chunk: logits held at once, in elements, by default 2^24, and up to
     twice that for 256 rows of a large vocabulary.
 
-    Half types are multiplied as they are, or as autocast says; statistics and losses are float32 (float64 for float64 input), and
-    the gradient of `weight` is collected in it. Differentiable once, in hidden, weight and bias.
+    Half types are multiplied as they are, or as autocast says, on a GPU by torch itself; statistics and losses are float32 (float64
+    for float64 input), and the gradient of `weight` is collected in it. Differentiable once, in hidden, weight and bias. Float32 on
+    a GPU with the compiled kernels holds no logits at all: `gradients` and `chunk` are then without effect.
     Raises ValueError on shapes, dtypes, options or labels that do not fit.
     """
     _check(hidden, weight, bias, labels, token_weights, allowed)
@@ -64,7 +67,7 @@ def linear_cross_entropy(
     factors = None if token_weights is None else token_weights.detach()
     valid = labels != ignore_index
     found: CrossEntropy
-    if plain_torch(hidden, weight, bias):
+    if plain_torch():
         found = linear_cross_entropy_reference(
             hidden, weight, labels, bias=bias, ignore_index=ignore_index, smoothing=smoothing, z_loss=z_loss,
             softcap=softcap or 0.0, allowed=allowed, token_weights=factors,
@@ -78,12 +81,17 @@ def linear_cross_entropy(
         product = product_type(hidden, weight)
         keep = gradients == "forward" and torch.is_grad_enabled()
         wants = [keep and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        native = use_native(hidden, weight, bias)
-        found = CrossEntropy(
-            *chunked_cross_entropy(
-                hidden, weight, bias, labels, factors, smoothing, z_loss, softcap or 0.0, chunk, product, native, *wants
-            )[:3]
-        )
+        native = use_native(hidden, weight, bias, cuda=lambda: product == torch.float32)
+        if native and cuda_kernels_of(hidden) is not None:
+            hidden, weight = hidden.float(), weight.float()
+            bias, factors = (None if t is None else t.float() for t in (bias, factors))
+            found = CrossEntropy(*cross_entropy_cuda(hidden, weight, bias, labels, factors, smoothing, z_loss, softcap or 0.0))
+        else:
+            found = CrossEntropy(
+                *chunked_cross_entropy(
+                    hidden, weight, bias, labels, factors, smoothing, z_loss, softcap or 0.0, chunk, product, native, *wants
+                )[:3]
+            )
     loss, log_p, lse = found.loss, found.log_p.detach(), found.lse.detach()
     if reduction != "none":
         total = valid.sum() if factors is None else torch.where(valid, factors, 0.0).sum()
@@ -92,10 +100,10 @@ def linear_cross_entropy(
     return CrossEntropy(loss, log_p, lse)
 
 
-def plain_torch(*tensors: Tensor | None) -> bool:
-    """Whether the twin serves: forced by `backend("torch")`, or a graph is being exported."""
+def plain_torch() -> bool:
+    """Whether the twin serves: forced by `backend("torch")`, or a graph is being exported. `backend("native")` asks for the
+    chunks, which raise where the tensors are not for compiled kernels."""
     if current_backend() == "native":
-        use_native(*tensors)  # raises where it cannot
         return False
     return current_backend() == "torch" or torch.compiler.is_exporting()
 

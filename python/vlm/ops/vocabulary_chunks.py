@@ -95,8 +95,7 @@ def _sweep(
     product: torch.dtype, native: bool, want: tuple[bool, bool, bool],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Gradients]:  # fmt: skip
     """Losses [N] and, where wanted, gradients of `(factors * loss).sum()`. Rows with label -1 are not read."""
-    rows, used = len(hidden), labels >= 0
-    chosen = None if bool(used.all()) else used.nonzero()[:, 0]
+    rows, chosen = len(hidden), chosen_rows(labels)
     if chosen is not None:
         hidden, labels = hidden[chosen], labels[chosen]
         factors = None if factors is None else factors[chosen]
@@ -131,6 +130,12 @@ def _sweep(
         nothing.clone() if d_bias is None else d_bias,
     )
     return outputs, gradients  # type: ignore[return-value]
+
+
+def chosen_rows(labels: Tensor) -> Tensor | None:
+    """The places of the labels that are not ignored (-1), None where that is all of them. Looks at the values."""
+    used = labels >= 0
+    return None if bool(used.all()) else used.nonzero()[:, 0]
 
 
 def spread(values: Tensor, chosen: Tensor | None, rows: int) -> Tensor:

@@ -54,7 +54,7 @@ def linear_distillation(
     _check(hidden, divergence, temperature, mix, mask, token_weights, kind, reduction, gradients)
     share = MIX.get(divergence, 0.5) if mix is None else mix
     factors = None if token_weights is None else token_weights.detach()
-    if plain_torch(hidden, weight, bias):
+    if plain_torch():
         logits, ids = teacher[0], None
         if kind == "factors":
             logits = teacher[0] @ teacher[1].T + (teacher[2] if len(teacher) > 2 else 0)

@@ -19,11 +19,12 @@ from vlm.data.collate import Row, picture_stream
 from vlm.data.ledger import Quarantine
 from vlm.data.mixture import ledger_of, order_of, part_of
 from vlm.data.options import DataOptions
+from vlm.data.packing import refuse_numbers
 from vlm.data.plan import Plan, Reads
 from vlm.data.pool import open_decoder
 from vlm.data.samples import stable_id
 from vlm.data.sources.base import Source
-from vlm.data.streams.encode import EncodedRow, conversation_stream
+from vlm.data.streams.encode import EncodedRow, conversation_stream, weight_stream
 from vlm.types.batch import Batch, Stream
 from vlm.types.communicator import Communicator
 from vlm.types.state import Tree
@@ -46,12 +47,14 @@ class PackedSamples:
     @property
     def joined(self) -> EncodedRow:
         parts = [row.encoded["text"] for row in self.rows]
+        names = dict.fromkeys(name for part in parts for name in part.weights)
         return EncodedRow(
             [i for part in parts for i in part.ids],
             [i for part in parts for i in part.role],
             [i for part in parts for i in part.supervised],
             sum(part.pictures for part in parts),
             self.positions,
+            {name: [w for part in parts for w in part.weights.get(name, map(float, part.supervised))] for name in names},
         )
 
 
@@ -77,6 +80,7 @@ class PackedConversations:
             raise DataError("data.packer needs a tokenizer")
         if options.group_by is not None or options.label is not None:
             raise DataError("a packed row has no group and no label", where="data.packer", remedy="leave data.packer out")
+        refuse_numbers(options)
         self._plan = Plan(source, options, reads, seed=seed, train=train, classes=classes or ())
         if list(self._plan.conversations) != ["text"]:
             raise DataError(
@@ -158,7 +162,8 @@ class PackedConversations:
         return None if decoded.reason else self._plan.row(index, epoch, decoded, encoded)
 
     def _batch(self, packed: Sequence[PackedSamples]) -> Batch:
-        text = conversation_stream([(i, row.joined) for i, row in enumerate(packed)], self.pad_id)
+        joined = [(i, row.joined) for i, row in enumerate(packed)]
+        text = conversation_stream(joined, self.pad_id)
         segment = np.full(text.values.shape, -1, np.int64)
         position = np.zeros(text.values.shape, np.int64)
         for i, row in enumerate(packed):
@@ -174,6 +179,7 @@ class PackedConversations:
             parts = [np.concatenate([empty, *(s.decoded.pixels[name] for s in row.rows)]) for row in packed]
             places = [_counted_through(row) for row in packed] if self._plan.shape.tiled else None
             streams[name] = picture_stream(parts, size, floating, True, places)
+        streams |= {name: weight_stream(name, joined, text) for name in self._plan.weights}
         streams["text"] = replace(text, segment=torch.from_numpy(segment), position=torch.from_numpy(position))
         draws = [stable_id(*(str(row.draw) for row in samples.rows)) for samples in packed]
         return Batch(

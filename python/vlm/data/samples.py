@@ -39,6 +39,8 @@ REASONS = {
     "no_question": "the sample has no question of the kinds asked for",
     "bad_box": "not a box [x0, y0, x1, y1] of shares from 0 to 1",
     "clip": "the picture is a clip, and the model reads single pictures",
+    "bad_number": "not a number of the range that the options name",
+    "bad_span": "not a span { text, weight } or { start, end, weight } of the text",
 }
 """Stable reasons for refusing a sample, with what they mean."""
 

@@ -58,7 +58,7 @@ def _said(sample: Sample, stream: ConversationStream, options: DataOptions) -> l
     answer = stream.answer_table
     if answer is None:
         column = stream.messages or "auto"
-        messages, _ = messages_of(fields, names.get(column, column), options.max_text)
+        messages, _, _ = messages_of(fields, names.get(column, column), options.max_text)
         return [part for message in messages for part in message.content if isinstance(part, str)]
     out: list[Any] = []
     if isinstance(stream.prompt, Literally):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.reading import Reading
     from vlm.evaluation.task import Task
 
-TASKS = ("retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "caption", "vqa", "hallucination", "preference", "cost")
+TASKS = ("retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "caption", "vqa", "grounding", "hallucination", "preference", "cost")
 
 _EPILOG = """\b
 MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.
@@ -70,7 +70,7 @@ Examples:
     "controls",
     type=click.Choice(("shuffled", "none", "off")),
     multiple=True,
-    help="also with another picture or without one; off: neither [default: shuffled and none for caption and vqa]",
+    help="also with another picture or without one; off: neither [default: shuffled and none for caption, vqa and grounding]",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="longest answer in tokens [default: the task's]")
 @click.option("--limit", type=click.IntRange(min=1), help="evaluate a random draw of so many samples")

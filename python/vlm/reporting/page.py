@@ -86,6 +86,7 @@ def _headline(run: RunRecord) -> str:
         "classification": ("top1",),
         "perplexity": ("bits_per_character", "perplexity"),
         "vqa": ("exact",),
+        "grounding": ("accuracy", "mean_iou"),
         "caption": ("cider",),
         "hallucination": ("absent_object_rate", "yes_no/f1"),
         "cost": ("measured/tokens_per_second",),
@@ -191,6 +192,7 @@ def _curve(points: list[tuple[float, float]]) -> list[Line]:
 
 _SAYS = {
     "vqa": "Questions about the evaluated pictures: as many wrong answers as right ones, where there are so many.",
+    "grounding": "Objects asked for in the evaluated pictures: as many wrong boxes as right ones, where there are so many.",
     "caption": "Captions of the evaluated pictures: in turns from the worse and the better half by CIDEr.",
     "hallucination": "Captions of the evaluated pictures: in turns with and without an object that is not there.",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from vlm.runtime.decoder import DecoderGraphs
 from vlm.runtime.generation import Negatives, Prompt
 from vlm.runtime.manifest import GOLDEN, MANIFEST, REMEDY, Manifest, inside, read_json
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
+from vlm.runtime.preprocess import Preprocess, Resize
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.stepper import BundleStepper
 from vlm.runtime.tiled import TiledPicture, laid_out, row_positions
@@ -83,6 +84,13 @@ class BundleGenerator:
             pieces = self._tiling.pieces(rgb, grid, entry["size"], Image.Resampling(entry["resampling"]))
             streams[stream] = np.stack([self._pixels(stream, piece.picture) for piece in pieces])
         return TiledPicture(streams, tuple(self._tiling.places_of(grid)), tuple(self._tiling.tags_of(grid)))
+
+    @property
+    def framing(self) -> Preprocess | None:
+        """How the first picture stream resizes and crops; None where there is none, or the bundle is too old to say."""
+        entry = next(iter(self._streams.values()), {})
+        size, resize = entry.get("size"), entry.get("resize")
+        return Preprocess(size, resize) if isinstance(size, int) and size > 0 and resize in get_args(Resize) else None
 
     def _pixels(self, stream: str, rgb: Image.Image) -> np.ndarray:
         out: np.ndarray = self._preprocess[stream].run(["pixel_values"], {"picture": np.asarray(rgb)})[0]

@@ -166,21 +166,27 @@ class Conversations:
         self, table: Regions, fields: dict[str, Any], generator: np.random.Generator, seen: SeenBox
     ) -> tuple[list[Message], list[Mapping[str, Any]]]:
         entries = self._values(fields, table.column)
-        names: list[str] = []
-        for entry in entries:
-            if not isinstance(entry, dict):
-                raise BadSample("bad_box", f"field {table.column} holds a {type(entry).__name__}")
-            names.append(fill(table.phrase, entry))
-        good: list[tuple[str, Box, Mapping[str, Any]]] = []
-        for entry, phrase in zip(entries, names):
-            box = seen(field_at(entry, table.box))
-            if box is not None and names.count(phrase) == 1:  # a phrase for two objects has no one answer
-                good.append((phrase, box, entry))
+        good = regions_of(entries, table, seen)
         if not good:
             raise BadSample("no_question", f"no object of {table.column} that is seen and named by its phrase alone")
         phrase, box, entry = good[int(generator.integers(len(good)))]
         question = table.prompt.replace("{phrase}", phrase)
         return [Message("user", (question,)), Message("assistant", (box_text(box, table.decimals),))], [entry]
+
+
+def regions_of(entries: list[Any], table: Regions, seen: SeenBox) -> list[tuple[str, Box, Mapping[str, Any]]]:
+    """(phrase, box as the model sees it, entry) of each object that is seen and named by its phrase alone. Raises BadSample."""
+    names: list[str] = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise BadSample("bad_box", f"field {table.column} holds a {type(entry).__name__}")
+        names.append(fill(table.phrase, entry))
+    good: list[tuple[str, Box, Mapping[str, Any]]] = []
+    for entry, phrase in zip(entries, names):
+        box = seen(field_at(entry, table.box))
+        if box is not None and names.count(phrase) == 1:  # a phrase for two objects has no one answer
+            good.append((phrase, box, entry))
+    return good
 
 
 def fill(phrase: str, entry: Mapping[str, Any]) -> str:

@@ -74,6 +74,8 @@ def described(source: Source, about: dict[str, Any]) -> dict[str, Any]:
         if model.tiling is not None:
             extra["pictures"]["tiling"] = asdict(model.tiling)
         decoder["cross"] = [int(layer) for layer in model.cross]
+        if model.tiles_apart:
+            decoder["apart"] = True
         drops = drops_of(model)
         if drops:
             assert model.options.tokens is not None

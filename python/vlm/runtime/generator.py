@@ -58,6 +58,8 @@ class BundleGenerator:
         self.image_id = special["image_id"]
         self.eos_ids = frozenset(_ids(manifest.data["text"].get("eos_ids", []), self.vocab_size, where))
         self._streams = _streams(manifest, where)
+        decoder = manifest.data.get("decoder")
+        self._apart = isinstance(decoder, dict) and bool(decoder.get("apart", False))
         self._tiling = _tiling(manifest, where)
         self._preprocess = {
             stream: open_graph(directory, manifest, entry["graph"], threads, (CPU,)) for stream, entry in self._streams.items()
@@ -111,7 +113,7 @@ class BundleGenerator:
 
     def positions(self, prompt: Prompt) -> int:
         """Positions of a prompt after its pictures are expanded."""
-        return row_positions(prompt.ids, self.image_id, self._picture_positions, prompt.places, prompt.tags)
+        return row_positions(prompt.ids, self.image_id, self._picture_positions, prompt.places, prompt.tags, apart=self._apart)
 
     def stepper(self) -> BundleStepper:
         """A stepper without rows. Raises CheckpointError for a bundle that was exported without the graphs it needs."""

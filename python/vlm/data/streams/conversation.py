@@ -218,7 +218,7 @@ def asked_entries(fields: dict[str, Any], column: str, kinds: tuple[str, ...]) -
         raise BadSample("missing_field", column)
     if not isinstance(value, list):
         raise BadSample("bad_messages", f"field {column} holds a {type(value).__name__}, expected a list of questions")
-    out = []
+    out: list[tuple[str, Mapping[str, Any]]] = []
     for entry in value:
         if not isinstance(entry, dict) or not isinstance(entry.get("question"), str) or not isinstance(entry.get("answer"), str):
             raise BadSample("bad_messages", f"field {column}: an entry without question and answer")

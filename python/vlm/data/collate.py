@@ -68,7 +68,8 @@ def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> B
             for weights in (w for w, of in shape.weights.items() if of == name):
                 streams[weights] = weight_stream(weights, own, cast(TokenIds, streams[name]))
     for name, by_caption in shape.numbers.items():
-        streams[name] = number_stream([row.decoded.numbers.get(name) for row in rows], [r.decoded.texts for r in rows] if by_caption else None)
+        texts = [row.decoded.texts for row in rows] if by_caption else None
+        streams[name] = number_stream([row.decoded.numbers.get(name) for row in rows], texts)
     if shape.grouped:
         values = torch.tensor([row.decoded.group or 0 for row in rows], dtype=torch.int64)
         streams["group"] = Labels(values, torch.ones(len(rows), dtype=torch.bool), everyone)

@@ -327,6 +327,7 @@ def test_tables_that_cannot_be_are_refused(streams, table, words):
 
 
 def test_a_packed_row_has_no_number(tmp_path):
-    table = {"source": write_lines(tmp_path), "packer": {"kind": "concat", "length": 16}, "streams": {"q": {"kind": "numbers", "column": "q"}}}
+    streams = {"q": {"kind": "numbers", "column": "q"}}
+    table = {"source": write_lines(tmp_path), "packer": {"kind": "concat", "length": 16}, "streams": streams}
     with pytest.raises(DataError, match="no number of its own"):
         build_loader(DataOptions.model_validate(table), tokenizer=TOKENIZER, batch_size=2)

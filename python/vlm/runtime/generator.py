@@ -91,8 +91,9 @@ class BundleGenerator:
     def framing(self) -> Preprocess | None:
         """How the first picture stream resizes and crops; None where there is none, or the bundle is too old to say."""
         entry = next(iter(self._streams.values()), {})
-        size, resize = entry.get("size"), entry.get("resize")
-        return Preprocess(size, resize) if isinstance(size, int) and size > 0 and resize in get_args(Resize) else None
+        size = entry.get("size")
+        resize: Resize | None = next((kind for kind in get_args(Resize) if kind == entry.get("resize")), None)
+        return Preprocess(size, resize) if isinstance(size, int) and size > 0 and resize is not None else None
 
     def _pixels(self, stream: str, rgb: Image.Image) -> np.ndarray:
         out: np.ndarray = self._preprocess[stream].run(["pixel_values"], {"picture": np.asarray(rgb)})[0]

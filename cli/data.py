@@ -172,6 +172,9 @@ def _print_check(result: dict[str, Any]) -> None:
     for name, counts in result.get("placeholders", {}).items():
         named = ", ".join(f"{count}: {samples}" for count, samples in counts.items())
         echo_result(f"pictures named in the messages of {name}, and how many samples do: {named}")
+    for name, numbers in result.get("numbers", {}).items():
+        spread = f", {numbers['min']:g}..{numbers['max']:g}, mean {numbers['mean']:g}" if numbers["count"] else ""
+        echo_result(f"numbers of {name}: {numbers['count']}{spread}")
     echo_result("fields     " + ", ".join(f"{name} ({count})" for name, count in result["fields"].items()))
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TASKS = (
     "retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "text-probe",
-    "caption", "vqa", "hallucination", "preference", "cost",
+    "caption", "vqa", "grounding", "hallucination", "preference", "cost",
 )  # fmt: skip
 
 _EPILOG = """\b
@@ -73,7 +73,7 @@ Examples:
     "controls",
     type=click.Choice(("shuffled", "none", "off")),
     multiple=True,
-    help="also with another picture or without one; off: neither [default: shuffled and none for caption and vqa]",
+    help="also with another picture or without one; off: neither [default: shuffled and none for caption, vqa and grounding]",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="longest answer in tokens [default: the task's]")
 @click.option("--limit", type=click.IntRange(min=1), help="evaluate a random draw of so many samples")

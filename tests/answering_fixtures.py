@@ -36,6 +36,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "tiles-beside": dict(
         tiler={"max_tiles": 3}, fusion={"kind": "cross-attention", "every": 1}, language=_LANGUAGE | {"length": 400}, length=400
     ),
+    "tiles-apart": dict(
+        tiler={"max_tiles": 3, "before": "<I>", "after": "</I>"},
+        fusion={"kind": "hybrid", "every": 1},
+        language=_LANGUAGE | {"length": 400},
+        length=400,
+    ),
     "drop-keep": dict(
         tokens={"keep": {"kind": "stages", "layers": [2], "ratios": [0.3]}, "apply": {"positions": "keep"}},
         language=_LANGUAGE | {"depth": 3},

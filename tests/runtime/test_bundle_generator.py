@@ -19,7 +19,7 @@ from vlm.runtime.chat import Message, PicturePart
 from vlm.runtime.generation import Contrast, Decoding, Generator, Prompt, Stepper, generate
 from vlm.runtime.stepper import most_kept
 
-KINDS = ["prefix", "cross", "drop", "tiles", "tiles-beside", "language"]
+KINDS = ["prefix", "cross", "drop", "tiles", "tiles-beside", "tiles-apart", "language"]
 
 
 def both(kind, count, seed=0):
@@ -282,3 +282,23 @@ def test_a_language_bundle_of_an_earlier_release_still_scores(tmp_path):
 def test_schema_is_still_one():
     about = json.loads((answering_bundle("prefix")[0] / "bundle.json").read_text())
     assert (about["schema"], about["kind"]) == (1, "vision-language")
+
+
+def test_nvlm_h_tiles_and_their_tags_have_no_position():
+    from vlm.export.drawings import drawn_picture
+    from vlm.runtime.tiling import THUMBNAIL
+
+    ours, theirs = bundle_of("tiles-apart"), torch_of("tiles-apart")
+    message, picture = [Message("user", ("a red thing",))], drawn_picture(48, 16, 3)
+    prompt = ours.prompt(message, [ours.prepare_image(picture)])
+    tiles = sum(place[1:] != THUMBNAIL for place in prompt.places)
+    assert (tiles, len(prompt.places)) == (3, 4)
+    tokens = ours.visual_tokens([ours.prepare_image(picture)]).shape[1]
+    stepper = ours.stepper()
+    stepper.start([prompt])
+    own_tags = [at for at in prompt.tags if ours.image_id in prompt.ids[at:]]
+    of_thumbnail = len(own_tags) - (int(stepper._beside_mask.sum()) - tiles * tokens)
+    assert 0 < of_thumbnail < len(own_tags)  # the thumbnail's tag stays in the row
+    positions = len(prompt.ids) - (len(own_tags) - of_thumbnail) - tiles + (tokens - 1)
+    assert int(stepper._masks[0].sum()) == ours.positions(prompt) == positions
+    assert theirs.positions(theirs.prompt(message, [theirs.prepare_image(picture)])) == positions

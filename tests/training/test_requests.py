@@ -76,6 +76,15 @@ def test_streams_are_checked_by_their_kind_and_presence():
     check_streams(asked("reader/text@image.embedding", "model/group.embedding"), models, batch)
 
 
+def test_a_stream_of_numbers_that_the_data_do_not_give_is_named():
+    model, batch = encoder(), pairs(4)
+    engine = engine_of(model, [ContrastiveOptions(smoothing=0.1, smooth_by="quality")])
+    with pytest.raises(RequestError, match=r"'contrastive' reads 'quality', and the data give no stream 'quality'") as caught:
+        engine.update([batch], Clock(0, 1))
+    assert caught.value.exit_code is ExitCode.WRONG_REQUEST
+    assert "image" in caught.value.remedy
+
+
 def test_a_run_that_asks_too_much_ends_before_its_first_update(tmp_path):
     run = begin(tmp_path / "run", 'objectives=[{name="words", kind="token-ce"}]')
     with pytest.raises(RequestError, match="'words' asks for model/text.vocabulary"):

@@ -44,18 +44,27 @@ def choose(
     Raises BadSample when there is no usable text.
     """
     kind = policy["kind"]
-    if kind == "one":
-        return [clean_text(text_values(fields, column)[0], max_text)]
+    if kind in ("one", "several") or (kind == "random" and not policy["columns"]):
+        values = text_values(fields, column)
+        return [clean_text(values[place], max_text) for place in places(len(values), policy, key)]
     generator = np.random.Generator(np.random.Philox(key=key))
     columns = policy["columns"]
-    values = (
-        [v for name in columns for v in _optional(fields, name)] if columns else text_values(fields, column)
-    )
+    values = [v for name in columns for v in _optional(fields, name)] if columns else text_values(fields, column)
     if kind == "random":
         if not values:
             raise BadSample("missing_text", "none of " + ", ".join(columns))
         return [clean_text(values[int(generator.integers(len(values)))], max_text)]
     return _sentences(fields, values, policy, max_text, generator)
+
+
+def places(count: int, policy: dict[str, Any], key: int) -> list[int]:
+    """Which of `count` texts of the text column are taken, ascending: for policies that take whole texts of it."""
+    if policy["kind"] == "one":
+        return [0]
+    generator = np.random.Generator(np.random.Philox(key=key))
+    if policy["kind"] == "random":
+        return [int(generator.integers(count))]
+    return sorted(generator.permutation(count)[: policy["k"]].tolist())
 
 
 def _sentences(

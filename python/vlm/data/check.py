@@ -17,6 +17,7 @@ from vlm.data.plan import Reads, decoder_spec
 from vlm.data.samples import BadSample, clean_text, field_at
 from vlm.data.sources.base import Source
 from vlm.data.sources.readers import JsonLinesReader, open_reader
+from vlm.data.streams.numbers import Weights
 from vlm.runtime.pictures import BadPicture, decode_picture
 from vlm.runtime.preprocess import Preprocess
 
@@ -42,12 +43,13 @@ class Checker:
 @dataclass(frozen=True)
 class Looked:
     """fields, pictures in order, the text or the last answer (None: no text), and of each conversation stream how many
-    pictures its messages name (0: the template places them)."""
+    pictures its messages name (0: the template places them); numbers of each stream of numbers."""
 
     fields: dict[str, Any]
     pictures: list[Image.Image]
     text: str | None
     marked: dict[str, int]
+    numbers: dict[str, list[float]]
 
 
 class _Part:
@@ -56,22 +58,31 @@ class _Part:
     def __init__(self, source: Source, options: DataOptions) -> None:
         self.source, self.options = source, options
         self.reader = open_reader(source.spec(), options.limits)
+        self._talks = bool(options.conversations)
         self._decoder = None
-        if options.conversations:
+        if self._talks or options.numbers:
             reads = Reads(None, {"image": Preprocess(1, "squash")})
-            spec = decoder_spec(source, options, reads, False, True, train=False, extra=False, classes=())
+            captions = not self._talks or options.text.captions is not None
+            spec = decoder_spec(source, options, reads, captions, self._talks, train=False, extra=False, classes=())
             self._decoder = Decoder(spec)
+        self._documents = Weights({} if self._talks else options.weights, options.column_names)
 
     def read(self, recipe: Any) -> Looked:
-        if self._decoder is None:
-            fields = self.reader.read(recipe)
-            picture = self._picture(fields)
-            return Looked(fields, [] if picture is None else [picture], self._text(fields), {})
-        fields = self._decoder.reader.read(recipe)
+        fields = self.reader.read(recipe)
+        numbers: dict[str, list[float]] = {}
+        if self._decoder is not None:
+            made = self._decoder.number(fields, None)
+            numbers = {name: [number for number in own if number is not None] for name, own in made.items()}
+        if self._decoder is None or not self._talks:
+            picture, text = self._picture(fields), self._text(fields)
+            for name in self._documents.streams if text is not None else ():
+                self._documents.make(name, fields, [text or ""], [fields])
+            return Looked(fields, [] if picture is None else [picture], text, {}, numbers)
         pictures, said = self._decoder.converse(fields, {})
         self._decoder.write(said, len(pictures))
+        self._decoder.weigh(fields, said)
         marked = {name: sum(message.pictures for message in one.messages) for name, one in said.items()}
-        return Looked(fields, pictures, next(iter(said.values())).answer, marked)
+        return Looked(fields, pictures, next(iter(said.values())).answer, marked, numbers)
 
     def _picture(self, fields: dict[str, Any]) -> Image.Image | None:
         column = self.options.columns.image
@@ -113,6 +124,7 @@ def check(
     lacking: dict[str, list[int]] = {"missing_image": [], "missing_text": []}
     talks = any(table.conversations for _, table in parts_of(source, options))
     marked: dict[str, Counter[int]] = {}
+    numbers: dict[str, list[float]] = {}
     good = 0
 
     def note(index: int, reason: str, detail: str) -> None:
@@ -133,6 +145,8 @@ def check(
         fields_seen.update(plain_fields(seen.fields).keys())
         for name, count in seen.marked.items():
             marked.setdefault(name, Counter())[count] += 1
+        for name, own in seen.numbers.items():
+            numbers.setdefault(name, []).extend(own)
         if not seen.pictures and not talks:
             lacking["missing_image"].append(index)
         for picture in seen.pictures:
@@ -174,6 +188,7 @@ def check(
             "most_repeated": dict(Counter(repeated).most_common(5)),
             "characters": _spread(lengths),
         },
+        **({"numbers": {name: _numbers(own) for name, own in numbers.items()}} if numbers else {}),
         **({"placeholders": {name: _named(counts) for name, counts in marked.items()}} if talks else {}),
     }
 
@@ -181,6 +196,13 @@ def check(
 def _named(counts: Counter[int]) -> dict[str, int]:
     """How many samples name so many pictures in their messages; none: the template places them."""
     return {str(count) if count else "none": samples for count, samples in sorted(counts.items())}
+
+
+def _numbers(values: list[float]) -> dict[str, float]:
+    """Of a stream of numbers: how many, least, mean, greatest."""
+    if not values:
+        return {"count": 0}
+    return {"count": len(values), "min": min(values), "mean": round(sum(values) / len(values), 6), "max": max(values)}
 
 
 def _spread(values: list[int]) -> dict[str, float] | None:

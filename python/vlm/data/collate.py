@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 
 from vlm.data.decode import Decoded
-from vlm.data.streams.encode import EncodedRow, conversation_stream
+from vlm.data.streams.encode import EncodedRow, conversation_stream, weight_stream
 from vlm.data.tokenizer import Tokenizer
 from vlm.types.batch import Batch, Labels, Pictures, Stream, TokenIds
 
@@ -31,7 +32,8 @@ class Shape:
 
     pictures: picture stream -> (side, whether values are float in 0..1). length: tokens of a caption; None: no captions.
     conversations: names of conversation streams. tiled: rows of pictures are tiles, with their `place`.
-    clips: the pictures of a sample are frames, numbered by `slot`.
+    clips: the pictures of a sample are frames, numbered by `slot`. numbers: stream -> whether it has one a row of `text`; else one a
+    sample. weights: stream of token weights -> its conversation.
     """
 
     pictures: Mapping[str, tuple[int, bool]]
@@ -41,6 +43,8 @@ class Shape:
     labelled: bool = False
     tiled: bool = False
     clips: bool = False
+    numbers: Mapping[str, bool] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> Batch:
@@ -61,6 +65,11 @@ def collate(rows: Sequence[Row], tokenizer: Tokenizer | None, shape: Shape) -> B
         for name in shape.conversations:
             own = [(i, row.encoded[name]) for i, row in enumerate(rows) if name in row.encoded]
             streams[name] = conversation_stream(own, tokenizer.pad_id)
+            for weights in (w for w, of in shape.weights.items() if of == name):
+                streams[weights] = weight_stream(weights, own, cast(TokenIds, streams[name]))
+    for name, by_caption in shape.numbers.items():
+        texts = [row.decoded.texts for row in rows] if by_caption else None
+        streams[name] = number_stream([row.decoded.numbers.get(name) for row in rows], texts)
     if shape.grouped:
         values = torch.tensor([row.decoded.group or 0 for row in rows], dtype=torch.int64)
         streams["group"] = Labels(values, torch.ones(len(rows), dtype=torch.bool), everyone)
@@ -110,6 +119,19 @@ def picture_stream(
         torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts, dtype=torch.int64)),
         slot=torch.tensor(slots, dtype=torch.int64) if numbered else None,
         place=place,
+    )
+
+
+def number_stream(numbers: Sequence[Sequence[float | None] | None], texts: Sequence[Sequence[str | None]] | None) -> Labels:
+    """Numbers of each sample by slot as one row each, float32 [n], masked where a sample has none; texts: one a row of `text`, by slot."""
+    slots = [[0]] * len(numbers) if texts is None else [[k for k, text in enumerate(own) if text is not None] for own in texts]
+    rows = [(i, k, own[k] if own is not None else None) for i, (own, chosen) in enumerate(zip(numbers, slots)) for k in chosen]
+    several = texts is not None and any(len(own) > 1 for own in texts)
+    return Labels(
+        torch.tensor([0.0 if number is None else number for _, _, number in rows], dtype=torch.float32),
+        torch.tensor([number is not None for _, _, number in rows], dtype=torch.bool),
+        torch.tensor([i for i, _, _ in rows], dtype=torch.int64),
+        slot=torch.tensor([k for _, k, _ in rows], dtype=torch.int64) if several else None,
     )
 
 

@@ -14,12 +14,14 @@ from pydantic import TypeAdapter
 from vlm.config.errors import DataError
 from vlm.data.augment import augmented, flipped
 from vlm.data.boxes import seen_box
-from vlm.data.captions import choose
+from vlm.data.captions import choose, places, text_values
 from vlm.data.noise import noisy, signal_shares
 from vlm.data.samples import BadSample, field_at, group_id
 from vlm.data.sources.readers import JsonLinesReader, open_reader
 from vlm.data.streams.conversation import Box, Conversations, Said
 from vlm.data.streams.messages import pictures_in
+from vlm.data.streams.number_options import NumberStream, TokenWeights
+from vlm.data.streams.numbers import Marked, Numbers, Weights
 from vlm.data.streams.options import ConversationStream
 from vlm.runtime.chat import Template
 from vlm.runtime.pieces import Piece
@@ -52,7 +54,8 @@ class Decoded:
 
     pixels: picture stream -> [k, 3, S, S], uint8 or float32 in 0..1, k pictures in order; or their tiles, with places:
     (picture, tile row, tile column) of each. texts: by slot, None where a slot is empty. label: class. extra: fields that
-    JSON can say, where they are asked for. conversations: stream -> pieces.
+    JSON can say, where they are asked for. conversations: stream -> pieces. numbers: stream -> one by slot, None where a slot
+    is empty. marks: stream of token weights -> those of each answer, in order.
     """
 
     reason: str = ""
@@ -64,6 +67,8 @@ class Decoded:
     extra: dict[str, Any] | None = None
     conversations: dict[str, list[Piece]] = field(default_factory=dict)
     places: list[tuple[int, int, int]] = field(default_factory=list)
+    numbers: dict[str, list[float | None]] = field(default_factory=dict)
+    marks: dict[str, list[Marked]] = field(default_factory=dict)
 
 
 class Decoder:
@@ -72,7 +77,7 @@ class Decoder:
     spec: `source` (of the reader), `limits`, `pictures` (stream -> fields of Preprocess), `tiling` (fields of Tiling, or
     None), `frames` (most frames of a clip, or None), `image` (ImageOptions),
     `captions`, `columns`, `max_text`, `group_by`, `label`, `classes`, `texts` (whether captions are asked for), `train`,
-    `extra`; `conversations` and `noises` (name -> table), `template`, `nouns`, `weights`.
+    `extra`; `conversations`, `noises`, `numbers` and `token_weights` (name -> table), `template`, `nouns`, `weights`.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -90,6 +95,9 @@ class Decoder:
         self._varies = spec["train"] and (image["augment"] != "none" or image["flip"])
         streams = TypeAdapter(dict[str, ConversationStream]).validate_python(spec["conversations"])
         self._conversations = Conversations(streams, spec["columns"], spec["max_text"], spec["nouns"], spec["weights"])
+        self._numbers = Numbers(TypeAdapter(dict[str, NumberStream]).validate_python(spec["numbers"]), spec["columns"])
+        weights = TypeAdapter(dict[str, TokenWeights]).validate_python(spec["token_weights"])
+        self._weights = Weights({name: table for name, table in weights.items() if table.of in streams}, spec["columns"])
         self._template = Template.from_dict(spec["template"]) if streams else None
         self._text_only = all(stream.text_only for stream in streams.values())
         self._shares = {
@@ -125,15 +133,17 @@ class Decoder:
             if value is None:
                 raise BadSample("missing_field", spec["label"])
             label = self._classes.get(str(value), -1)
+        numbers = self.number(fields, job.caption_key)
         if self._template is not None:
             pictures, said = self.converse(fields, job.stream_keys)
         else:
             pictures, said = self._shown(fields) if self.preprocesses else [], {}
         conversations = self.write(said, len(pictures))
-        places: list[tuple[int, int, int]] = []
+        marks = self.weigh(fields, said)
+        cut_places: list[tuple[int, int, int]] = []
         if self.tiling is not None:
             cut = self._cut(pictures, self.tiling, job)
-            places = [(number, *place) for number, one in enumerate(cut) for place in one.places]
+            cut_places = [(number, *place) for number, one in enumerate(cut) for place in one.places]
             tags = [one.tags for one in cut]
             conversations = {name: with_tiles(pieces, tags, self.tiling) for name, pieces in conversations.items()}
             rows = {name: np.concatenate([one[name] for one in cut]) for name in self.preprocesses if cut}
@@ -142,8 +152,36 @@ class Decoder:
         pixels = self._pixels(rows, job)
         extra = plain_fields(fields) if spec["extra"] else None
         return Decoded(
-            pixels=pixels, texts=texts, group=group, label=label, extra=extra, conversations=conversations, places=places
+            pixels=pixels,
+            texts=texts,
+            group=group,
+            label=label,
+            extra=extra,
+            conversations=conversations,
+            places=cut_places,
+            numbers=numbers,
+            marks=marks,
         )
+
+    def number(self, fields: dict[str, Any], caption_key: int | None) -> dict[str, list[float | None]]:
+        """The numbers of each stream by slot. caption_key: of the draw of captions; None: those of all. Raises BadSample."""
+        spec, count = self.spec, 0
+        taken: list[int] = []
+        if spec["texts"] and any(stream.each == "caption" for stream in self._numbers.streams.values()):
+            count = len(text_values(fields, spec["columns"]["text"]))
+            taken = list(range(count)) if caption_key is None else places(count, spec["captions"], caption_key)
+        return self._numbers.make(fields, count, taken)
+
+    def weigh(self, fields: dict[str, Any], said: dict[str, Said]) -> dict[str, list[Marked]]:
+        """The weights of the answers of each conversation that has some. Raises BadSample."""
+        out: dict[str, list[Marked]] = {}
+        for name, table in self._weights.streams.items():
+            assert self._template is not None
+            one, lead = said[table.of], len(self._template.answer_lead)
+            made = self._weights.make(name, fields, one.answers, one.entries)
+            out[name] = [m._replace(spans=[(a + lead, b + lead, weight) for a, b, weight in m.spans]) for m in made]
+        return out
+
 
     def converse(self, fields: dict[str, Any], keys: dict[str, int]) -> tuple[list[Image.Image], dict[str, Said]]:
         """The pictures of a sample in order and the messages of each conversation stream. Raises BadSample, BadPicture."""
@@ -307,20 +345,21 @@ def pack(results: list[Decoded]) -> tuple[bytes, bytes]:
         arrays = [[name, value.dtype.str, value.shape] for name, value in r.pixels.items()]
         pixels += [np.ascontiguousarray(value).tobytes() for value in r.pixels.values()]
         said = {name: [[p.kind, p.text, p.role, p.supervised] for p in pieces] for name, pieces in r.conversations.items()}
-        head.append([r.reason, r.detail, arrays, r.texts, r.group, r.label, r.extra, said, r.places])
+        head.append([r.reason, r.detail, arrays, r.texts, r.group, r.label, r.extra, said, r.places, r.numbers, r.marks])
     return json.dumps(head).encode(), b"".join(pixels)
 
 
 def unpack(head: bytes, pixels: bytes) -> list[Decoded]:
     """The inverse of `pack`."""
     out, at = [], 0
-    for reason, detail, arrays, texts, group, label, extra, said, places in json.loads(head):
+    for reason, detail, arrays, texts, group, label, extra, said, cut, numbers, marks in json.loads(head):
         values: dict[str, np.ndarray] = {}
         for name, kind, shape in arrays:
             dtype, count = np.dtype(kind), math.prod(shape)
             values[name] = np.frombuffer(pixels[at : at + count * dtype.itemsize], dtype, count).reshape(shape)
             at += count * dtype.itemsize
         conversations = {name: [Piece(*piece) for piece in pieces] for name, pieces in said.items()}
-        cut = [(picture, row, column) for picture, row, column in places]
-        out.append(Decoded(reason, detail, values, texts, group, label, extra, conversations, cut))
+        places_of = [(picture, row, column) for picture, row, column in cut]
+        marked = {name: [Marked(rest, [tuple(s) for s in spans], end) for rest, spans, end in own] for name, own in marks.items()}
+        out.append(Decoded(reason, detail, values, texts, group, label, extra, conversations, places_of, numbers, marked))
     return out

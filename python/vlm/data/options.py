@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
+from vlm.data.streams.number_options import NumberStream, TokenWeights
 from vlm.data.streams.options import ConversationStream, DiffusionNoise, MaskedPixels, StreamOptions, check_streams
 from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.pictures import PictureLimits
@@ -114,7 +115,14 @@ class SentenceCaptions(Options):
     )
 
 
-Captions = Annotated[OneCaption | RandomCaption | SentenceCaptions, Field(discriminator="kind")]
+class SeveralCaptions(Options):
+    """Texts of the text column, whole, drawn for each sample and epoch, in their order: rows of `text`, numbered by `slot`."""
+
+    kind: Literal["several"] = "several"
+    k: int = Field(5, ge=1, le=64, description="texts of a sample at most")
+
+
+Captions = Annotated[OneCaption | RandomCaption | SentenceCaptions | SeveralCaptions, Field(discriminator="kind")]
 
 
 class DocumentPacker(Options):
@@ -217,6 +225,20 @@ class DataOptions(Options):
             self.image.augment != "none" or self.image.flip
         ):
             raise ValueError("boxes as text need pictures as they are: image.augment none and no flip")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        talks = self.conversations
+        by_caption = [name for name, stream in self.numbers.items() if stream.each == "caption"]
+        drawn = self.captions.kind == "sentences" or (self.captions.kind == "random" and self.captions.columns)
+        if by_caption and (drawn or "text" in talks or self.packer is not None):
+            raise ValueError(f"streams.{by_caption[0]}: each = caption wants captions of kind one, random without columns, or several")
+        for name, stream in self.weights.items() if not self.mixture else ():
+            documents = self.packer is not None and not talks
+            if stream.of not in talks and not (documents and stream.of == "text"):
+                raise ValueError(f"streams.{name}: of = {stream.of!r} is no conversation stream, and no documents are packed")
+            if documents and stream.answer is not None:
+                raise ValueError(f"streams.{name}: a document has no answer; column and spans are fields of it")
 
     def of_part(self, name: str) -> DataOptions:
         """The table as it holds for one source of the mixture. Its `mixture` is empty."""
@@ -250,9 +272,19 @@ class DataOptions(Options):
         return {name: s for name, s in self.streams.items() if isinstance(s, MaskedPixels)}
 
     @property
+    def numbers(self) -> dict[str, NumberStream]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, NumberStream)}
+
+    @property
+    def weights(self) -> dict[str, TokenWeights]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, TokenWeights)}
+
+    @property
     def columns_read(self) -> set[str]:
-        """Names of fields that conversation streams read."""
-        return {name for stream in self.conversations.values() for name in stream.columns}
+        """Names of fields that streams of conversations and numbers read."""
+        read = {name for stream in self.conversations.values() for name in stream.columns}
+        read |= {stream.column for stream in self.numbers.values()}
+        return read | {n for s in self.weights.values() for n in (s.column, s.answer, s.spans) if n is not None}
 
     @property
     def column_names(self) -> dict[str, Any]:

@@ -6,11 +6,14 @@ Every rank tokenises every document, so that rows do not depend on the number of
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from vlm.config.errors import DataError
 from vlm.data.captions import text_values
 from vlm.data.endless import RowLoader
 from vlm.data.mixture import part_of, parts_of
@@ -19,9 +22,10 @@ from vlm.data.order import EpochOrder
 from vlm.data.samples import BadSample, clean_text, stable_id
 from vlm.data.sources.base import Source
 from vlm.data.sources.readers import open_reader
+from vlm.data.streams.numbers import PLAIN, Marked, Weights
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.pictures import BadPicture
-from vlm.types.batch import Batch, TokenIds
+from vlm.types.batch import Batch, Features, Stream, TokenIds
 from vlm.types.communicator import Communicator
 from vlm.types.state import Tree
 
@@ -30,7 +34,7 @@ _READ_AHEAD = 64
 
 @dataclass
 class PackedRow:
-    """One row: pieces of documents. starts: where each piece begins in the row."""
+    """One row: pieces of documents. starts: where each piece begins in the row. weights: stream of token weights -> one a token."""
 
     key: str
     draw: int
@@ -38,6 +42,16 @@ class PackedRow:
     ids: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     text: str = ""
+    weights: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Document(NamedTuple):
+    """ids with bos and eos, None for a bad one; weights: stream of token weights -> one a token; why it is bad."""
+
+    ids: list[int] | None
+    weights: dict[str, list[float]]
+    reason: str = ""
+    detail: str = ""
 
 
 class Documents:
@@ -45,34 +59,51 @@ class Documents:
 
     def __init__(self, source: Source, order: EpochOrder, options: DataOptions, tokenizer: Tokenizer) -> None:
         self.source, self.order, self.options, self.tokenizer = source, order, options, tokenizer
-        self._columns = [part.columns.text for _, part in parts_of(source, options)]
+        tables = [part for _, part in parts_of(source, options)]
+        self._columns = [part.columns.text for part in tables]
+        self._weights = [Weights(part.weights, part.column_names) for part in tables]
+        self.weights = list(dict.fromkeys(name for part in tables for name in part.weights))
         self.reader = open_reader(source.spec(), options.limits)
-        self._ready: dict[int, tuple[list[int] | None, str, str, str]] = {}
+        self._ready: dict[int, Document] = {}
 
-    def at(self, position: int, until: int | None = None) -> tuple[list[int] | None, str, str, str]:
-        """(ids with bos and eos, text, reason, detail) of the document at a position."""
+    def at(self, position: int, until: int | None = None) -> Document:
+        """The document at a position."""
         if position not in self._ready:
             stop = position + _READ_AHEAD if until is None else min(position + _READ_AHEAD, until)
             self._ready = {}
-            good: list[tuple[int, str]] = []
+            good: list[tuple[int, str, dict[str, Marked]]] = []
             for p in range(position, stop):
                 try:
                     index = self.order.at(p)[1]
                     fields = self.reader.fields(self.source.recipe(index))
-                    value = text_values(fields, self._columns[part_of(self.source, index)])[0]
-                    good.append((p, clean_text(value, self.options.max_text)))
+                    part = part_of(self.source, index)
+                    text = clean_text(text_values(fields, self._columns[part])[0], self.options.max_text)
+                    maker = self._weights[part]
+                    good.append((p, text, {name: maker.make(name, fields, [text], [fields])[0] for name in maker.streams}))
                 except (BadSample, BadPicture) as error:
-                    self._ready[p] = (None, "", error.reason, error.detail)
-            eos = self.tokenizer.eos_id
-            for (p, text), ids in zip(good, self.tokenizer.ids([text for _, text in good])):
-                if eos is not None and (not ids or ids[-1] != eos):
-                    ids = [*ids, eos]
-                self._ready[p] = (ids, text, "", "")
+                    self._ready[p] = Document(None, {}, error.reason, error.detail)
+            for (p, _, marks), located in zip(good, self.tokenizer.located([text for _, text, _ in good])):
+                self._ready[p] = self._document(located, marks)
         return self._ready[position]
+
+    def _document(self, located: list[tuple[int, int, int]], marks: dict[str, Marked]) -> Document:
+        """located: (id, from, to) of each token."""
+        eos = self.tokenizer.eos_id
+        if eos is not None and (not located or located[-1][0] != eos):
+            located = [*located, (eos, 0, 0)]
+        ended = eos is not None
+        weights = {}
+        for name in self.weights:
+            mark = marks.get(name, PLAIN)
+            weights[name] = [mark.at(start, stop) for _, start, stop in located]
+            if ended:
+                weights[name][-1] = mark.end
+        return Document([i for i, _, _ in located], weights)
 
 
 def pack_batch(rows: list[PackedRow], length: int, pad_id: int) -> Batch:
-    """Rows as the stream `text`: ids [n, length] with mask, segment (-1 at padding) and position within the piece."""
+    """Rows as the stream `text`: ids [n, length] with mask, segment (-1 at padding) and position within the piece; and a stream
+    [n, length] of each of their token weights."""
     n = len(rows)
     ids = np.full((n, length), pad_id, np.int64)
     mask = np.zeros((n, length), bool)
@@ -84,15 +115,21 @@ def pack_batch(rows: list[PackedRow], length: int, pad_id: int) -> Batch:
         for number, (start, stop) in enumerate(zip(row.starts, [*row.starts[1:], len(row.ids)])):
             segment[i, start:stop] = number
             position[i, start:stop] = np.arange(stop - start)
-    stream = TokenIds(
+    text = TokenIds(
         torch.from_numpy(ids),
         torch.from_numpy(mask),
         torch.arange(n),
         segment=torch.from_numpy(segment),
         position=torch.from_numpy(position),
     )
+    streams: dict[str, Stream] = {"text": text}
+    for name in rows[0].weights if rows else ():
+        values = np.zeros((n, length), np.float32)
+        for i, row in enumerate(rows):
+            values[i, : len(row.ids)] = row.weights[name]
+        streams[name] = Features(torch.from_numpy(values), text.mask, text.sample_index)
     return Batch(
-        streams={"text": stream},
+        streams=streams,
         keys=[row.key for row in rows],
         draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
         epoch=torch.tensor([row.epoch for row in rows], dtype=torch.int64),
@@ -114,6 +151,7 @@ class PackedLoader(RowLoader[PackedRow]):
         quarantine: str | os.PathLike[str] | None,
     ) -> None:
         assert options.packer is not None
+        refuse_numbers(options)
         super().__init__(
             source, options, batch_size=batch_size, seed=seed, communicator=communicator, quarantine=quarantine
         )
@@ -129,19 +167,19 @@ class PackedLoader(RowLoader[PackedRow]):
     def _next_row(self) -> PackedRow:
         row: PackedRow | None = None
         while row is None or (self.packer.kind == "concat" and len(row.ids) < self.packer.length):
-            ids, _, reason, detail = self._documents.at(self._document)
+            document = self._documents.at(self._document)
             epoch, index = self._order.at(self._document)
             if self._offset == 0:
-                if reason:
-                    self._quarantine.add(self.source.key(index), reason, detail)
-                self._count(epoch, index, reason)
-            if ids is None:
+                if document.reason:
+                    self._quarantine.add(self.source.key(index), document.reason, document.detail)
+                self._count(epoch, index, document.reason)
+            if document.ids is None:
                 self._document += 1
                 continue
             if row is None:
                 draw = stable_id(str(int(self.source.ids[index])), str(self._offset))
                 row = PackedRow(self.source.key(index), draw, epoch)
-            self._offset = append_piece(row, ids, self._offset, self.packer)
+            self._offset = append_piece(row, document.ids, self._offset, self.packer, document.weights)
             if self._offset == 0:
                 self._document += 1
         return row
@@ -159,7 +197,23 @@ class PackedLoader(RowLoader[PackedRow]):
         return self._document
 
 
-def append_piece(row: PackedRow, ids: list[int], offset: int, packer: DocumentPacker | ConcatPacker) -> int:
+def refuse_numbers(options: DataOptions) -> None:
+    """Raises DataError for streams of numbers: a packed row has none of its own."""
+    for name in [*options.numbers, *(name for part in options.mixture for name in options.of_part(part).numbers)]:
+        raise DataError(
+            "a packed row holds several samples and has no number of its own",
+            where=f"data.streams.{name}",
+            remedy='weigh its tokens: kind = "token-weights" with column',
+        )
+
+
+def append_piece(
+    row: PackedRow,
+    ids: list[int],
+    offset: int,
+    packer: DocumentPacker | ConcatPacker,
+    weights: Mapping[str, list[float]] | None = None,
+) -> int:
     """Put what fits of a document, from `offset` on, at the end of a row. The next offset, 0 when all is placed.
 
     A document that goes on in a row of its own repeats one token there as context, so that each of its tokens but
@@ -168,6 +222,8 @@ def append_piece(row: PackedRow, ids: list[int], offset: int, packer: DocumentPa
     room = packer.length - len(row.ids)
     row.starts.append(len(row.ids))
     row.ids += ids[offset : offset + room]
+    for name, own in (weights or {}).items():
+        row.weights.setdefault(name, []).extend(own[offset : offset + room])
     after = offset + room
     if after >= len(ids):
         return 0

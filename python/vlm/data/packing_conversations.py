@@ -16,11 +16,12 @@ from vlm.config.errors import DataError
 from vlm.data.collate import Row, picture_stream
 from vlm.data.endless import RowLoader
 from vlm.data.options import DataOptions
+from vlm.data.packing import refuse_numbers
 from vlm.data.plan import Plan, Reads
 from vlm.data.pool import open_decoder
 from vlm.data.samples import stable_id
 from vlm.data.sources.base import Source
-from vlm.data.streams.encode import EncodedRow, conversation_stream
+from vlm.data.streams.encode import EncodedRow, conversation_stream, weight_stream
 from vlm.types.batch import Batch, Stream
 from vlm.types.communicator import Communicator
 from vlm.types.state import Tree
@@ -43,12 +44,14 @@ class PackedSamples:
     @property
     def joined(self) -> EncodedRow:
         parts = [row.encoded["text"] for row in self.rows]
+        names = dict.fromkeys(name for part in parts for name in part.weights)
         return EncodedRow(
             [i for part in parts for i in part.ids],
             [i for part in parts for i in part.role],
             [i for part in parts for i in part.supervised],
             sum(part.pictures for part in parts),
             self.positions,
+            {name: [w for part in parts for w in part.weights.get(name, map(float, part.supervised))] for name in names},
         )
 
 
@@ -74,6 +77,7 @@ class PackedConversations(RowLoader[PackedSamples]):
             raise DataError("data.packer needs a tokenizer")
         if options.group_by is not None or options.label is not None:
             raise DataError("a packed row has no group and no label", where="data.packer", remedy="leave data.packer out")
+        refuse_numbers(options)
         self._plan = Plan(source, options, reads, seed=seed, train=train, classes=classes or ())
         if list(self._plan.conversations) != ["text"]:
             raise DataError(
@@ -126,7 +130,8 @@ class PackedConversations(RowLoader[PackedSamples]):
         return None if decoded.reason else self._plan.row(index, epoch, decoded, encoded)
 
     def _batch(self, rows: list[PackedSamples]) -> Batch:
-        text = conversation_stream([(i, row.joined) for i, row in enumerate(rows)], self.pad_id)
+        joined = [(i, row.joined) for i, row in enumerate(rows)]
+        text = conversation_stream(joined, self.pad_id)
         segment = np.full(text.values.shape, -1, np.int64)
         position = np.zeros(text.values.shape, np.int64)
         for i, row in enumerate(rows):
@@ -142,6 +147,7 @@ class PackedConversations(RowLoader[PackedSamples]):
             parts = [np.concatenate([empty, *(s.decoded.pixels[name] for s in row.rows)]) for row in rows]
             places = [_counted_through(row) for row in rows] if self._plan.shape.tiled else None
             streams[name] = picture_stream(parts, size, floating, True, places)
+        streams |= {name: weight_stream(name, joined, text) for name in self._plan.weights}
         streams["text"] = replace(text, segment=torch.from_numpy(segment), position=torch.from_numpy(position))
         draws = [stable_id(*(str(row.draw) for row in samples.rows)) for samples in rows]
         return Batch(

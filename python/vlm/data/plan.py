@@ -17,6 +17,7 @@ from vlm.data.mixture import part_of, parts_of
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.streams.encode import ConversationEncoder, EncodedRow, encoded_or_reason
+from vlm.data.streams.numbers import Marked
 from vlm.data.streams.tables import stream_tables
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.chat import Template
@@ -98,6 +99,8 @@ class Plan:
                         f"of = {noise.of!r}: the model reads {', '.join(reads.pictures)}", where=f"data.streams.{name}"
                     )
                 sides[name] = (reads.pictures[noise.of].size, True)
+        self.weights = {name: table.of for part in tables for name, table in part.weights.items() if table.of in self.conversations}
+        numbers = {name: table.each for part in tables for name, table in part.numbers.items()}
         self._masks = {name: table for part in tables for name, table in part.masks.items()} if sides else {}
         for name, table in self._masks.items():
             if table.of not in reads.pictures or name in sides:
@@ -127,6 +130,8 @@ class Plan:
             labelled=options.label is not None,
             tiled=reads.tiling is not None,
             clips=reads.frames is not None,
+            numbers={name: each == "caption" for name, each in numbers.items() if each == "sample" or captions},
+            weights=self.weights,
         )
         specs = [
             decoder_spec(own, part, reads, captions, bool(self.conversations), train=train, extra=extra, classes=classes)
@@ -153,7 +158,10 @@ class Plan:
         """The sample with its conversations as ids; one that does not fit becomes bad."""
         if self.encoder is None or decoded.reason:
             return decoded, {}
-        rows, reason, detail = encoded_or_reason(self.encoder, decoded.conversations, decoded.places)
+        marks: dict[str, dict[str, list[Marked]]] = {}
+        for name, own in decoded.marks.items():
+            marks.setdefault(self.weights[name], {})[name] = own
+        rows, reason, detail = encoded_or_reason(self.encoder, decoded.conversations, decoded.places, marks)
         return (Decoded(reason=reason, detail=detail), {}) if reason else (decoded, rows)
 
     def row(self, index: int, epoch: int, decoded: Decoded, encoded: dict[str, EncodedRow]) -> Row:
@@ -206,6 +214,8 @@ def decoder_spec(
         "extra": extra,
         "conversations": {n: s.model_dump(mode="json") for n, s in options.conversations.items()} if talks else {},
         "noises": {name: stream.model_dump(mode="json") for name, stream in options.noises.items()},
+        "numbers": {name: stream.model_dump(mode="json") for name, stream in options.numbers.items()},
+        "token_weights": {name: stream.model_dump(mode="json") for name, stream in options.weights.items()},
         "template": template.to_dict(),
         **(stream_tables(source, options) if talks else {"nouns": {}, "weights": {}}),
     }

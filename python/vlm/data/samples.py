@@ -40,6 +40,8 @@ REASONS = {
     "bad_box": "not a box [x0, y0, x1, y1] of shares from 0 to 1",
     "clip": "the picture is a clip, and the model reads single pictures",
     "bad_row": "a row of a table has more or fewer cells than there are columns",
+    "bad_number": "not a number of the range that the options name",
+    "bad_span": "not a span { text, weight } or { start, end, weight } of the text",
 }
 """Stable reasons for refusing a sample, with what they mean."""
 

@@ -31,7 +31,7 @@ def texts_of(sample: Sample, options: DataOptions) -> Iterator[str]:
         return
     with suppress(BadSample):  # the loader counts and names it
         values += text_values(sample.fields, options.columns.text)
-    if policy.kind != "one":
+    if policy.kind in ("random", "sentences"):
         names = [*policy.columns, *([policy.raw] if policy.kind == "sentences" and policy.raw else [])]
         for name in names:
             value = field_at(sample.fields, name)
@@ -58,7 +58,7 @@ def _said(sample: Sample, stream: ConversationStream, options: DataOptions) -> l
     answer = stream.answer_table
     if answer is None:
         column = stream.messages or "auto"
-        messages, _ = messages_of(fields, names.get(column, column), options.max_text)
+        messages, _, _ = messages_of(fields, names.get(column, column), options.max_text)
         return [part for message in messages for part in message.content if isinstance(part, str)]
     out: list[Any] = []
     if isinstance(stream.prompt, Literally):

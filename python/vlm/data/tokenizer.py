@@ -164,6 +164,13 @@ class Tokenizer:
         """The ids of each text, neither cut nor padded."""
         return [e.ids for e in self._core.encode_batch(list(texts), add_special_tokens=add_special)]
 
+    def located(self, texts: Sequence[str]) -> list[list[tuple[int, int, int]]]:
+        """The same as (id, from, to): the characters that each id stands for; 0, 0 of a special token that the text does not spell."""
+        return [
+            [(i, start, stop) for i, (start, stop) in zip(e.ids, e.offsets)]
+            for e in self._core.encode_batch(list(texts), add_special_tokens=True)
+        ]
+
     def encode(
         self, texts: Sequence[str], length: int, *, add_special: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:

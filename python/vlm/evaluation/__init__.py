@@ -12,6 +12,7 @@ from vlm.evaluation.agreement import AgreementOptions
 from vlm.evaluation.caption import CaptionOptions
 from vlm.evaluation.classification import ClassificationTaskOptions
 from vlm.evaluation.cost import CostOptions
+from vlm.evaluation.grounding import GroundingOptions
 from vlm.evaluation.hallucination import HallucinationOptions
 from vlm.evaluation.linear_probe import LinearProbeOptions
 from vlm.evaluation.perplexity import PerplexityOptions
@@ -33,6 +34,7 @@ TaskOptions = Annotated[
     | TextProbeOptions
     | CaptionOptions
     | VqaOptions
+    | GroundingOptions
     | HallucinationOptions
     | PreferenceTaskOptions
     | AgreementOptions
@@ -57,6 +59,7 @@ __all__ = [
     "ClassificationTaskOptions",
     "CostOptions",
     "EvaluationOptions",
+    "GroundingOptions",
     "HallucinationOptions",
     "LinearProbeOptions",
     "PerplexityOptions",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlm.runtime.chat import Message, Template
     from vlm.runtime.generation import Negatives, Prompt
     from vlm.runtime.pictures import PictureLimits
+    from vlm.runtime.preprocess import Preprocess
     from vlm.runtime.tiled import TiledPicture
     from vlm.types import Pictures, TokenIds
 
@@ -121,6 +122,11 @@ class TorchGenerator:
         self.length: int = model.options.length
         self.image_id = model.vocabulary.special.get("image")
         self.eos_ids: frozenset[int] = _ends(template, tokenizer)
+
+    @property
+    def framing(self) -> Preprocess | None:
+        """How the first picture stream resizes and crops; None for a model that reads none."""
+        return next(iter(self.model.preprocesses().values()), None)
 
     def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> dict[str, NDArray[np.uint8]] | TiledPicture:
         """One picture as each picture stream of the model wants it, uint8 [3, S, S]; cut into its tiles [k, 3, S, S] where

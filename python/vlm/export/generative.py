@@ -66,7 +66,7 @@ def described(source: Source, about: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model, VisionLanguageModel):
         ids["image_id"] = model.vocabulary.special["image"]
         streams = {
-            s: {"graph": _preprocess_name(s), "input": pixels_of(s), "size": p.size, "resampling": int(p.resampling)}
+            s: {"graph": _preprocess_name(s), "input": pixels_of(s), "size": p.size, "resize": p.resize, "resampling": int(p.resampling)}
             for s, p in _preprocesses(source).items()
         }
         positions = model.picture_positions
@@ -74,6 +74,8 @@ def described(source: Source, about: dict[str, Any]) -> dict[str, Any]:
         if model.tiling is not None:
             extra["pictures"]["tiling"] = asdict(model.tiling)
         decoder["cross"] = [int(layer) for layer in model.cross]
+        if model.tiles_apart:
+            decoder["apart"] = True
         drops = drops_of(model)
         if drops:
             assert model.options.tokens is not None

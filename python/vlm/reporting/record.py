@@ -16,7 +16,7 @@ from vlm.evaluation.result import read_result
 MAX_METRICS = 512 * 2**20
 MAX_HEADER = 100 * 2**20
 
-_ORDER = {"retrieval": 0, "vqa": 1, "caption": 2, "hallucination": 3, "cost": 99}
+_ORDER = {"retrieval": 0, "vqa": 1, "grounding": 2, "caption": 3, "hallucination": 4, "cost": 99}
 
 Series = dict[str, list[tuple[float, float]]]
 """name -> (step, value) in the order they were logged."""

@@ -11,12 +11,12 @@ from vlm.reporting.words import count, escape, label, number
 
 Stored = Mapping[str, Any]
 
-WRITING = ("caption", "vqa", "hallucination", "agreement")
+WRITING = ("caption", "vqa", "grounding", "hallucination", "agreement")
 CONTROLS = {"shuffled": "another picture", "none": "no picture"}
 SHOWN = 10
 """Examples on the page; a result may hold more."""
 
-_LOWER = ("nats_per_token", "bits_per_character", "absent_object_rate", "captions_with_absent", "calibration_error")
+_LOWER = ("nats_per_token", "bits_per_character", "absent_object_rate", "captions_with_absent", "unread", "calibration_error")
 """Figures of which less is better."""
 
 

@@ -25,7 +25,8 @@ class DecoderShape:
     """What the graphs do not say of themselves.
 
     layers, width C, kv_heads G, head_width D; cross: the layers after which a cross block stands; drops: layer after which
-    visual positions are dropped -> how many a picture keeps; renumber: positions are counted anew after a drop.
+    visual positions are dropped -> how many a picture keeps; renumber: positions are counted anew after a drop. apart: only thumbnails
+    stand in the row; tiles and their tags stand beside it.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class DecoderShape:
     cross: tuple[int, ...] = ()
     drops: Mapping[int, int] = field(default_factory=dict)
     renumber: bool = True
+    apart: bool = False
 
     @classmethod
     def of(cls, data: Any, where: str) -> DecoderShape:
@@ -49,7 +51,7 @@ class DecoderShape:
         inside = all(1 <= layer <= layers for layer in cross) and all(1 <= layer < layers and n >= 0 for layer, n in drops.items())
         if min(numbers.values()) < 1 or layers > MOST_LAYERS or not inside:
             raise CheckpointError("the table decoder has a number out of its range", where=where, remedy=REMEDY)
-        return cls(**numbers, cross=cross, drops=drops, renumber=bool(data.get("renumber", True)))
+        return cls(**numbers, cross=cross, drops=drops, renumber=bool(data.get("renumber", True)), apart=bool(data.get("apart", False)))
 
     @property
     def stages(self) -> list[int]:
@@ -111,10 +113,14 @@ class DecoderGraphs:
         return np.concatenate(parts)
 
     def cross_keys(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """Visual tokens [n, K, C] to the keys and values [n, G, K, D] of each cross block, in order of `cross_names`."""
+        """Tokens [m, C] to the keys and values [m, G, D] of each cross block, in order of `cross_names`."""
         if not len(tokens):
-            empty = np.zeros((0, self.shape.kv_heads, self.tokens, self.shape.head_width), np.float32)
-            return [empty] * len(self.shape.cross_names)
+            return [np.zeros((0, self.shape.kv_heads, self.shape.head_width), np.float32)] * len(self.shape.cross_names)
         assert self._cross is not None
-        out: list[np.ndarray] = self._cross.run(self.shape.cross_names, {"visual_tokens": tokens})
-        return out
+        # The graph reads K tokens at a time, each by itself.
+        groups = -(-len(tokens) // self.tokens)
+        filled = np.zeros((groups * self.tokens, tokens.shape[1]), np.float32)
+        filled[: len(tokens)] = tokens
+        made = self._cross.run(self.shape.cross_names, {"visual_tokens": filled.reshape(groups, self.tokens, -1)})
+        flat = [value.transpose(0, 2, 1, 3).reshape(-1, self.shape.kv_heads, self.shape.head_width) for value in made]
+        return [value[: len(tokens)] for value in flat]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from vlm.runtime.generation import Negatives, Prompt
 from vlm.runtime.manifest import GOLDEN, MANIFEST, REMEDY, Manifest, inside, read_json
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
 from vlm.runtime.pieces import ANSWER, TAG, Piece, PieceIds, encode_pieces
+from vlm.runtime.preprocess import Preprocess, Resize
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.stepper import BundleStepper
 from vlm.runtime.tiled import TiledPicture, laid_out, row_positions
@@ -58,6 +59,8 @@ class BundleGenerator:
         self.image_id = special["image_id"]
         self.eos_ids = frozenset(_ids(manifest.data["text"].get("eos_ids", []), self.vocab_size, where))
         self._streams = _streams(manifest, where)
+        decoder = manifest.data.get("decoder")
+        self._apart = isinstance(decoder, dict) and bool(decoder.get("apart", False))
         self._tiling = _tiling(manifest, where)
         self._preprocess = {
             stream: open_graph(directory, manifest, entry["graph"], threads, (CPU,)) for stream, entry in self._streams.items()
@@ -85,6 +88,14 @@ class BundleGenerator:
             streams[stream] = np.stack([self._pixels(stream, piece.picture) for piece in pieces])
         return TiledPicture(streams, tuple(self._tiling.places_of(grid)), tuple(self._tiling.tags_of(grid)))
 
+    @property
+    def framing(self) -> Preprocess | None:
+        """How the first picture stream resizes and crops; None where there is none, or the bundle is too old to say."""
+        entry = next(iter(self._streams.values()), {})
+        size = entry.get("size")
+        resize: Resize | None = next((kind for kind in get_args(Resize) if kind == entry.get("resize")), None)
+        return Preprocess(size, resize) if isinstance(size, int) and size > 0 and resize is not None else None
+
     def _pixels(self, stream: str, rgb: Image.Image) -> np.ndarray:
         out: np.ndarray = self._preprocess[stream].run(["pixel_values"], {"picture": np.asarray(rgb)})[0]
         return out
@@ -104,7 +115,7 @@ class BundleGenerator:
 
     def positions(self, prompt: Prompt) -> int:
         """Positions of a prompt after its pictures are expanded."""
-        return row_positions(prompt.ids, self.image_id, self._picture_positions, prompt.places, prompt.tags)
+        return row_positions(prompt.ids, self.image_id, self._picture_positions, prompt.places, prompt.tags, apart=self._apart)
 
     def stepper(self) -> BundleStepper:
         """A stepper without rows. Raises CheckpointError for a bundle that was exported without the graphs it needs."""

@@ -76,17 +76,21 @@ class PieceIds:
 
         One character that is a special token by itself cannot be cut and is left out.
         """
-        text = self._led(text)
-        out: list[int] = []
-        waiting = [text]
+        return [i for i, _, _ in self.located(text)]
+
+    def located(self, text: str) -> list[tuple[int, int, int]]:
+        """The same with the characters of the text that each id stands for: (id, from, to)."""
+        led = self._led(text)
+        out: list[tuple[int, int, int]] = []
+        waiting = [(led, len(text) - len(led))]
         while waiting:
-            part = waiting.pop()
+            part, at = waiting.pop()
             encoding = self._core.encode(part, add_special_tokens=False)
             cuts = self._cuts(part, encoding)
             if cuts is None:
-                out += encoding.ids
+                out += [(i, at + start, at + stop) for i, (start, stop) in zip(encoding.ids, encoding.offsets)]
             else:
-                waiting += reversed([piece for piece in cuts if piece])
+                waiting += reversed([(part[a:b], at + a) for a, b in cuts if a < b])
         return out
 
     def markup(self, text: str) -> list[int]:
@@ -96,8 +100,8 @@ class PieceIds:
     def _led(self, text: str) -> str:
         return text[1:] if self._leads and len(text) > 1 and text[0] == " " else text
 
-    def _cuts(self, text: str, encoding: Encoding) -> list[str] | None:
-        """The text in parts, cut inside each forbidden token; None when there is none."""
+    def _cuts(self, text: str, encoding: Encoding) -> list[tuple[int, int]] | None:
+        """The parts of the text, from and to, cut inside each forbidden token; None when there is none."""
         ends: list[tuple[int, int]] = []  # (where a part ends, where the next begins)
         for i, (start, stop) in zip(encoding.ids, encoding.offsets):
             if i not in self._forbidden:
@@ -111,7 +115,7 @@ class PieceIds:
             return None
         stops = [end for end, _ in ends] + [len(text)]
         starts = [0] + [begin for _, begin in ends]
-        return [text[a:b] for a, b in zip(starts, stops)]
+        return list(zip(starts, stops))
 
 
 def encode_pieces(

@@ -13,6 +13,7 @@ import onnxruntime
 from onnxruntime import OrtValue as Value
 
 from vlm.config.errors import RequestError
+from vlm.runtime.beside import Laid, expanded, laid_apart, laid_beside
 from vlm.runtime.decoder import DecoderGraphs
 from vlm.runtime.generation.protocols import Prompt
 
@@ -38,23 +39,22 @@ class BundleStepper:
         shown = [_pictures_of(prompt, number, self.graphs) for number, prompt in enumerate(prompts)]
         visual = self.graphs.visual([picture for pictures in shown for picture in pictures])
         first = np.cumsum([0, *map(len, shown)])
-        own = [visual[first[row] : first[row + 1]] for row in range(len(prompts))]
-        rows = [self._row(prompt, tokens) for prompt, tokens in zip(prompts, own)]
-        self._filled = np.array([len(x) for x, _ in rows], np.int64)
+        rows = [self._row(prompt, visual[first[row] : first[row + 1]]) for row, prompt in enumerate(prompts)]
+        self._filled = np.array([len(row.x) for row in rows], np.int64)
         size = int(self._filled.max())
         self._check_room(size)
         x = np.zeros((len(rows), size, self.graphs.shape.width), np.float32)
         mask, position = np.zeros((2, len(rows), size), np.int64)
         picture = np.full((len(rows), size), -1, np.int64)
-        for row, (embedded, owner) in enumerate(rows):
-            place = slice(size - len(embedded), size)
-            x[row, place], mask[row, place], picture[row, place] = embedded, 1, owner
-            position[row, place] = np.arange(len(embedded))
+        for number, row in enumerate(rows):
+            place = slice(size - len(row.x), size)
+            x[number, place], mask[number, place], picture[number, place] = row.x, 1, row.owner
+            position[number, place] = np.arange(len(row.x))
         if self.graphs.shape.drops:
             return self._prefill_reduced(x, mask, position, picture)
         feed: dict[str, np.ndarray] = {"inputs_embeds": x, "attention_mask": mask, "position_ids": position}
         if self.graphs.shape.cross:
-            feed |= self._lay_beside(prompts, own, size)
+            feed |= self._lay_beside(rows, size)
         shape = self.graphs.shape
         empty = Value.ortvalue_from_numpy(np.zeros((len(rows), shape.kv_heads, 0, shape.head_width), np.float32))
         logits = self._run(self.graphs.prefill, feed, [empty] * (2 * shape.layers))
@@ -99,45 +99,36 @@ class BundleStepper:
         """Bytes of the keys and values that are held."""
         return sum(value.numpy().nbytes for value in self._cache) + sum(value.nbytes for value in self._beside)
 
-    def _row(self, prompt: Prompt, visual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(embeddings [S, C] with the pictures in place, number of the picture of each position, -1 for text)."""
+    def _row(self, prompt: Prompt, visual: np.ndarray) -> Laid:
+        """The row of a prompt with its visual tokens [k, K, C]."""
         ids = np.asarray(prompt.ids, np.int64)
         if not len(ids):
             raise ValueError("a prompt has no tokens")
         embedded = self.graphs.embed(ids[None])[0]
         placed = ids == self.graphs.image_id if self.graphs.image_id is not None else np.zeros(len(ids), bool)
-        if self.graphs.shape.cross or not placed.any():
-            return embedded, np.full(len(ids), -1, np.int64)
-        width = np.where(placed, visual.shape[1], 1)
-        owner = np.repeat(np.where(placed, np.cumsum(placed) - 1, -1), width)
-        x = np.repeat(embedded, width, axis=0)
-        x[owner >= 0] = visual.reshape(-1, visual.shape[2])
-        return x, owner
+        if self.graphs.shape.apart:
+            return laid_apart(prompt, embedded, placed, visual)
+        if self.graphs.shape.cross:
+            return laid_beside(prompt, embedded, placed, visual)
+        x, owner = expanded(embedded, placed, visual) if placed.any() else (embedded, np.full(len(ids), -1, np.int64))
+        return Laid(x, owner, visual[:0, 0], np.zeros((len(x), 0), np.int64))
 
-    def _lay_beside(self, prompts: Sequence[Prompt], own: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
-        """Keys and values of the rows' pictures, and which positions see them: those at or after the placeholder; a tag sees
-        the tile that it announces and nothing else."""
-        shape, K = self.graphs.shape, self.graphs.tokens
-        made = self.graphs.cross_keys(np.concatenate(own))
-        most = max(1, max(len(pictures) for pictures in own) * K)
-        self._beside = [np.zeros((len(own), shape.kv_heads, most, shape.head_width), np.float32) for _ in made]
-        self._beside_mask = np.zeros((len(own), most), np.int64)
-        sees = np.zeros((len(own), size, most), np.int64)
+    def _lay_beside(self, rows: Sequence[Laid], size: int) -> dict[str, np.ndarray]:
+        """Keys and values of what stands beside the rows, and which positions see them."""
+        shape = self.graphs.shape
+        made = self.graphs.cross_keys(np.concatenate([row.tokens for row in rows]))
+        most = max(1, max(len(row.tokens) for row in rows))
+        self._beside = [np.zeros((len(rows), shape.kv_heads, most, shape.head_width), np.float32) for _ in made]
+        self._beside_mask = np.zeros((len(rows), most), np.int64)
+        sees = np.zeros((len(rows), size, most), np.int64)
         taken = 0
-        for row, (prompt, pictures) in enumerate(zip(prompts, own)):
-            places = [at for at, token in enumerate(prompt.ids) if token == self.graphs.image_id]
-            for number, at in enumerate(places):
-                columns = slice(number * K, (number + 1) * K)
-                for target, given in zip(self._beside, made):
-                    target[row, :, columns] = given[taken + number]
-                self._beside_mask[row, columns] = 1
-                sees[row, size - len(prompt.ids) + at :, columns] = 1
-            for at in prompt.tags:
-                tile = next((number for number, place in enumerate(places) if place > at), None)
-                if tile is not None:
-                    sees[row, size - len(prompt.ids) + at] = 0
-                    sees[row, size - len(prompt.ids) + at, tile * K : (tile + 1) * K] = 1
-            taken += len(pictures)
+        for number, row in enumerate(rows):
+            count = len(row.tokens)
+            for target, given in zip(self._beside, made):
+                target[number, :, :count] = given[taken : taken + count].transpose(1, 0, 2)
+            self._beside_mask[number, :count] = 1
+            sees[number, size - len(row.x) :, :count] = row.sees
+            taken += count
         return self._beside_feed(sees)
 
     def _beside_feed(self, sees: np.ndarray) -> dict[str, np.ndarray]:

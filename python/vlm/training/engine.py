@@ -22,7 +22,7 @@ from vlm.models import Model
 from vlm.objectives import Objective
 from vlm.schedules import Scalar, value_at
 from vlm.training.companions import Companions
-from vlm.training.requests import check_streams
+from vlm.training.requests import check_reads, check_streams
 from vlm.types import Batch, Communicator, Context, Outputs, Stream, Terms, TokenIds, Views
 from vlm.types.outputs import wanted_of
 from vlm.types.random import draw_key
@@ -108,6 +108,7 @@ class Engine:
         if not self._checked:
             check_streams(self.asked, {**self.companions.models(), "model": self.model}, batches[0])
             self.companions.check_texts(self.asked, batches[0])
+            check_reads({o.name: o.objective.reads for o in (*self.per_sample, *self.per_batch)}, batches[0])
             self._checked = True
         totals = {o.name: self._total_weight(o, batches) for o in self.per_sample}
         sums: dict[str, Tensor] = {}

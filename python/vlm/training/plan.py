@@ -8,9 +8,8 @@ import os
 import re
 import resource
 import shutil
-import statistics
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from vlm.config.machine import usable_cores
 from vlm.training.engine import Clock
 from vlm.training.memory import keep_freed_memory
+from vlm.training.timing import Reading, Timed, at_size, read_clock
 from vlm.training.trainer import Parts
 from vlm.types import Batch
 
@@ -29,7 +29,11 @@ PROBES = (64, 16, 4)
 PATIENCE = 6.0
 """Seconds."""
 
-REPEATS = 3
+REPEATS = 5
+"""Timed updates of each size, after one that is left out."""
+
+ALONE = 0.9
+"""Share of its time in which the process ran, from which on other work is not worth a word."""
 
 HEAP = 1.18
 """What a run holds for each byte that the measurement held: its heap has more holes, and they differ from run to run.
@@ -38,7 +42,11 @@ Fitted to clip-tiny, 10 settings of batch, accumulation and recomputation, whose
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage. Sizes in bytes, times in seconds."""
+    """One stage. Sizes in bytes, times in seconds.
+
+    seconds_range: of an update, from the least and the greatest times that were measured. ran: share of the measured time in which the
+    process had a core; the rest went to other work on the machine.
+    """
 
     stage: str
     parameters: int
@@ -53,6 +61,8 @@ class Plan:
     disk_free: int
     seconds: float
     seconds_per_step: float
+    seconds_range: tuple[float, float]
+    ran: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +79,16 @@ class Plan:
             f"memory: about {size(peak)}  " + "  ".join(f"{name} {size(bytes_)}" for name, bytes_ in self.memory.items()),
             f"disk: about {size(sum(self.disk.values()))} of {size(self.disk_free)} free  "
             + "  ".join(f"{name} {size(bytes_)}" for name, bytes_ in self.disk.items()),
-            f"time: about {duration(self.seconds)} ({self.seconds_per_step:.2f} s an update)",
+            f"time: about {duration(self.seconds)} ({self.seconds_per_step:.2f} s an update, "
+            f"{self.seconds_range[0]:.2f} to {self.seconds_range[1]:.2f} measured)",
+            *self._slowed(),
+        ]
+
+    def _slowed(self) -> list[str]:
+        if self.ran >= ALONE:
+            return []
+        return [
+            f"other work on this machine took {1 - self.ran:.0%} of the measured time: alone about {duration(self.seconds * self.ran)}"
         ]
 
 
@@ -136,7 +155,7 @@ def make_plan(parts: Parts, output: str, *, before: int = 0) -> Plan:
     memory["data"] = held - libraries
     memory["activations"] = measured.activations(micro, train.accumulate, memory["gradients"])
     memory["libraries"] = libraries
-    per_step = measured.seconds(micro, train.accumulate)
+    per_step, *around = (measured.seconds(micro, train.accumulate, of) for of in (Timed.median, Timed.least, Timed.greatest))
     checkpoint = 4 * total + 4 * slots * trainable + sum(sizes[member.name] for member in others if member.stateful)
     disk = {"checkpoints": checkpoint * max(1, train.keep or 1), "model": 4 * model_size}
     return Plan(
@@ -153,6 +172,8 @@ def make_plan(parts: Parts, output: str, *, before: int = 0) -> Plan:
         disk_free=shutil.disk_usage(_existing(output)).free,
         seconds=per_step * parts.steps,
         seconds_per_step=per_step,
+        seconds_range=(min(per_step, around[0]), max(per_step, around[1])),
+        ran=measured.ran,
     )
 
 
@@ -160,18 +181,17 @@ class _Measured:
     """Updates of one micro-batch (two when the stage accumulates, so that the replay is part of it) at two sizes.
 
     The optimiser steps with rate 0: its state is allocated, the weights stay. Activations are taken to grow in
-    proportion to the micro-batch, time as a straight line.
+    proportion to the micro-batch, time as a straight line. Times are medians of updates after the first of their size.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, parts: Parts, clock: Callable[[], Reading] = read_clock) -> None:
+        self.parts, self.clock = parts, clock
         self.together = 1 if parts.stage.train.accumulate == 1 else 2
-        started = time.perf_counter()
-        self.batch = next(parts.loader)
-        if parts.stage.data.workers:  # they decode beside the updates
-            started = time.perf_counter()
-            next(parts.loader)
-        self.wait = time.perf_counter() - started
+        self.wait = Timed()
+        self.batch = self._next()
+        if parts.stage.data.workers or self.wait.median() < PATIENCE / 4:  # the first one opens files and starts workers
+            self.wait = Timed()
+            self._next()
         self.bytes = _bytes_of(self.batch) / len(self.batch)
         room = max(1, min(-(-parts.stage.train.batch_size // parts.stage.train.accumulate), len(self.batch) // self.together))
         least = min(room, PROBES[-1])
@@ -179,30 +199,54 @@ class _Measured:
         # update holds afterwards depends on the holes in it.
         _give_back_freed_memory()
         self._update(least)
-        each = sum(self._update(least)[:2]) / least
-        sizes = [size for size in (min(room, size) for size in PROBES) if size * each * REPEATS < PATIENCE]
+        # By the time on a core: where other work takes most of it, a few samples would say little of a whole batch.
+        each = sum(part.ran_for for part in self._update(least)[:2]) / least
+        sizes = [size for size in (min(room, size) for size in PROBES) if size * each * (REPEATS + 1) < PATIENCE]
         self.size = sizes[0] if sizes else least
         parts.optimizer.zero_grad()
         self.still = resident()
         keep_freed_memory()  # from here on as a run
-        runs = [self._update(self.size) for _ in range(REPEATS)]
-        self.top = max(run[2] for run in runs)
-        self.step = statistics.median(run[1] for run in runs)
-        self.points = [(self.size, statistics.median(run[0] for run in runs))]
+        self.top = 0
+        gradients, self.step = self._measure(self.size)
+        self.points = [(self.size, gradients)]
         if self.size > 1:
             small = -(-self.size // 4)
-            self.points.insert(0, (small, statistics.median(self._update(small)[0] for _ in range(REPEATS))))
+            self.points.insert(0, (small, self._measure(small)[0]))
 
-    def _update(self, size: int) -> tuple[float, float, int]:
+    @property
+    def ran(self) -> float:
+        """Share of the timed updates in which this thread had a core."""
+        return Timed([one for _, timed in self.points for one in timed.readings] + self.step.readings).ran
+
+    def _next(self) -> Batch:
+        started = self.clock()
+        batch = next(self.parts.loader)
+        self.wait.add(self.clock() - started)
+        return batch
+
+    def _measure(self, size: int) -> tuple[Timed, Timed]:
+        """(gradients, step) of `REPEATS` updates, fewer when they take too long; the first of a size touches its memory and is left out."""
+        gradients, step = Timed(), Timed()
+        for repeat in range(REPEATS + 1):
+            first, second, top = self._update(size)
+            self.top = max(self.top, top) if size == self.size else self.top
+            if repeat:
+                gradients.add(first)
+                step.add(second)
+            if len(gradients) >= 2 and gradients.seconds + step.seconds > PATIENCE:
+                break
+        return gradients, step
+
+    def _update(self, size: int) -> tuple[Reading, Reading, int]:
         _reset_peak()
         parts = self.parts
         parts.model.train()
         parts.optimizer.zero_grad()
-        started = time.perf_counter()
+        started = self.clock()
         parts.engine.update([self.batch.samples(i * size, (i + 1) * size) for i in range(self.together)], Clock(0, parts.steps))
-        between = time.perf_counter()
+        between = self.clock()
         parts.optimizer.step(0.0)
-        return between - started, time.perf_counter() - between, _peak()
+        return between - started, self.clock() - between, _peak()
 
     def activations(self, micro: int, accumulate: int, gradients: int) -> int:
         """Bytes beyond weights, gradients and optimiser state at the peak of a whole update.
@@ -211,14 +255,11 @@ class _Measured:
         copies = (accumulate - self.together) * micro * self.bytes
         return round(HEAP * max(0, self.top - self.still - gradients) * micro / self.size + copies)
 
-    def seconds(self, micro: int, accumulate: int) -> float:
-        """Of a whole update, the wait for its data included."""
-        size, gradients = self.points[-1]
-        if len(self.points) > 1:
-            small, fewer = self.points[0]
-            gradients += max(0.0, gradients - fewer) / (size - small) * (micro - size)
-        update = gradients * accumulate / self.together + self.step
-        return max(update, self.wait) if self.parts.stage.data.workers else update + self.wait
+    def seconds(self, micro: int, accumulate: int, of: Callable[[Timed], float] = Timed.median) -> float:
+        """Of a whole update, the wait for its data included; of: which of the measured times are taken."""
+        gradients = at_size([(size, of(timed)) for size, timed in self.points], micro)
+        update, wait = gradients * accumulate / self.together + of(self.step), of(self.wait)
+        return max(update, wait) if self.parts.stage.data.workers else update + wait
 
 
 def _bytes_of(batch: Batch) -> int:

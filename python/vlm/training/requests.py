@@ -38,11 +38,7 @@ def check_streams(asked: Asked, models: Mapping[str, Model], batch: Batch) -> No
             model = models[request.companion]
             for name in (request.stream, request.context):
                 if name is not None and name not in batch:
-                    known = ", ".join(sorted([*batch.streams, *batch.shared])) or "none"
-                    raise RequestError(
-                        f"objective {objective!r} asks for {request}, and the data give no stream {name!r}",
-                        remedy=f"streams of the data: {known}",
-                    )
+                    raise _missing(f"objective {objective!r} asks for {request}", name, batch)
             if request.context is not None and not isinstance(batch[request.context], Pictures):
                 raise _refusal(objective, request, model, f"reads a text with pictures, and {request.context!r} holds none")
             kind = _kind(batch[request.stream])
@@ -73,6 +69,22 @@ def _drawn(stream: str, data: DataOptions) -> str | None:
     if stream == "text" and data.captions.kind != "one":
         return "data.captions draws another text every time"
     return None
+
+
+def check_reads(reads: Mapping[str, Sequence[str]], batch: Batch) -> None:
+    """Streams that objectives read of the batch itself (labels, weights): those that the data do not give.
+
+    reads: by objective. Raises RequestError with objective and stream.
+    """
+    for objective, names in reads.items():
+        for name in names:
+            if name.partition("@")[0] not in batch:
+                raise _missing(f"objective {objective!r} reads {name!r}", name, batch)
+
+
+def _missing(what: str, name: str, batch: Batch) -> RequestError:
+    known = ", ".join(sorted([*batch.streams, *batch.shared])) or "none"
+    return RequestError(f"{what}, and the data give no stream {name!r}", remedy=f"streams of the data: {known}")
 
 
 def _kind(stream: Stream) -> str | None:

@@ -28,14 +28,22 @@ def whole(box: Any) -> Box | None:
 
 @dataclass(frozen=True)
 class Said:
-    """messages, and the addresses of pictures that they hold themselves."""
+    """messages, and the addresses of pictures that they hold themselves.
+
+    entries: what each answer came from: a message, a question, an object, or the sample.
+    """
 
     messages: list[Message]
     addresses: list[Any]
+    entries: list[Mapping[str, Any]]
 
     @property
     def answer(self) -> str:
         return self.messages[-1].text
+
+    @property
+    def answers(self) -> list[str]:
+        return [message.text for message in self.messages if message.role == "assistant"]
 
 
 class Conversations:
@@ -67,20 +75,22 @@ class Conversations:
         stream = self.streams[name]
         generator = np.random.Generator(np.random.Philox(key=keys.get(name, 0)))
         addresses: list[Any] = []
+        entries: list[Mapping[str, Any]]
         if stream.questions_table is not None:
-            messages = self._question(name, stream.questions_table, fields, generator)
+            messages, entries = self._question(name, stream.questions_table, fields, generator)
         elif stream.regions_table is not None:
-            messages = self._region(stream.regions_table, fields, generator, seen)
+            messages, entries = self._region(stream.regions_table, fields, generator, seen)
         elif (answer := stream.answer_table) is not None:
             prompt = self._prompt(stream, fields, generator)
             said = self._answer(name, answer, fields, keys, generator, seen)
             messages = [Message("user", (prompt,) if prompt else ()), Message("assistant", (said,))]
+            entries = [fields]
         else:
             column = stream.messages or "auto"
-            messages, addresses = messages_of(fields, self.columns.get(column, column), self.max_text)
+            messages, addresses, entries = messages_of(fields, self.columns.get(column, column), self.max_text)
         if stream.system is not None:
             messages = [Message("system", (stream.system,)), *(m for m in messages if m.role != "system")]
-        return Said(messages, addresses)
+        return Said(messages, addresses, entries)
 
     def _values(self, fields: dict[str, Any], column: str) -> list[Any]:
         if column == "auto":
@@ -126,49 +136,57 @@ class Conversations:
 
     def _question(
         self, name: str, table: Questions, fields: dict[str, Any], generator: np.random.Generator
-    ) -> list[Message]:
-        by_kind: dict[str, list[tuple[str, str]]] = {}
-        for kind, question, answer in asked(fields, self.columns.get(table.column, table.column), table.kinds):
-            by_kind.setdefault(kind, []).append((question, answer))
+    ) -> tuple[list[Message], list[Mapping[str, Any]]]:
+        by_kind: dict[str, list[Mapping[str, Any]]] = {}
+        for kind, entry in asked_entries(fields, self.columns.get(table.column, table.column), table.kinds):
+            by_kind.setdefault(kind, []).append(entry)
         if not by_kind:
             raise BadSample("no_question", f"field {table.column}" + (f", kinds {', '.join(table.kinds)}" if table.kinds else ""))
         weights = self.weights.get(name, {})
-        left = [(kind, *pair) for kind, pairs in by_kind.items() for pair in pairs]
+        left = [(kind, entry) for kind, entries in by_kind.items() for entry in entries]
         messages: list[Message] = []
+        taken: list[Mapping[str, Any]] = []
         for _ in range(min(table.turns, len(left))):
-            kinds = [kind for kind, _, _ in left]
+            kinds = [kind for kind, _ in left]
             if table.balance == "kinds":
                 shares = [1 / (len(set(kinds)) * kinds.count(kind)) for kind in kinds]
             elif table.balance == "answers":
-                shares = [weights.get(kind, {}).get(answer, 1.0) for kind, _, answer in left]
+                shares = [weights.get(kind, {}).get(entry["answer"], 1.0) for kind, entry in left]
             else:
                 shares = [1.0] * len(left)
             edges = np.cumsum(shares)
             place = int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))
-            _, question, answer = left.pop(min(place, len(left) - 1))
-            messages.append(Message("user", (clean_text(question, self.max_text),)))
-            messages.append(Message("assistant", (clean_text(answer, self.max_text),)))
-        return messages
+            _, entry = left.pop(min(place, len(left) - 1))
+            messages.append(Message("user", (clean_text(entry["question"], self.max_text),)))
+            messages.append(Message("assistant", (clean_text(entry["answer"], self.max_text),)))
+            taken.append(entry)
+        return messages, taken
 
     def _region(
         self, table: Regions, fields: dict[str, Any], generator: np.random.Generator, seen: SeenBox
-    ) -> list[Message]:
+    ) -> tuple[list[Message], list[Mapping[str, Any]]]:
         entries = self._values(fields, table.column)
-        names: list[str] = []
-        for entry in entries:
-            if not isinstance(entry, dict):
-                raise BadSample("bad_box", f"field {table.column} holds a {type(entry).__name__}")
-            names.append(fill(table.phrase, entry))
-        good: list[tuple[str, Box]] = []
-        for entry, phrase in zip(entries, names):
-            box = seen(field_at(entry, table.box))
-            if box is not None and names.count(phrase) == 1:  # a phrase for two objects has no one answer
-                good.append((phrase, box))
+        good = regions_of(entries, table, seen)
         if not good:
             raise BadSample("no_question", f"no object of {table.column} that is seen and named by its phrase alone")
-        phrase, box = good[int(generator.integers(len(good)))]
+        phrase, box, entry = good[int(generator.integers(len(good)))]
         question = table.prompt.replace("{phrase}", phrase)
-        return [Message("user", (question,)), Message("assistant", (box_text(box, table.decimals),))]
+        return [Message("user", (question,)), Message("assistant", (box_text(box, table.decimals),))], [entry]
+
+
+def regions_of(entries: list[Any], table: Regions, seen: SeenBox) -> list[tuple[str, Box, Mapping[str, Any]]]:
+    """(phrase, box as the model sees it, entry) of each object that is seen and named by its phrase alone. Raises BadSample."""
+    names: list[str] = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise BadSample("bad_box", f"field {table.column} holds a {type(entry).__name__}")
+        names.append(fill(table.phrase, entry))
+    good: list[tuple[str, Box, Mapping[str, Any]]] = []
+    for entry, phrase in zip(entries, names):
+        box = seen(field_at(entry, table.box))
+        if box is not None and names.count(phrase) == 1:  # a phrase for two objects has no one answer
+            good.append((phrase, box, entry))
+    return good
 
 
 def fill(phrase: str, entry: Mapping[str, Any]) -> str:
@@ -190,16 +208,21 @@ def fill(phrase: str, entry: Mapping[str, Any]) -> str:
 
 def asked(fields: dict[str, Any], column: str, kinds: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """(kind, question, answer) of the list in a field, of the kinds asked for. Raises BadSample when it is none."""
+    return [(kind, entry["question"], entry["answer"]) for kind, entry in asked_entries(fields, column, kinds)]
+
+
+def asked_entries(fields: dict[str, Any], column: str, kinds: tuple[str, ...]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The same as (kind, entry)."""
     value = field_at(fields, column)
     if value is None:
         raise BadSample("missing_field", column)
     if not isinstance(value, list):
         raise BadSample("bad_messages", f"field {column} holds a {type(value).__name__}, expected a list of questions")
-    out = []
+    out: list[tuple[str, Mapping[str, Any]]] = []
     for entry in value:
         if not isinstance(entry, dict) or not isinstance(entry.get("question"), str) or not isinstance(entry.get("answer"), str):
             raise BadSample("bad_messages", f"field {column}: an entry without question and answer")
         kind = str(entry.get("kind", ""))
         if not kinds or kind in kinds:
-            out.append((kind, entry["question"], entry["answer"]))
+            out.append((kind, entry))
     return out

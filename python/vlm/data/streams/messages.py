@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vlm.data.samples import BadSample, clean_text, field_at
@@ -14,8 +15,8 @@ MAX_PICTURES = 64
 """Pictures of a sample at most."""
 
 
-def messages_of(fields: dict[str, Any], column: str, max_text: int) -> tuple[list[Message], list[Any]]:
-    """(messages up to the last answer, addresses of pictures that the messages themselves hold).
+def messages_of(fields: dict[str, Any], column: str, max_text: int) -> tuple[list[Message], list[Any], list[Mapping[str, Any]]]:
+    """(messages up to the last answer, addresses of pictures that the messages themselves hold, the entry of each answer).
 
     LLaVA: `<image>` in what a human says is a picture. OpenAI: parts of type `image` or `image_url` are; text that
     spells the marker is text. Raises BadSample.
@@ -46,7 +47,8 @@ def messages_of(fields: dict[str, Any], column: str, max_text: int) -> tuple[lis
     held = sum(message.pictures for message in messages)
     if addresses and len(addresses) < held:
         raise BadSample("placeholder_mismatch", f"{held} pictures, {len(addresses)} with an address")
-    return messages, addresses[:held]
+    answers = [entry for entry, message in zip(value, messages) if message.role == "assistant"]
+    return messages, addresses[:held], answers
 
 
 def _llava(entry: dict[str, Any], number: int, max_text: int) -> Message:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
+from vlm.data.streams.number_options import NumberStream, TokenWeights
 
 
 class Literally(Options):
@@ -169,12 +170,14 @@ class MaskedPixels(Options):
 StreamOptions = Annotated[
     ConversationStream
     | DiffusionNoise
-    | MaskedPixels,
+    | MaskedPixels
+    | NumberStream
+    | TokenWeights,
     Field(discriminator="kind"),
 ]
 
 
-def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | MaskedPixels]) -> None:
+def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | MaskedPixels | NumberStream | TokenWeights]) -> None:
     """Names fit their kinds and what they refer to exists. Raises ValueError."""
     for name, stream in streams.items():
         picture = name == "image" or name.startswith("image.")
@@ -184,8 +187,11 @@ def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | Maske
             if stream.of in streams:
                 raise ValueError(f"streams.{name}: of = {stream.of!r} is itself made from another stream")
             continue
-        if picture or name in ("", "group", "label"):
-            raise ValueError(f"streams.{name}: a conversation cannot have this name")
+        numbers = isinstance(stream, NumberStream | TokenWeights)
+        if picture or name in ("", "group", "label", *(("text",) if numbers else ())):
+            raise ValueError(f"streams.{name}: {'numbers' if numbers else 'a conversation'} cannot have this name")
+        if isinstance(stream, NumberStream | TokenWeights):
+            continue
         if stream.corruption is not None:
             other = streams.get(stream.corruption.of)
             if not isinstance(other, ConversationStream) or other.corruption is not None:

@@ -45,8 +45,7 @@ class VisionGraph(nn.Module):
 def export_parts(model: Reader) -> dict[str, ExportPart]:
     """`vision`, `embed`, `decoder`; with cross-attention `cross`; with a reduction `prefill` and `decode` for `decoder`.
 
-    Raises RequestError for one that keeps no fixed number of positions, for attention to some keys, and for one whose tiles
-    stand beside the row behind their tags (nvlm form H).
+    Raises RequestError for one that keeps no fixed number of positions, and for attention to some keys.
     """
     options = model.options
     refuse_chosen_keys(model.language.options)
@@ -57,11 +56,6 @@ def export_parts(model: Reader) -> dict[str, ExportPart]:
     if not model.language.options.sees_all_before:
         raise RequestError("a model whose language model has attention under a mask or a mixer has no bundle",
                            remedy="keep the model directory: every command reads it")
-    if options.fusion.kind == "hybrid":
-        raise RequestError(
-            'a model of fusion "hybrid" has no bundle',
-            remedy='fusions "prefix" and "cross-attention" have one; the model directory serves every other command',
-        )
     inputs = {}
     for name, stream in options.picture_streams().items():
         size = options.towers[name].vit().image_size

@@ -196,8 +196,10 @@ void block_sparse_forward(const BlockSparseForward& call, int threads) {
     Worker w;
     Worker::room(call, &w, memory.data + worker * room);
     for (int64_t lane = 0; lane < sizes.lanes; ++lane) w.scale[lane] = call.scale * log2_e;
-    for (int64_t task = begin; task < end; ++task)
-      run_task(call, w, sizes, task / blocks / p.query_heads, task / blocks % p.query_heads, task % blocks, blocks);
+    for (int64_t task = begin; task < end; ++task) {
+      const Place at = place_of(p, task, blocks);
+      run_task(call, w, sizes, at.b, at.h, at.block, blocks);
+    }
   });
 }
 

@@ -18,6 +18,16 @@ VLM_INLINE const float* selected_head(const Heads& x, int64_t b, int64_t h) {
   return x.data + b * x.batch_stride + h * x.head_stride;
 }
 
+// Task number `task` of `blocks` blocks of queries for each head. Query heads that read the same keys follow one another
+// block by block: the first halves that they judge are the same, and so are the first keys and the window.
+struct Place {
+  int64_t b, h, block;
+};
+VLM_INLINE Place place_of(const SelectionProblem& p, int64_t task, int64_t blocks) {
+  const int64_t group = p.query_heads / p.key_heads, pair = task / group / blocks;
+  return {pair / p.key_heads, pair % p.key_heads * group + task % group, task / group % blocks};
+}
+
 // Places of the keys of the blocks [from, to) of a list. Returns their number.
 VLM_INLINE int64_t keys_of(const SelectionProblem& p, const int32_t* list, int64_t from, int64_t to, int32_t* keys) {
   int64_t n = 0;

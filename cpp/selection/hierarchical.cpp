@@ -98,13 +98,16 @@ bool keep_best(Worker& w, const Intervals& from, int64_t size, int64_t m, const 
   for (int64_t i = 0; i < size; ++i) above += w.order[i] > border;
   int64_t kept = 0, ties = m - above;
   int32_t longest = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    if (w.order[i] < border || (w.order[i] == border && ties-- <= 0)) continue;
-    to.first[kept] = from.first[i];
-    to.end[kept] = from.end[i];
-    to.scores[kept++] = from.scores[i];
-    const int32_t length = from.end[i] - from.first[i];
+  for (int64_t i = 0; i < size; ++i) {  // no branch: which ones stay cannot be foreseen
+    const int32_t first = from.first[i], end = from.end[i];
+    const int64_t tie = (w.order[i] == border) & (ties > 0), stays = (w.order[i] > border) | tie;
+    to.first[kept] = first;
+    to.end[kept] = end;
+    to.scores[kept] = from.scores[i];
+    const int32_t length = stays != 0 ? end - first : 0;
     longest = length > longest ? length : longest;
+    kept += stays;
+    ties -= tie;
   }
   return longest > 1;
 }
@@ -203,8 +206,10 @@ void select_hierarchical(const HierarchicalSelection& call, int threads) {
   parallel_for(p.batch * p.query_heads * blocks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
     Worker w;
     Worker::room(call, &w, memory.data + worker * room);
-    for (int64_t task = begin; task < end; ++task)
-      run_task(call, w, task / blocks / p.query_heads, task / blocks % p.query_heads, task % blocks, blocks);
+    for (int64_t task = begin; task < end; ++task) {
+      const Place at = place_of(p, task, blocks);
+      run_task(call, w, at.b, at.h, at.block, blocks);
+    }
   });
 }
 

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm import ops
 from vlm.attention import TrunkAttentionOptions
+from vlm.attention.room import LEAST_ROOM
 from vlm.models.blocks import Attention, FeedForward, Trunk, TrunkOptions, norm_of, rotary_tables, rotate
-from vlm.models.cache import LEAST_ROOM, LayerCache
+from vlm.models.cache import LayerCache
 from vlm.models.sight import Ranks, Sight, sight_of
 from vlm.ops import masks
 from vlm.types import Layout

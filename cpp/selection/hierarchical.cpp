@@ -97,19 +97,19 @@ bool keep_best(Worker& w, const Intervals& from, int64_t size, int64_t m, const 
   const int32_t border = static_cast<int32_t>(lowest ^ 0x80000000u);
   for (int64_t i = 0; i < size; ++i) above += w.order[i] > border;
   int64_t kept = 0, ties = m - above;
-  int32_t longest = 0;
-  for (int64_t i = 0; i < size; ++i) {  // no branch: which ones stay cannot be foreseen
+  int32_t longest = 0;  // 0 if all that stay have length 1
+  for (int64_t i = 0; i < size; ++i) {  // sign bits in place of branches: which ones stay cannot be foreseen
     const int32_t first = from.first[i], end = from.end[i];
-    const int64_t tie = (w.order[i] == border) & (ties > 0), stays = (w.order[i] > border) | tie;
+    const int64_t behind = int64_t{border} - w.order[i];
+    const int64_t stays = ((behind - (ties > 0)) >> 63) & 1, tie = stays & ~(behind >> 63);
     to.first[kept] = first;
     to.end[kept] = end;
     to.scores[kept] = from.scores[i];
-    const int32_t length = stays != 0 ? end - first : 0;
-    longest = length > longest ? length : longest;
+    longest |= (end - first - 1) & static_cast<int32_t>(-stays);  // lengths are at least 1
     kept += stays;
     ties -= tie;
   }
-  return longest > 1;
+  return longest != 0;
 }
 
 // Chooses `budget` of the blocks [low, low + n) into `chosen`, ascending; returns how many representatives were judged.

@@ -47,8 +47,8 @@ struct Worker {
   }
 };
 
-// Scores of n keys become weights relative to the running maximum of each query; see C0 of the streaming softmax. The keys
-// from `late` on may lie behind some query. Returns whether what was summed before must be scaled by w.fade.
+// Scores of n keys become weights relative to the running maximum of each query: the streaming softmax. The keys from
+// `late` on may lie behind some query. Returns whether what was summed before must be scaled by w.fade.
 bool stream(Worker& w, const Sizes& s, int64_t n, int64_t late, int64_t rows) {
   bool changed = false;
   for (int64_t lane = 0; lane < rows; lane += W) {
@@ -79,8 +79,9 @@ bool stream(Worker& w, const Sizes& s, int64_t n, int64_t late, int64_t rows) {
 
 // out[m] += sum over n keys of weight[j][m] values[j], V vectors of columns.
 template <int M, int V>
-__attribute__((noinline)) void weighted_tile(int64_t n, const float* weights, int64_t stride, const float* const* values,
-                                             int64_t column, float* out, int64_t out_stride) {
+__attribute__((noinline)) void weighted_tile(int64_t n, const float* weights, int64_t stride,
+                                             const float* const* values, int64_t column, float* out,
+                                             int64_t out_stride) {
   vf sum[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)

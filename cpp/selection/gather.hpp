@@ -1,7 +1,7 @@
 // Products with rows that lie scattered in memory, read where they are: no copy, no packing. Per-level code.
 //
-// Tiles are transposed: a row of a tile belongs to a key, its lanes to the queries of the block. So a key is one broadcast
-// number at a time, softmax and maxima over keys need no exchange of lanes, and a block of 32 queries is two vectors.
+// Tiles are transposed: a row of a tile belongs to a key, its lanes to the queries of the block. So a key is one
+// broadcast number at a time, softmax and maxima over keys need no exchange of lanes, and a block of 32 queries is two vectors.
 #pragma once
 
 #include "core/parallel_for.hpp"
@@ -18,8 +18,8 @@ VLM_INLINE const float* selected_head(const Heads& x, int64_t b, int64_t h) {
   return x.data + b * x.batch_stride + h * x.head_stride;
 }
 
-// Task number `task` of `blocks` blocks of queries for each head. Query heads that read the same keys follow one another
-// block by block: the first halves that they judge are the same, and so are the first keys and the window.
+// Task number `task` of `blocks` blocks of queries for each head. Query heads that read the same keys follow one
+// another block by block: the first halves that they judge are the same, and so are the first keys and the window.
 struct Place {
   int64_t b, h, block;
 };

@@ -47,15 +47,15 @@ struct Worker {
   }
 };
 
-// Greatest <q, k> of each of the first `count` blocks of the worker's list over its rows and the keys that they see, into
-// w.found. NaN counts as lowest.
+// Greatest <q, k> of each of the first `count` blocks of the worker's list over its rows and the keys that they see,
+// into w.found. NaN counts as lowest.
 void score_blocks(const HierarchicalSelection& c, Worker& w, const float* k, int64_t rows, int64_t count) {
   const SelectionProblem& p = c.problem;
   const int64_t at_once = larger(1, BC / p.block_k);
   for (int64_t from = 0; from < count; from += at_once) {
     const int64_t to = smaller(count, from + at_once), n = keys_of(p, w.blocks, from, to, w.places);
     rows_at(k, p.k.row_stride, w.places, n, w.keys);
-    const bool hidden = w.places[n - 1] > w.positions[0];  // blocks ascend, positions too: some row may not see some key
+    const bool hidden = w.places[n - 1] > w.positions[0];  // both ascend: some row may not see some key
     for (int64_t i = from; i < to; ++i) w.found[i] = -infinity;
     for (int64_t lane = 0; lane < rows; lane += NR) {
       multiply_scattered(n, rows - lane, p.width, w.keys, w.query + lane * p.width, w.scores, NR);

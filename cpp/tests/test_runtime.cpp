@@ -96,7 +96,7 @@ void several_callers_at_once() {
   check(after.each_once(), "the parent of a fork goes on");
 }
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // those bring their own allocator
+#if defined(__GLIBC__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // they bring an allocator
 long faults() {
   rusage used;
   getrusage(RUSAGE_SELF, &used);

@@ -171,13 +171,14 @@ void compare_products(int64_t rows, int64_t ids, int64_t width) {
   };
   const auto run = [&](int threads) {
     Results r{std::vector<float>(rows * z_stride, 7.0f), std::vector<float>(rows * width), start};
-    product_rows(FloatProduct{rows, ids, width, {h.data(), stride}, {w.data(), stride}, {r.z.data(), z_stride}}, threads);
+    product_rows(FloatProduct{rows, ids, width, {h.data(), stride}, {w.data(), stride}, {r.z.data(), z_stride}},
+                 threads);
     product_gradients(FloatProductGradients{rows, ids, width, {h.data(), stride}, {w.data(), stride}, {g.data(), ids},
                                             {r.dh.data(), width}, {r.dw.data(), stride}}, threads);
     return r;
   };
   const Results one = run(1);
-  std::vector<double> z(rows * z_stride, 7.0), dh(rows * width), dw(start.begin(), start.end());  // gaps stay as they are
+  std::vector<double> z(rows * z_stride, 7.0), dh(rows * width), dw(start.begin(), start.end());  // gaps stay
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t v = 0; v < ids; ++v) {
       z[i * z_stride + v] = 0.0;

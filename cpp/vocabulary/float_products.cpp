@@ -13,8 +13,8 @@ constexpr int64_t PARTS = 8, PART_TILES = 8;  // partial sums of dh: at most so 
 constexpr int64_t PIECE = 128;
 constexpr int64_t BLOCK = 256;  // rows that meet a tile at once: their panels stay in the cache
 
-// C [M, N] (+)= A B where C has no room beyond N. Sums of PIECE products are made by themselves and then added: chains of
-// thousands of additions would lose more than a library's product does.
+// C [M, N] (+)= A B where C has no room beyond N. Sums of PIECE products are made by themselves and then added: chains
+// of thousands of additions would lose more than a library's product does.
 template <class A>
 void multiply_in_pieces(int64_t M, int64_t N, int64_t K, const float* a, int64_t group_stride, const float* b,
                         int64_t panel_stride, float* c, int64_t ldc, bool accumulate) {

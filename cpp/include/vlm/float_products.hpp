@@ -1,4 +1,4 @@
-// Products of tall float32 matrices for losses over a vocabulary: the tile product of this core, a tile of ids at a time.
+// Products of tall float32 matrices for losses over a vocabulary, by the tile product of this core.
 //
 // hidden h [R, E], weight w [V, E], both with a contiguous last axis.
 //   product_rows       z_iv = <h_i, w_v>                     z [R, V], written

@@ -27,6 +27,7 @@ class Case:
     target: the least ratio that we set out to reach, None where none was set: `native_ratio` of a case with an arm
     `native`, `ratio` of one without. account: what else is to be told, from the median seconds of the arms; its
     `target` takes the place of the case's. repeats: how often the arms are run after a warm-up, None: as often as the budget lets.
+    memory: why the peak memory is not measured; empty where it is.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     native: bool = True
     account: Account | None = None
     repeats: int | None = None
+    memory: str = ""
 
     @property
     def runs_peer(self) -> bool:

@@ -25,13 +25,17 @@ def measure(case: Case, threads: int, with_memory: bool = True) -> dict[str, obj
     """One row: times in milliseconds, memory in MiB, `ratio` and `native_ratio` = peer time over ours.
 
     `native_cpu_ratio` is the same of the processor time of all threads, of `dispatched` where there is no kernel's arm:
-    what is left of a figure on a busy machine. `details`: what the case's account tells, None without one.
+    what is left of a figure on a busy machine. `details`: what the case's account tells and why memory was not measured, or
+    None.
     """
     torch.set_num_threads(threads)
     measured = _times(case)
     times = {arm: wall for arm, (wall, _) in measured.items()}
     native, dispatched, peer = times.get("native"), times["dispatched"], times.get("peer")
     details = dict(case.account(times)) if case.account is not None else None
+    with_memory = with_memory and not case.memory
+    if case.memory:
+        details = {**(details or {}), "memory_not_measured": case.memory}
     return {
         "case": case.name,
         "native_ms": _milliseconds(native),

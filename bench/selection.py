@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlm import ops
+from vlm.attention.block_memory import BlockMemoryOptions
 from vlm.attention.hierarchical import HierarchicalOptions
 from vlm.bench.case import Arm, Case, Work, with_backend
 from vlm.models import LanguageOptions
@@ -34,6 +35,28 @@ def hierarchical(queries: int, keys: int) -> Callable[[], dict[Arm, Work]]:
             return ops.attention(q, k, v, causal=True)
 
         return {"native": with_backend("native", ours), "dispatched": ours, "peer": exact}
+
+    return build
+
+
+def block_memory(length: int) -> Callable[[], dict[Arm, Work]]:
+    """q [8, N, 64] over k, v [2, N, 64], read at once into an empty memory: about 400 keys seen, see `WRITING`."""
+
+    def build() -> dict[Arm, Work]:
+        generator = torch.Generator().manual_seed(length)
+        q = torch.randn(8, length, 64, generator=generator)
+        k, v = (torch.randn(2, length, 64, generator=generator) for _ in range(2))
+        memory = BlockMemoryOptions.model_validate(WRITING["block-memory"]).build()
+
+        @torch.inference_mode()
+        def ours() -> object:
+            return memory(q, k, v, memory.start(8, 2, 64, like=q))
+
+        @torch.inference_mode()
+        def exact() -> object:
+            return ops.attention(q[None], k[None], v[None], causal=True)
+
+        return {"dispatched": ours, "peer": exact}
 
     return build
 
@@ -79,7 +102,11 @@ SELECTION_CASES: tuple[Case, ...] = (
     *(
         Case(f"hierarchical/{name}/{keys}", EXACT, hierarchical(queries or keys, keys))
         for name, queries in (("prefill", 0), ("last-block", 32))
-        for keys in (1024, 4096, 16384)
+        for keys in (1024, 2048, 4096, 8192, 16384)
+    ),
+    *(
+        Case(f"block-memory/prefill/{length}", EXACT, block_memory(length), native=False)
+        for length in (1024, 2048, 4096, 8192, 16384)
     ),
     *(
         Case(f"long-row/{kind}/{read}", "the same model, which sees every key", writing(kind, read), native=False)

@@ -1,3 +1,4 @@
+#include "vlm/float_products.hpp"
 #include "vlm/half_products.hpp"
 #include "vlm/vocabulary.hpp"
 
@@ -93,6 +94,33 @@ void register_vocabulary(py::module_& m) {
       py::arg("rows"), py::arg("ids"), py::arg("width"), py::arg("hidden"), py::arg("weight"), py::arg("gradient"),
       py::arg("d_hidden"), py::arg("d_weight"), py::arg("threads"),
       "Gradients of `product_rows`; adds to that of the weight.");
+  m.def(
+      "float_product_rows",
+      [](int64_t rows, int64_t ids, int64_t width, Block hidden, Block weight, Block z, int threads) {
+        const FloatProduct call{rows, ids, width, input(hidden), input(weight), output(z)};
+        py::gil_scoped_release release;
+        product_rows(call, threads);
+      },
+      py::arg("rows"), py::arg("ids"), py::arg("width"), py::arg("hidden"), py::arg("weight"), py::arg("z"),
+      py::arg("threads"), "Products of float32 rows; see vlm/float_products.hpp.");
+  m.def(
+      "float_product_gradients",
+      [](int64_t rows, int64_t ids, int64_t width, Block hidden, Block weight, Block gradient, Block d_hidden,
+         Block d_weight, int threads) {
+        const FloatProductGradients call{rows,
+                                         ids,
+                                         width,
+                                         input(hidden),
+                                         input(weight),
+                                         input(gradient),
+                                         output(d_hidden),
+                                         output(d_weight)};
+        py::gil_scoped_release release;
+        product_gradients(call, threads);
+      },
+      py::arg("rows"), py::arg("ids"), py::arg("width"), py::arg("hidden"), py::arg("weight"), py::arg("gradient"),
+      py::arg("d_hidden"), py::arg("d_weight"), py::arg("threads"),
+      "Gradients of `float_product_rows`; adds to that of the weight.");
 }
 
 }  // namespace vlm::bindings

@@ -11,6 +11,7 @@
 #include "vlm/recurrent.hpp"
 #include "vlm/selection.hpp"
 #include "vlm/window_attention.hpp"
+#include "vlm/float_products.hpp"
 
 namespace vlm {
 
@@ -66,6 +67,8 @@ struct KernelTable {
   void (*block_sparse_forward)(const BlockSparseForward&, int threads);
   void (*window_attention_forward)(const WindowAttentionForward&, int threads);
   void (*window_attention_backward)(const WindowAttentionBackward&, int threads);
+  void (*float_product_rows)(const FloatProduct&, int threads);
+  void (*float_product_gradients)(const FloatProductGradients&, int threads);
 };
 
 const KernelTable& active_kernels();

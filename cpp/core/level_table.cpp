@@ -34,6 +34,8 @@ const KernelTable kernel_table = {
     block_sparse_forward,
     window_attention_forward,
     window_attention_backward,
+    float_product_rows,
+    float_product_gradients,
 };
 
 }  // namespace VLM_LEVEL

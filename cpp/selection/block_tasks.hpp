@@ -6,6 +6,16 @@
 namespace vlm {
 namespace VLM_LEVEL {
 
+// Task number `task` of `blocks` blocks of queries for each head. Query heads that read the same keys follow one
+// another block by block: the first halves that they judge are the same, and so are the first keys and the window.
+struct Place {
+  int64_t b, h, block;
+};
+VLM_INLINE Place place_of(const SelectionProblem& p, int64_t task, int64_t blocks) {
+  const int64_t group = p.query_heads / p.key_heads, pair = task / group / blocks;
+  return {pair / p.key_heads, pair % p.key_heads * group + task % group, task / group % blocks};
+}
+
 // Worker::room(call, &worker, at) lays a worker out from `at`, measures with nullptr, and returns its floats.
 // task(call, worker, b, h, block, blocks) runs once each, in any order.
 template <class Worker, class Call, class Task>
@@ -18,8 +28,10 @@ static void for_each_block(const Call& call, int threads, Task task) {
   parallel_for(p.batch * p.query_heads * blocks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
     Worker w;
     Worker::room(call, &w, memory.data + worker * room);
-    for (int64_t i = begin; i < end; ++i)
-      task(call, w, i / blocks / p.query_heads, i / blocks % p.query_heads, i % blocks, blocks);
+    for (int64_t i = begin; i < end; ++i) {
+      const Place at = place_of(p, i, blocks);
+      task(call, w, at.b, at.h, at.block, blocks);
+    }
   });
 }
 

@@ -1,154 +1,170 @@
-// Hierarchical search for key blocks. A task is (batch, head, block of queries). Compiled once per level.
+// Hierarchical search for key blocks: representatives are read where they lie, intervals stay in their order. A task is
+// (batch, head, block of queries). Compiled once per level.
 #include "selection/block_tasks.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
 namespace {
 
-struct Interval {
-  int32_t first, end;
-  float score;
+// Intervals in ascending order. scores: of the representative, as far as it is known.
+struct Intervals {
+  int32_t *first, *end;
+  float* scores;
 };
 
-// Higher scores first, of equal ones the earlier interval. NaN counts as lowest.
-VLM_INLINE bool better(const Interval& a, const Interval& b) {
-  return a.score > b.score || (!(b.score > a.score) && a.first < b.first);
-}
-
-void exchange_intervals(Interval& a, Interval& b) {
-  const Interval kept = a;
-  a = b;
-  b = kept;
-}
-
-// The best `count` come to the front, in any order (Hoare's selection, middle element as pivot).
-void bring_best_forward(Interval* list, int64_t size, int64_t count) {
-  int64_t low = 0, high = size - 1;
-  while (low < high) {
-    const Interval pivot = list[low + (high - low) / 2];
-    int64_t i = low, j = high;
-    while (i <= j) {
-      while (better(list[i], pivot)) ++i;
-      while (better(pivot, list[j])) --j;
-      if (i <= j) exchange_intervals(list[i++], list[j--]);
-    }
-    if (count - 1 <= j)
-      high = j;
-    else if (count - 1 >= i)
-      low = i;
-    else
-      return;
-  }
-}
-
-void sort_blocks(int32_t* list, int64_t size) {  // heap sort: no template of the standard library in this unit
-  const auto sink = [&](int64_t at, int64_t end) {
-    while (2 * at + 1 < end) {
-      int64_t child = 2 * at + 1;
-      if (child + 1 < end && list[child + 1] > list[child]) ++child;
-      if (list[at] >= list[child]) return;
-      const int32_t kept = list[at];
-      list[at] = list[child];
-      list[child] = kept;
-      at = child;
-    }
-  };
-  for (int64_t i = size / 2 - 1; i >= 0; --i) sink(i, size);
-  for (int64_t end = size - 1; end > 0; --end) {
-    const int32_t kept = list[0];
-    list[0] = list[end];
-    list[end] = kept;
-    sink(0, end);
-  }
-}
-
 struct Worker {
-  float *query, *gathered, *panels, *scores;  // [rows], [BC, D], [BC panels], [MR, LDS]
-  int32_t *keys, *blocks;                     // [BC], [2 budget]
-  Interval* intervals;                        // [2 budget]
-  float* best;                                // [BC]: greatest score of each key over the rows
+  float *query, *scores;        // panels of the rows that take part; [keys of a tile, NR]
+  int32_t* positions;           // [rows in whole panels]
+  int32_t *places, *blocks;     // [keys of a tile], [2 budget]: blocks to be scored
+  int32_t* asked;               // [2 budget]: which halves they stand for
+  const float** keys;           // addresses of a tile
+  int32_t* order;               // [2 budget]: scores as integers of the same order
+  float* found;                 // [2 budget]
+  Intervals whole, halves;      // [budget], [2 budget]
 
   static int64_t room(const HierarchicalSelection& c, Worker* w, float* at) {
-    const int64_t d = c.problem.width, rows = (c.problem.block_q + c.row_step - 1) / c.row_step;
+    const int64_t d = c.problem.width, lanes = round_up((c.problem.block_q + c.row_step - 1) / c.row_step, NR);
+    const int64_t tile = larger(BC, c.problem.block_k), most = 2 * c.budget + W;
     int64_t used = 0;
     const auto take = [&](int64_t floats) {
       float* place = at == nullptr ? nullptr : at + used;
       used += round_up(floats + 1, NR);
       return place;
     };
-    w->query = take(packed_rows_room(rows, d) + NR);
-    w->gathered = take(BC * d);
-    w->panels = take(panels_room(BC, d) + NR);
-    w->scores = take(MR * LDS);
-    w->best = take(BC + W);
-    w->keys = reinterpret_cast<int32_t*>(take(BC));
-    w->blocks = reinterpret_cast<int32_t*>(take(2 * c.budget + 2));
-    w->intervals = reinterpret_cast<Interval*>(take(3 * (2 * c.budget + 2)));
+    const auto integers = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count)); };
+    w->query = take(lanes * d + NR);
+    w->scores = take(round_up(tile, SCATTERED) * NR);
+    w->positions = integers(lanes);
+    w->places = integers(tile);
+    w->blocks = integers(most);
+    w->asked = integers(most);
+    w->keys = reinterpret_cast<const float**>(take(rows_room(tile)));
+    w->order = integers(most);
+    w->found = take(most);
+    w->whole = {integers(most), integers(most), take(most)};
+    w->halves = {integers(most), integers(most), take(most)};
     return used;
   }
 };
 
-// Greatest <q, k> of each of `count` blocks of the worker's list, written to intervals[i].score.
-void score_blocks(const HierarchicalSelection& c, Worker& w, const float* k, int64_t first_position, int64_t rows,
-                  int64_t count) {
+// Greatest <q, k> of each of the first `count` blocks of the worker's list over its rows and the keys that they see,
+// into w.found. NaN counts as lowest.
+void score_blocks(const HierarchicalSelection& c, Worker& w, const float* k, int64_t rows, int64_t count) {
   const SelectionProblem& p = c.problem;
   const int64_t at_once = larger(1, BC / p.block_k);
   for (int64_t from = 0; from < count; from += at_once) {
-    const int64_t to = smaller(count, from + at_once), n = columns_of(p, w.blocks, from, to, w.keys);
-    gather_rows(k, p.k.row_stride, w.keys, n, p.width, w.gathered);
-    pack_transposed(w.gathered, p.width, n, p.width, nullptr, w.panels);
-    for (int64_t j = 0; j < n; j += W) store(w.best + j, splat(-infinity));
-    for (int64_t g = 0; g < rows; g += MR) {
-      const int64_t height = smaller(MR, rows - g);
-      multiply<PackedRows>(height, n, p.width, w.query + g * p.width, 0, w.panels, NR * p.width, w.scores, LDS, false);
-      for (int64_t r = 0; r < height; ++r) {
-        const int64_t position = first_position + (g + r) * c.row_step;
-        float* scores = w.scores + r * LDS;
-        if (w.keys[n - 1] > position || c.problem.block_k > 1)
-          for (int64_t j = 0; j < n; ++j)
-            if (w.keys[j] > position) scores[j] = -infinity;
-        for (int64_t j = 0; j < n; j += W) store(w.best + j, maximum(load(w.best + j), load(scores + j)));
+    const int64_t to = smaller(count, from + at_once), n = keys_of(p, w.blocks, from, to, w.places);
+    rows_at(k, p.k.row_stride, w.places, n, w.keys);
+    const bool hidden = w.places[n - 1] > w.positions[0];  // both ascend: some row may not see some key
+    for (int64_t i = from; i < to; ++i) w.found[i] = -infinity;
+    for (int64_t lane = 0; lane < rows; lane += NR) {
+      multiply_scattered(n, rows - lane, p.width, w.keys, w.query + lane * p.width, w.scores, NR);
+      for (int64_t i = from, j = 0; i < to; ++i) {
+        const int64_t end = j + smaller(p.keys, (w.blocks[i] + int64_t{1}) * p.block_k) - w.blocks[i] * p.block_k;
+        vf best = splat(-infinity);
+        for (; j < end; ++j)
+          for (int64_t v = 0; v < NR && lane + v < rows; v += W) {
+            vf score = load(w.scores + j * NR + v);
+            if (hidden) score = select(splat_int(w.places[j]) > load(w.positions + lane + v), splat(-infinity), score);
+            best = maximum(score, best);
+          }
+        const float top = max_lanes(best);
+        if (top > w.found[i]) w.found[i] = top;
       }
-    }
-    for (int64_t i = from, j = 0; i < to; ++i) {
-      const int64_t size = smaller(p.keys, (w.blocks[i] + 1) * p.block_k) - w.blocks[i] * p.block_k;
-      float best = -infinity;
-      for (int64_t e = 0; e < size; ++e, ++j)
-        if (w.best[j] > best) best = w.best[j];
-      w.intervals[i].score = best;
     }
   }
 }
 
-// Chooses `budget` of the blocks [low, low + n) into `chosen`; returns how many representatives were scored.
-int64_t search(const HierarchicalSelection& c, Worker& w, const float* k, int64_t first_position, int64_t rows,
-               int64_t low, int64_t n, int32_t* chosen) {
-  const int64_t m = c.budget;
-  int64_t evaluations = 0, size = m;
-  for (int64_t i = 0; i < m; ++i)
-    w.intervals[i] = {static_cast<int32_t>(i * n / m), static_cast<int32_t>((i + 1) * n / m), 0.0f};
-  for (bool long_ones = n > m; long_ones;) {
-    size = m;
-    for (int64_t i = 0; i < m; ++i) {
-      const Interval whole = w.intervals[i];
-      if (whole.end - whole.first < 2) continue;
-      const int32_t middle = whole.first + (whole.end - whole.first) / 2;
-      w.intervals[i].end = middle;
-      w.intervals[size++] = {middle, whole.end, 0.0f};
-    }
-    for (int64_t i = 0; i < size; ++i) {
-      const Interval& own = w.intervals[i];
-      const int64_t inside = c.representative == Representative::center ? (own.end - own.first) / 2 : 0;
-      w.blocks[i] = static_cast<int32_t>(low + own.first + inside);
-    }
-    score_blocks(c, w, k, first_position, rows, size);
-    evaluations += size;
-    bring_best_forward(w.intervals, size, m);
-    long_ones = false;
-    for (int64_t i = 0; i < m; ++i) long_ones = long_ones || w.intervals[i].end - w.intervals[i].first > 1;
+// Keeps the m intervals of the best scores, of equal ones the earlier, in their order: `from` [size] -> `to` [m]. The
+// lowest score that stays is found bit by bit. Returns whether one of them is longer than 1.
+bool keep_best(Worker& w, const Intervals& from, int64_t size, int64_t m, const Intervals& to) {
+  for (int64_t i = 0; i < size; i += W) {
+    const vi bits = as_int(load(from.scores + i) + 0.0f);  // -0 becomes 0
+    const vi order = bits ^ ((bits >> 31) & 0x7fffffff);
+    __builtin_memcpy(w.order + i, &order, sizeof(order));
   }
-  for (int64_t i = 0; i < m; ++i) chosen[i] = static_cast<int32_t>(low + w.intervals[i].first);
-  return evaluations;
+  for (int64_t i = size; i < round_up(size, W); ++i) w.order[i] = INT32_MIN;
+  uint32_t lowest = 0;  // as an unsigned number whose order is that of the scores
+  int64_t above = 0;
+  for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
+    const int32_t tried = static_cast<int32_t>((lowest | bit) ^ 0x80000000u);
+    vi counts{};
+    for (int64_t i = 0; i < size; i += W) counts -= load(w.order + i) >= splat_int(tried);
+    int64_t reached = 0;
+    for (int l = 0; l < W; ++l) reached += counts[l];
+    if (reached >= m) lowest |= bit;
+  }
+  const int32_t border = static_cast<int32_t>(lowest ^ 0x80000000u);
+  for (int64_t i = 0; i < size; ++i) above += w.order[i] > border;
+  int64_t kept = 0, ties = m - above;
+  int32_t longest = 0;  // 0 if all that stay have length 1
+  for (int64_t i = 0; i < size; ++i) {  // sign bits in place of branches: which ones stay cannot be foreseen
+    const int32_t first = from.first[i], end = from.end[i];
+    const int64_t behind = int64_t{border} - w.order[i];
+    const int64_t stays = ((behind - (ties > 0)) >> 63) & 1, tie = stays & ~(behind >> 63);
+    to.first[kept] = first;
+    to.end[kept] = end;
+    to.scores[kept] = from.scores[i];
+    longest |= (end - first - 1) & static_cast<int32_t>(-stays);  // lengths are at least 1
+    kept += stays;
+    ties -= tie;
+  }
+  return longest != 0;
+}
+
+// Chooses `budget` of the blocks [low, low + n) into `chosen`, ascending; returns how many representatives were judged.
+int64_t search(const HierarchicalSelection& c, Worker& w, const float* k, int64_t rows, int64_t low, int64_t n,
+               int32_t* chosen) {
+  const int64_t m = c.budget;
+  const bool center = c.representative == Representative::center;
+  const auto representative = [&](int32_t first, int32_t end) { return center ? first + (end - first) / 2 : first; };
+  const Intervals &whole = w.whole, &halves = w.halves;
+  for (int64_t i = 0; i < m; ++i) {
+    whole.first[i] = static_cast<int32_t>(i * n / m);
+    whole.end[i] = static_cast<int32_t>((i + 1) * n / m);
+  }
+  int64_t judged = 0, size = 0, asked = 0;
+  bool known = false;  // the intervals of the start were never scored
+  // A half may have the representative of its whole: then nothing is computed again.
+  const auto add = [&](int32_t first, int32_t end, int32_t scored, float score) {
+    const int32_t own = representative(first, end);
+    halves.first[size] = first;
+    halves.end[size] = end;
+    halves.scores[size] = score;
+    if (!known || own != scored) {
+      w.blocks[asked] = static_cast<int32_t>(low + own);
+      w.asked[asked++] = static_cast<int32_t>(size);
+    }
+    ++size;
+  };
+  for (bool long_ones = n > m; long_ones; known = true) {
+    size = asked = 0;
+    for (int64_t i = 0; i < m; ++i) {
+      const int32_t first = whole.first[i], end = whole.end[i], middle = first + (end - first) / 2;
+      const int32_t scored = representative(first, end);
+      const float score = known ? whole.scores[i] : 0.0f;
+      if (end - first > 1) add(first, middle, scored, score);
+      add(end - first > 1 ? middle : first, end, scored, score);
+    }
+    score_blocks(c, w, k, rows, asked);
+    for (int64_t i = 0; i < asked; ++i) halves.scores[w.asked[i]] = w.found[i];
+    judged += size;
+    long_ones = keep_best(w, halves, size, m, whole);
+  }
+  for (int64_t i = 0; i < m; ++i) chosen[i] = static_cast<int32_t>(low + whole.first[i]);
+  return judged;
+}
+
+// Rows of the query block that take part, as panels; lanes beyond the last repeat the first, which changes no maximum.
+void pack_queries(const HierarchicalSelection& c, Worker& w, const float* q, int64_t first, int64_t rows) {
+  const int64_t d = c.problem.width;
+  pack_transposed(q, c.problem.q.row_stride * c.row_step, rows, d, nullptr, w.query);
+  for (int64_t lane = 0; lane < round_up(rows, NR); ++lane) {
+    const int64_t position = smaller(first + (lane < rows ? lane * c.row_step : 0), INT32_MAX);  // keys are fewer
+    w.positions[lane] = position < 0 ? -1 : static_cast<int32_t>(position);
+    float* column = w.query + lane / NR * NR * d + lane % NR;
+    for (int64_t e = 0; lane >= rows && e < d; ++e) column[e * NR] = w.query[e * NR];
+  }
 }
 
 void run_task(const HierarchicalSelection& c, Worker& w, int64_t b, int64_t h, int64_t block, int64_t blocks) {
@@ -168,11 +184,9 @@ void run_task(const HierarchicalSelection& c, Worker& w, int64_t b, int64_t h, i
     for (int64_t i = 0; i < n; ++i) out[count++] = static_cast<int32_t>(low + i);
   } else if (c.budget > 0) {
     const int64_t rows = (i1 - i0 + c.row_step - 1) / c.row_step;
-    pack_rows(selected_head(p.q, b, h) + i0 * p.q.row_stride, p.q.row_stride * c.row_step, rows, p.width, 1.0f,
-              w.query);
+    pack_queries(c, w, selected_head(p.q, b, h) + i0 * p.q.row_stride, first, rows);
     const float* k = selected_head(p.k, b, h / (p.query_heads / p.key_heads));
-    evaluations = search(c, w, k, first, rows, low, n, out + count);
-    sort_blocks(out + count, c.budget);
+    evaluations = search(c, w, k, rows, low, n, out + count);
     count += c.budget;
   }
   for (int64_t i = larger(low, near); i < seen; ++i) out[count++] = static_cast<int32_t>(i);

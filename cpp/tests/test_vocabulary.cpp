@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "check.hpp"
+#include "vlm/float_products.hpp"
 #include "vlm/vocabulary.hpp"
 #include "vocabulary_oracle.hpp"
 
@@ -147,6 +148,7 @@ void bad_calls_are_refused() {
     return false;
   };
   check(refused([&] { cross_entropy_rows(call, 1); }), "a label beyond the vocabulary");
+  check(refused([] { product_rows(FloatProduct{-1, 1, 1, {}, {}, {}}, 1); }), "a negative number of rows of a product");
   labels[0] = 0;
   call.smoothing = 1.0f;
   check(refused([&] { cross_entropy_rows(call, 1); }), "smoothing of one");
@@ -156,6 +158,43 @@ void bad_calls_are_refused() {
   DivergenceRows other = pair;
   other.kind = static_cast<Divergence>(6);
   check(refused([&] { divergence_rows(other, 1); }), "an unknown kind");
+}
+
+void compare_products(int64_t rows, int64_t ids, int64_t width) {
+  const std::string name = "products " + std::to_string(rows) + "x" + std::to_string(ids) + "x" + std::to_string(width);
+  Numbers numbers(rows + ids + width);
+  const int64_t stride = width + 3, z_stride = ids + 2;
+  const std::vector<float> h = numbers.normal(rows * stride), w = numbers.normal(ids * stride),
+                           g = numbers.normal(rows * ids), start = numbers.normal(ids * stride);
+  struct Results {
+    std::vector<float> z, dh, dw;
+  };
+  const auto run = [&](int threads) {
+    Results r{std::vector<float>(rows * z_stride, 7.0f), std::vector<float>(rows * width), start};
+    product_rows(FloatProduct{rows, ids, width, {h.data(), stride}, {w.data(), stride}, {r.z.data(), z_stride}},
+                 threads);
+    product_gradients(FloatProductGradients{rows, ids, width, {h.data(), stride}, {w.data(), stride}, {g.data(), ids},
+                                            {r.dh.data(), width}, {r.dw.data(), stride}}, threads);
+    return r;
+  };
+  const Results one = run(1);
+  std::vector<double> z(rows * z_stride, 7.0), dh(rows * width), dw(start.begin(), start.end());  // gaps stay
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t v = 0; v < ids; ++v) {
+      z[i * z_stride + v] = 0.0;
+      for (int64_t e = 0; e < width; ++e) {
+        z[i * z_stride + v] += double(h[i * stride + e]) * w[v * stride + e];
+        dh[i * width + e] += double(g[i * ids + v]) * w[v * stride + e];
+        dw[v * stride + e] += double(g[i * ids + v]) * h[i * stride + e];
+      }
+    }
+  check_close(one.z, z, 2e-6, name + " z");
+  check_close(one.dh, dh, 2e-6, name + " dh");
+  check_close(one.dw, dw, 2e-6, name + " dw");
+  for (int threads : {2, 5}) {
+    const Results other = run(threads);
+    check(same_bits(one.z, other.z) && same_bits(one.dh, other.dh) && same_bits(one.dw, other.dw), name + ": threads");
+  }
 }
 
 }  // namespace
@@ -174,5 +213,8 @@ int main(int argc, char** argv) {
     nothing_to_choose();
     rows_of_no_probability();
     bad_calls_are_refused();
+    for (int64_t rows : {0, 1, 13, 15, 257})
+      for (int64_t ids : {1, 255, 257, 2311}) compare_products(rows, ids, rows == 13 ? 129 : 33);
+    compare_products(3, 5, 0);
   });
 }

@@ -70,6 +70,13 @@ def test_a_case_without_a_kernel_is_judged_by_what_is_dispatched() -> None:
     assert "- whole: cache_bytes 7, shares (tower 0.25)" in markdown([row])
 
 
+def test_memory_that_would_be_hidden_is_not_measured_and_the_row_says_why() -> None:
+    case = Case("hidden", "y", lambda: {"dispatched": int, "peer": int}, native=False, memory="hidden by x")
+    row = bench_run.measure(case, torch.get_num_threads())  # a process for its memory would not find this case
+    assert (row["ours_peak_mb"], row["peer_peak_mb"]) == (None, None)
+    assert "- hidden: memory_not_measured hidden by x" in markdown([row])
+
+
 def test_an_unknown_case_is_an_error_with_a_remedy() -> None:
     result = CliRunner().invoke(command, ["nothing-like-this"])
     assert result.exit_code != 0

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.models.model_makers import language, random_rows, rows_of
-from vlm.models.cache import LEAST_ROOM, LayerCache, Room
+from vlm.attention.room import LEAST_ROOM, Room
+from vlm.models.cache import LayerCache
 from vlm.models.decoder import run_decoder
 from vlm.models.language import layout_of
 

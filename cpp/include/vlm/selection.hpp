@@ -28,14 +28,14 @@ struct SelectionProblem {
 // between, `budget` are chosen (all if n <= budget): n blocks are cut into `budget` intervals; each interval longer than
 // one is halved, the halves are scored by their representative block (greatest <q, k> over the rows of the query block,
 // one in row_step, and the keys that they see), and the best `budget` stay, of equal ones the earlier; until all have
-// length 1.
+// length 1. A half with the representative of its whole takes over the score.
 struct HierarchicalSelection {
   SelectionProblem problem;
   int64_t budget, window, sinks, row_step, capacity;
   Representative representative;
   int32_t* indices;
   int32_t* counts;
-  int64_t* evaluations;  // [B, Hq, query blocks]: representative blocks scored
+  int64_t* evaluations;  // [B, Hq, query blocks]: representative blocks judged; known scores are not computed again
 };
 
 // Softmax over the keys of the listed blocks that a query sees. A row without any: output 0, lse -inf.

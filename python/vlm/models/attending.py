@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm import ops
 from vlm.attention import TrunkAttentionOptions
+from vlm.attention.room import LEAST_ROOM
 from vlm.layers import Attention, FeedForward, Trunk, TrunkOptions, norm_of, rotary_tables, rotate
-from vlm.models.cache import LEAST_ROOM, LayerCache, appended_positions, is_packed, position_after
+from vlm.models.cache import LayerCache, appended_positions, is_packed, position_after
 from vlm.models.sight import Ranks, Sight, sight_of
+from vlm.models.unprojected import read_unprojected, reads_unprojected
 from vlm.ops import masks
 from vlm.types import Layout
 
@@ -94,15 +96,19 @@ class AttendingBlock(nn.Module):
         if not heads.index.shape[1]:
             return mixed
         at = heads.index[..., None].expand(-1, -1, y.shape[2])
-        q, (k, v) = own.queries(y.gather(1, at)), own.keys_values(y, turns.near)
-        if turns.near is not None:
-            tables = tuple(t.expand(len(y), -1, -1, -1).gather(2, heads.index[:, None, :, None].expand(-1, 1, -1, t.shape[3]))
-                           for t in turns.near)
-            q = rotate(q, (tables[0], tables[1]))
         distance = heads.index[:, :, None] - torch.arange(y.shape[1], device=y.device)
-        seen = self.core.with_lse(q, k, v, mask=masks.Dense(heads.allow[:, None]), distance=distance)[0]
         row, slot = heads.valid.nonzero(as_tuple=True)
         place = heads.index[row, slot]
+        q = own.queries(y.gather(1, at))
+        if turns.near is None and reads_unprojected(own, self.core, heads.index.shape[1]):
+            seen = read_unprojected(own, self.core, q, y, heads.allow, distance)
+        else:
+            k, v = own.keys_values(y, turns.near)
+            if turns.near is not None:
+                tables = tuple(t.expand(len(y), -1, -1, -1).gather(2, heads.index[:, None, :, None].expand(-1, 1, -1, t.shape[3]))
+                               for t in turns.near)
+                q = rotate(q, (tables[0], tables[1]))
+            seen = self.core.with_lse(q, k, v, mask=masks.Dense(heads.allow[:, None]), distance=distance)[0]
         return mixed.transpose(1, 2).index_put((row, place), seen.transpose(1, 2)[row, slot].to(mixed.dtype)).transpose(1, 2)
 
 

@@ -10,43 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlm.attention.room import Room
 from vlm.models.cross import Cross
 from vlm.types import Layout
-
-LEAST_ROOM = 32
-"""Free places that new storage has at least; otherwise a quarter of what it holds."""
-
-
-class Room:
-    """Storage of one layer, keys and values [n, G, P, D] of which the first `used` places are taken.
-
-    Several caches may see parts of it; only the one that sees all `used` places may take the next, so none changes.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
-        self.keys, self.values, self.used = keys, values, used
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor, more: int) -> Room:
-        """A copy of keys and values [n, G, T, D] with free places for `more` positions at least."""
-        used = keys.shape[2]
-        places = used + more + max(LEAST_ROOM, used // 4)
-        stored = []
-        for old in (keys, values):
-            new = old.new_empty(*old.shape[:2], places, old.shape[3])
-            new[:, :, :used] = old
-            stored.append(new)
-        return cls(stored[0], stored[1], used)
-
-    def fits(self, more: int) -> bool:
-        """Whether `more` positions can be written in place, here and now."""
-        return self.used + more <= self.keys.shape[2] and self.keys.is_inference() == torch.is_inference_mode_enabled()
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        end = self.used + keys.shape[2]
-        self.keys[:, :, self.used : end] = keys
-        self.values[:, :, self.used : end] = values
-        self.used = end
 
 
 @dataclass
@@ -66,10 +32,7 @@ class LayerCache:
         """
         if torch.is_grad_enabled() or keys.dtype != self.keys.dtype:
             return LayerCache(torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2), mask)
-        before, more, room = self.keys.shape[2], keys.shape[2], self.room
-        if room is None or room.used != before or not room.fits(more):
-            room = Room.of(self.keys, self.values, more)
-        room.append(keys, values)
+        room = Room.behind(self.room, self.keys, self.values, keys, values)
         return LayerCache(room.keys[:, :, : room.used], room.values[:, :, : room.used], mask, room)
 
     def rows(self, index: Tensor, mask: Tensor) -> LayerCache:

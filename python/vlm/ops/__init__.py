@@ -7,7 +7,7 @@ from vlm.ops.attention import attention
 from vlm.ops.attention_bias import Alibi, BucketBias, GridBias, KeyBias
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.attention_varlen import attention_varlen
-from vlm.ops.backend import Backend, backend, current_backend
+from vlm.ops.backend import Backend, backend, current_backend, keep_freed_memory
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_listed import likeliest
 from vlm.ops.contrastive_matrix import contrastive_matrices
@@ -110,6 +110,7 @@ __all__ = [
     "contrastive_softmax_reference",
     "current_backend",
     "gather_tokens",
+    "keep_freed_memory",
     "late_interaction",
     "late_interaction_reference",
     "likeliest",

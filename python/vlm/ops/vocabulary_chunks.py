@@ -25,8 +25,9 @@ def chunk_rows(rows: int, ids: int, chunk: int) -> int:
 class Products:
     """hidden [N, C] with weight [V, C]: chunks of products and the gradients of both, accumulated over chunks.
 
-    product: the type of what is multiplied, by torch; sums over chunks are float32 at least. With `native`, bfloat16 is multiplied
-    by the core where the level in force does that: its products and gradients are float32 and never rounded on their way.
+    product: the type of what is multiplied, by torch; sums over chunks are float32 at least. With `native`, float32 is multiplied
+    by the core (but at the portable level), and so is bfloat16 where the level in force does that: its products and gradients are
+    float32 and never rounded on their way.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, product: torch.dtype, want_hidden: bool, want_weight: bool,
@@ -34,7 +35,12 @@ class Products:
         self.wide = torch.promote_types(product, torch.float32)
         self.product = product
         self.hidden, self.weight = hidden.to(product), weight.to(product)
-        self.in_core = native and product == torch.bfloat16 and core().multiplies_bfloat16()
+        # torch's float32 product reached half of the tile product's speed where it was measured, see docs/kernels/vocabulary.md.
+        half = product == torch.bfloat16
+        self.in_core = native and (core().multiplies_bfloat16() if half else
+                                   product == torch.float32 and core().active_level() != "portable")
+        self.product_rows = "product_rows" if half else "float_product_rows"
+        self.product_gradients = "product_gradients" if half else "float_product_gradients"
         if self.in_core:
             self.hidden, self.weight = _readable(self.hidden), _readable(self.weight)
         self.d_hidden = hidden.new_empty(hidden.shape, dtype=self.wide) if want_hidden else None
@@ -44,7 +50,7 @@ class Products:
         """chunk [r, V] <- hidden[begin : begin + r] weight^T"""
         part = self.hidden[begin : begin + len(chunk)]
         if self.in_core:
-            core().product_rows(**self._operands(part), z=_block(chunk))
+            getattr(core(), self.product_rows)(**self._operands(part), z=_block(chunk))
         elif self.product == self.wide:
             torch.mm(part, self.weight.T, out=chunk)
         else:
@@ -55,7 +61,7 @@ class Products:
         part = self.hidden[begin : begin + len(gradient)]
         if self.in_core:
             own = None if self.d_hidden is None else self.d_hidden[begin : begin + len(gradient)]
-            core().product_gradients(**self._operands(part), gradient=_block(gradient), d_hidden=_block(own),
+            getattr(core(), self.product_gradients)(**self._operands(part), gradient=_block(gradient), d_hidden=_block(own),
                                      d_weight=_block(self.d_weight))  # fmt: skip
             return
         gradient = gradient.to(self.product)

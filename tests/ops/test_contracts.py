@@ -29,8 +29,8 @@ from tests.ops.contracts import CONTRACTS, Call, Contract
 from vlm import ops
 
 every = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS.keys())
-inside_operators = {"vocabulary_rows.py", "self_check.py"}
-"""Modules whose kernels are steps within the operators of other modules."""
+inside_operators = {"vocabulary_rows.py", "self_check.py", "backend.py"}
+"""Modules whose kernels are steps within the operators of other modules, and the one that calls settings of the core."""
 
 
 def results(contract: Contract, inputs: Sequence[Tensor], backend: ops.Backend, dtype: torch.dtype = torch.float32,

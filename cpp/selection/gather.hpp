@@ -1,7 +1,8 @@
 // Products with rows that lie scattered in memory, read where they are: no copy, no packing. Per-level code.
 //
 // Tiles are transposed: a row of a tile belongs to a key, its lanes to the queries of the block. So a key is one
-// broadcast number at a time, softmax and maxima over keys need no exchange of lanes, and a block of 32 queries is two vectors.
+// broadcast number at a time, softmax and maxima over keys need no exchange of lanes, and a block of 32 queries is two
+// vectors.
 #pragma once
 
 #include "core/parallel_for.hpp"

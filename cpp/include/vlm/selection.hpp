@@ -28,7 +28,7 @@ struct SelectionProblem {
 // between, `budget` are chosen (all if n <= budget): n blocks are cut into `budget` intervals; each interval longer than
 // one is halved, the halves are scored by their representative block (greatest <q, k> over the rows of the query block,
 // one in row_step, and the keys that they see), and the best `budget` stay, of equal ones the earlier; until all have
-// length 1. A half with the representative of its whole takes over the score.
+// length 1. A half with the representative of its whole takes over its score.
 struct HierarchicalSelection {
   SelectionProblem problem;
   int64_t budget, window, sinks, row_step, capacity;

@@ -23,9 +23,9 @@ def serve_steps(threads: int, batch: int, length: int, native: str) -> None:
     from vlm import ops
     from vlm.models import DualEncoderOptions
     from vlm.objectives import BuildContext, ContrastiveOptions
+    from vlm.ops import keep_freed_memory
     from vlm.training.companions import Companions
     from vlm.training.engine import Clock, Engine, Weighted
-    from vlm.training.memory import keep_freed_memory
     from vlm.training.optimizer import NamedOptimizer, OptimizerOptions
     from vlm.training.preset import load_preset
     from vlm.types import Batch, Pictures, SingleProcess, TokenIds, VocabularyLayout

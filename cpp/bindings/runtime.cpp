@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "vlm/allocator.hpp"
 #include "vlm/level.hpp"
 #include "vlm/parallel.hpp"
 
@@ -20,8 +19,6 @@ void register_runtime(pybind11::module_& m) {
   m.def("set_level", [](const std::string& name) { set_level(level_from_name(name.c_str())); },
         "Force a level; for tests. ValueError if it is unknown or does not run here.", pybind11::arg("name"));
   m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether the level in force multiplies bfloat16 as it is.");
-  m.def("keep_freed_memory", &keep_freed_memory, "Freed blocks stay with the process; see vlm/allocator.hpp.",
-        pybind11::arg("bytes"));
   m.def("pool_size", &pool_size, "Worker threads alive in this process.");
 }
 

@@ -1,16 +1,8 @@
 #include "core/memory.hpp"
 
-#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <new>
-#include <stdexcept>
-
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
-#include "vlm/allocator.hpp"
 
 namespace vlm {
 
@@ -23,15 +15,5 @@ float* allocate_floats(int64_t count) {
 }
 
 void release_floats(float* memory) { std::free(memory); }
-
-bool keep_freed_memory(int64_t bytes) {
-  if (bytes < 0) throw std::invalid_argument("keep_freed_memory: the size must not be negative");
-#ifdef __GLIBC__
-  const int limit = static_cast<int>(std::min<int64_t>(bytes, std::numeric_limits<int>::max()));
-  return mallopt(M_MMAP_THRESHOLD, limit) == 1 && mallopt(M_TRIM_THRESHOLD, limit) == 1;
-#else
-  return false;
-#endif
-}
 
 }  // namespace vlm

@@ -1,17 +1,13 @@
 // Thread pool (coverage of the range, nesting, several callers, fork), level switch.
-#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <thread>
 
 #include "check.hpp"
-#include "vlm/allocator.hpp"
 #include "vlm/parallel.hpp"
 
 using namespace vlm;
@@ -96,36 +92,6 @@ void several_callers_at_once() {
   check(after.each_once(), "the parent of a fork goes on");
 }
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // they bring an allocator
-long faults() {
-  rusage used;
-  getrusage(RUSAGE_SELF, &used);
-  return used.ru_minflt;
-}
-
-void freed_memory_is_kept() {
-  const std::size_t bytes = std::size_t{40} << 20;  // always mapped anew without the setting
-  const auto write_once = [&] {
-    char* memory = static_cast<char*>(std::malloc(bytes));
-    check(memory != nullptr, "memory for the test");
-    std::memset(memory, 1, bytes);
-    const char last = *static_cast<volatile char*>(memory + bytes - 1);
-    std::free(memory);
-    return last;
-  };
-  check(keep_freed_memory(int64_t{1} << 30), "the C library takes the setting");
-  write_once();
-  const long before = faults();
-  write_once();
-  check(faults() - before < 100, "pages that were freed are used again");
-  try {
-    keep_freed_memory(-1);
-    check(false, "negative sizes are refused");
-  } catch (const std::invalid_argument&) {
-  }
-}
-#endif
-
 void unknown_levels_are_refused() {
   try {
     level_from_name("sse9");
@@ -143,9 +109,6 @@ int main(int argc, char** argv) {
     several_callers_at_once();
 #ifndef __SANITIZE_THREAD__  // that sanitizer refuses threads in the child of a fork
     child_of_a_fork_starts_afresh();
-#endif
-#if defined(__GLIBC__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-    freed_memory_is_kept();
 #endif
     unknown_levels_are_refused();
   });

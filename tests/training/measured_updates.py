@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from vlm.ops import keep_freed_memory
 from vlm.training.directory import RunDirectory
-from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.plan import _peak, resident
 from vlm.training.preset import load_preset

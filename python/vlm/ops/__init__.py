@@ -7,13 +7,14 @@ from vlm.ops.attention import attention
 from vlm.ops.attention_bias import Alibi, BucketBias, GridBias, KeyBias
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.attention_varlen import attention_varlen
-from vlm.ops.backend import Backend, backend, current_backend, keep_freed_memory
+from vlm.ops.backend import Backend, backend, current_backend
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_listed import likeliest
 from vlm.ops.contrastive_matrix import contrastive_matrices
 from vlm.ops.contrastive_pairs import Teacher
 from vlm.ops.contrastive_reference import contrastive_sigmoid_reference, contrastive_softmax_reference
 from vlm.ops.contrastive_ring import ring_contrastive
+from vlm.ops.freed_memory import keep_freed_memory
 from vlm.ops.late_interaction import late_interaction, select_tokens, take_tokens
 from vlm.ops.late_interaction_reference import late_interaction_reference
 from vlm.ops.linear_decay import linear_decay

@@ -37,19 +37,6 @@ def core() -> Any:
     return _native
 
 
-def keep_freed_memory(limit: int = 2**30) -> bool:
-    """From now on freed blocks of up to `limit` bytes stay with this process and are used again, torch's tensors included.
-
-    By default the GNU C library maps every tensor of 32 MiB or more anew, and its pages are faulted in when they are first
-    written: a third of the time of `linear_decay` over 16384 positions. Process-wide and for good, no value changes; the
-    resident memory then rarely falls. False where the C library has no such setting, or without the compiled module.
-    Raises ValueError on a negative limit.
-    """
-    if limit < 0:
-        raise ValueError(f"keep_freed_memory: the limit must not be negative, got {limit}")
-    return NATIVE_AVAILABLE and bool(core().keep_freed_memory(limit))
-
-
 def current_backend() -> Backend:
     """The override in force: `auto` unless inside `backend(...)`."""
     return _override

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from vlm.config.machine import usable_cores
+from vlm.ops import keep_freed_memory
 from vlm.training.engine import Clock
-from vlm.training.memory import keep_freed_memory
 from vlm.training.timing import Reading, Timed, at_size, read_clock
 from vlm.training.trainer import Parts
 from vlm.types import Batch

@@ -26,6 +26,7 @@ from vlm.evaluation import check_tasks, evaluate_in_memory, numbers_of
 from vlm.evaluation.reading import Reading
 from vlm.models import Model, load_model
 from vlm.objectives import BuildContext
+from vlm.ops import keep_freed_memory
 from vlm.training.assembly import build_objective, check_rates, choose_trainable, freeze_objectives, steps_of
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
@@ -35,7 +36,6 @@ from vlm.training.directory import Note, RunDirectory
 from vlm.training.engine import Engine, Weighted
 from vlm.training.finish import RunResult, evaluation_settings, final_state, finish
 from vlm.training.lock import locked_run
-from vlm.training.memory import keep_freed_memory
 from vlm.training.metrics import MetricsLog
 from vlm.training.optimizer import NamedOptimizer
 from vlm.training.preset import Preset, Stage, load_preset, stages_of

@@ -1,4 +1,4 @@
-"""How a training process keeps the memory that it frees.
+"""Memory that a process frees and keeps for itself.
 
 Every update allocates and frees the same large activations. By default the C library gives them back to the system
 each time and gets them again as pages that must be zeroed: a million page faults in eight updates of `clip-tiny`.
@@ -13,7 +13,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep freed memory for reuse. Returns whether it agreed; elsewhere nothing happens."""
+    """Tell the GNU C library's allocator to keep freed memory for reuse, torch's tensors included. Returns whether it agreed.
+
+    By default every tensor of 32 MiB or more is mapped anew, and its pages are faulted in when they are first written: a
+    third of the time of `linear_decay` over 16384 positions. Process-wide and for good; no value changes, and the resident
+    memory then rarely falls. Every training run asks for it. Elsewhere nothing happens.
+    """
     if not sys.platform.startswith("linux"):
         return False
     try:

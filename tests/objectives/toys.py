@@ -79,12 +79,14 @@ class Expanding(Model):
                         entries.append((seen[picture, n], kept, segment, Modality.IMAGE, IGNORE, picture))
                     kept += 1
             rows.append(entries)
-        longest = max(len(entries) for entries in rows)
+        longest = max((len(entries) for entries in rows), default=0)
         empty = (self.embed.weight.new_zeros(self.embed.weight.shape[1]), -1, -1, 0, IGNORE, -1)
         rows = [entries + [empty] * (longest - len(entries)) for entries in rows]
-        x = torch.stack([torch.stack([entry[0] for entry in entries]) for entries in rows])
+        width = self.embed.weight.shape[1]
+        vectors = [entry[0] for entries in rows for entry in entries]
+        x = (torch.stack(vectors) if vectors else self.embed.weight[:0]).view(len(rows), longest, width)
         kept, segment, modality, label, picture = (
-            torch.tensor([[int(entry[i]) for entry in entries] for entries in rows]) for i in range(1, 6)
+            torch.tensor([int(entry[i]) for entries in rows for entry in entries]).long().view(len(rows), longest) for i in range(1, 6)
         )
         past = (segment[:, :, None] == segment[:, None]).double().tril()
         layout = Layout(

@@ -195,6 +195,6 @@ def test_self_test_notices_a_broken_operator(monkeypatch: pytest.MonkeyPatch) ->
         def attention_forward(self, **arguments: object) -> None:
             core().attention_forward(**(arguments | {"scale": 0.5}))
 
-    monkeypatch.setattr("vlm.ops.attention_native.core", Broken)
+    monkeypatch.setattr("vlm.ops.kernels.core", Broken)
     failed = {c.operator for c in ops.self_test() if not c.ok}
     assert failed == {"attention"}

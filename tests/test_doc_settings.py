@@ -16,8 +16,11 @@ OVER = {
     "video": "xclip",
     "data": "clip-tiny",
     "reproduce": "siglip-tiny",
+    "weights": "clip-tiny",
 }
-"""Page -> the preset that its pieces are laid over; `[model.vision]` is a table of dual encoders and of no other."""
+"""Page -> the preset that its pieces are laid over."""
+OTHERWISE = {("token-reduction", "[model.vision"): "clip-tiny", ("weights", '"token-weights"'): "lm-tiny"}
+"""(page, words of a piece) -> the preset for such a piece: tables of dual encoders, streams of packed documents."""
 BLOCKS = [
     (page, number, block)
     for page in OVER
@@ -27,7 +30,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=[f"{page}-{number}" for page, number, _ in BLOCKS])
 def test_a_piece_of_toml_on_a_page_is_what_a_preset_may_say(tmp_path, page, number, block):
-    base = "clip-tiny" if page == "token-reduction" and "[model.vision" in block else OVER[page]
+    base = next((base for (where, words), base in OTHERWISE.items() if where == page and words in block), OVER[page])
     (tmp_path / "piece.toml").write_text(f'schema = 1\nextends = "{base}"\n{block}\n', encoding="utf-8")
     load_preset(str(tmp_path / "piece.toml"))
 

@@ -36,7 +36,7 @@ MAKERS = {
     "latin-1-text": (with_text("größe".encode("latin-1")), {"bad_encoding"}),
     "lone-surrogate": (with_json(b'{"caption": "x \\ud800 y"}'), {"bad_text"}),
     "number-as-caption": (with_json(b'{"caption": 7}'), {"missing_text"}),
-    "no-caption": (with_json(b'{"title": "x"}'), {"missing_text"}),
+    "no-caption": (with_json(b'{"heading": "x"}'), {"missing_text"}),
     "json-cut": (with_json(b'{"caption": "x'), {"bad_json"}),
     "json-list": (with_json(b"[1, 2]"), {"bad_json"}),
     "json-deep": (with_json(b"[" * 100_000), {"bad_json"}),

@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_frames_read_together():
 
 def test_a_model_of_single_pictures_refuses_clips():
     strip = film_strip([Image.new("RGB", (16, 16))] * 2)
-    with pytest.raises(RequestError, match="single pictures"):
+    with pytest.raises(RequestError, match="one picture a sample"):
         seeing("vit").classify([strip])
     assert prepared(strip, Preprocess(8), 5).shape == (2, 3, 8, 8)
     assert prepared(strip, Preprocess(8), 1).shape == (1, 3, 8, 8)

@@ -19,8 +19,8 @@ OVER = {
     "weights": "clip-tiny",
 }
 """Page -> the preset that its pieces are laid over."""
-OTHERWISE = {("token-reduction", "[model.vision"): "clip-tiny", ("weights", '"token-weights"'): "lm-tiny"}
-"""(page, words of a piece) -> the preset for such a piece: tables of dual encoders, streams of packed documents."""
+OTHERWISE = {("token-reduction", "[model.vision"): "clip-tiny", ("weights", '"token-weights"'): "pyramiddrop"}
+"""(page, words of a piece) -> the preset for such a piece: tables of dual encoders, streams of conversations."""
 BLOCKS = [
     (page, number, block)
     for page in OVER

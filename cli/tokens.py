@@ -25,7 +25,8 @@ _SWEEP = """\b
 Examples:
   vlm tokens sweep runs/aim --vary tokens.pre.0.select.keep=1.0,0.75,0.5,0.25,0.125 --output sweep
   vlm tokens sweep runs/tome --vary vision.merge.remove.r=0,4,8,12,15 --task retrieval --metric image_to_text/r@10 --output sweep
-  vlm tokens sweep runs/vlm --vary 'pooled: tokens.pre=[],[{select={kind="pool",stride=2}}]' --vary 'dropped: tokens.keep.ratio=0.5,0.25' --output sweep
+  vlm tokens sweep runs/vlm --vary 'all: tokens.keep={kind="constant",ratio=1.0}' \\
+    --vary 'pooled: tokens={pre=[{select={kind="pool",stride=2}}]}' --task captions --metric cider --output sweep
 """
 
 
@@ -37,7 +38,7 @@ def group() -> None:
 def _common(command: Any) -> Any:
     options = (
         click.option("--data", metavar="URI", help="calibration data, never the test split [default: the run's data.val]"),
-        click.option("--task", default="vqa", show_default=True, help="evaluation task that gives the score"),
+        click.option("--task", default="vqa", show_default=True, help="evaluation task that gives the score, by its name in the run, or its kind"),
         click.option("--metric", default="exact", show_default=True, help="figure of the task; higher is better"),
         click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="samples that every arm is scored on"),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the draw of samples"),
@@ -100,7 +101,7 @@ def search(model: Path, output: Path, as_json: bool, **given: Any) -> None:
     if not isinstance(opened, TorchGenerator):
         raise RequestError("a search needs a model that reads pictures and writes, as a run or model directory", where=str(model))
     report = run_search(
-        opened, data, _task(given), given["metric"], options, output, like=like, batch=given["batch"], note=log
+        opened, data, task_of(model, given), given["metric"], options, output, like=like, batch=given["batch"], note=log
     )
     if as_json:
         echo_json(report)
@@ -138,7 +139,7 @@ def sweep(model: Path, output: Path, as_json: bool, **given: Any) -> None:
 
         torch.set_num_threads(given["threads"])
     report = run_sweep(
-        load_model(directory), Tokenizer.load(directory), curves, data, _task(given), given["metric"],
+        load_model(directory), Tokenizer.load(directory), curves, data, task_of(model, given), given["metric"],
         batch=given["batch"], repeats=given["repeats"], note=log,
     )  # fmt: skip
     written = write_sweep(report, output)
@@ -154,13 +155,19 @@ def sweep(model: Path, output: Path, as_json: bool, **given: Any) -> None:
     echo_result("\n".join([*lines, *map(str, written)]))
 
 
-def _task(given: dict[str, Any]) -> Any:
-    """The task without controls that nobody reads here. Raises RequestError for one that there is not."""
+def task_of(model: Path, given: dict[str, Any]) -> Any:
+    """The task as the run is evaluated by it (its prompt, its columns), else as it comes; without controls, which nobody reads
+    here. Raises RequestError for one that there is not."""
     import pydantic
 
     from vlm.evaluation import TaskOptions
 
-    values = {"task": given["task"], "limit": given["limit"], "seed": given["seed"], "resamples": 1000}
+    own = {}
+    for table in _preset(model).get("evaluation", {}).get("tasks", []):
+        if given["task"] in (table.get("name"), table["task"]):
+            own = {key: value for key, value in table.items() if key not in ("data", "controls", "examples")}
+            break
+    values = {"task": given["task"]} | own | {"limit": given["limit"], "seed": given["seed"], "resamples": 1000}
     adapter = pydantic.TypeAdapter[Any](TaskOptions)
     try:
         task = adapter.validate_python(values)
@@ -169,14 +176,18 @@ def _task(given: dict[str, Any]) -> Any:
     return task.model_copy(update={"controls": ()}) if "controls" in type(task).model_fields else task
 
 
+def _preset(model: Path) -> dict[str, Any]:
+    """The preset of a run, resolved; {} for a model directory."""
+    file = model / "preset.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def _data(model: Path, given: dict[str, Any]) -> EvaluationData:
     """Calibration data: as given, else what the run validates on; never what its claim is tested on."""
     from vlm.evaluation.reading import Reading
     from vlm.workflows.token_search.run import calibration
 
-    preset: dict[str, Any] = {}
-    if (model / "preset.toml").is_file():
-        preset = tomllib.loads((model / "preset.toml").read_text(encoding="utf-8"))
+    preset = _preset(model)
     table = preset.get("data", {})
     uri = given["data"] or table.get("val")
     if not isinstance(uri, str):

@@ -15,6 +15,7 @@ from tests.models.model_makers import answering
 from tests.tokens.rows import equal_bits, reducing
 from tests.tokens.test_tome import encoder, merge, pixels
 from vlm.cli.main import main
+from vlm.cli.tokens import task_of
 from vlm.config.errors import DataError, RequestError
 from vlm.evaluation.reading import Reading
 from vlm.models import load_model
@@ -208,6 +209,18 @@ def test_sweep_writes_the_score_and_speed_of_every_arm_of_every_curve(tmp_path, 
     assert page.count("<svg") == 1
     assert "tokens.pre.0.select.keep" in page
     assert "half inside" in page
+
+
+def test_the_score_asks_as_the_run_does(tmp_path):
+    tasks = '[[evaluation.tasks]]\nname = "captions"\ntask = "caption"\nprompt = "what is this?"\nlimit = 300\ncontrols = ["none"]\n'
+    (tmp_path / "preset.toml").write_text(tasks, encoding="utf-8")
+    given = {"limit": 5, "seed": 1}
+    for name in ("captions", "caption"):
+        task = task_of(tmp_path, {"task": name, **given})
+        assert (task.task, task.prompt, task.limit, task.seed, task.controls) == ("caption", "what is this?", 5, 1, ())
+    assert task_of(tmp_path / "elsewhere", {"task": "caption", **given}).prompt != "what is this?"
+    with pytest.raises(RequestError, match="--task captoin"):
+        task_of(tmp_path, {"task": "captoin", **given})
 
 
 def test_sweep_refuses_what_is_no_curve():

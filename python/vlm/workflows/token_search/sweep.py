@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 import tomllib
@@ -105,8 +106,8 @@ def run_sweep(
 
 
 def value_text(value: Any) -> str:
-    """A value as the command line takes it, short: `none`, `0.5`, `{remove = {r = 8}}`."""
-    return value if isinstance(value, str) else toml_value(value)
+    """A value as the command line takes it, on one line: `none`, `0.5`, `{remove = {r = 8}}`."""
+    return value if isinstance(value, str) else re.sub(r"\s*\n\s*", " ", toml_value(value)).replace(", ]", " ]")
 
 
 def _work(view: Any, data: EvaluationData, batch: int) -> tuple[Callable[[], None], int]:

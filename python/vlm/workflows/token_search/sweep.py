@@ -19,6 +19,7 @@ from vlm.evaluation.encoder import of_memory
 from vlm.evaluation.reading import EvaluationData
 from vlm.evaluation.result import flatten, write_json, write_text
 from vlm.evaluation.session import Session
+from vlm.evaluation.table import number
 from vlm.reporting.trade_chart import Point, Trade, trade_chart
 from vlm.reporting.words import escape, label
 from vlm.workflows.token_search.changed import with_settings
@@ -136,12 +137,17 @@ def write_sweep(report: dict[str, Any], output: Path) -> list[Path]:
         own = [row for row in rows if row["curve"] == name]
         points = [Point(row["speed_ratio"], row["score"], row["lower"], row["upper"], value_text(row["value"])) for row in own]
         trades.append(Trade(name, points))
-    title = f"{report['task']}: {report['metric']} against speed"
-    chart = trade_chart(title, trades, across="speed, times that of the first arm", up=label(report["metric"].rpartition("/")[2]))
+    figure_name = ", ".join(map(label, report["metric"].split("/")))
+    title = f"{label(report['task'])}: {figure_name} against speed"
+    chart = trade_chart(title, trades, across="speed, times that of the first arm", up=figure_name)
     names = ("curve", "value", "score", "lower", "upper", "score_difference", "pictures_per_second", "speed_ratio")
     head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
-    cells = [{**row, "value": value_text(row["value"])} for row in rows]
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(row[name]))}</td>" for name in names) + "</tr>" for row in cells)
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        value = row[name]
+        return escape(value_text(value) if name == "value" else number(value) if isinstance(value, float) else str(value))
+
+    body = "".join("<tr>" + "".join(f"<td>{cell(row, name)}</td>" for name in names) + "</tr>" for row in rows)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style></head>'
         f"<body><main><h1>{escape(title)}</h1><p>{escape(report['task'])} on {escape(report['data'])}, {rows[0]['samples']} samples, bars: 95 %. "

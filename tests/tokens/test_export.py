@@ -22,7 +22,7 @@ from vlm.runtime.generation import Decoding, generate
 DROPS = {"aim": {"1": 5, "2": 2}, "fopru": {"1": 5, "2": 3}, "tome": {"1": 5}}
 
 
-@pytest.mark.parametrize("kind", list(DROPS))
+@pytest.mark.parametrize("kind", ["aim", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("fopru", "tome"))])
 def test_core_select_a_bundle_writes_the_tokens_of_torch(kind):
     bundle, report = answering_bundle(kind)
     about = json.loads((bundle / "bundle.json").read_text())

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -169,41 +169,35 @@ def _lines(source: str) -> Iterator[bytes]:
 def _rows(generator: Any, lines: Sequence[bytes], first: int, decoding: Decoding) -> Iterator[dict[str, Any]]:
     """A row a line, in order; those that can be answered are, together."""
     made = [_attempt(generator, line, decoding) for line in lines]
-    good = [(i, prompt) for i, prompt in enumerate(made) if not isinstance(prompt, DataError | RequestError)]
+    good = [(i, prompt) for i, (_, prompt) in enumerate(made) if not isinstance(prompt, DataError | RequestError)]
     # Draws hang on the number of the line, so that the batch size changes nothing.
     answers = dict(
         zip((i for i, _ in good), _answers(generator, [p for _, p in good], decoding, [f"line {first + i}" for i, _ in good]))
     )
-    for i, prompt in enumerate(made):
+    for i, (carried, prompt) in enumerate(made):
         if isinstance(prompt, DataError | RequestError):
             said = f"{prompt.where}: {prompt.message}" if prompt.where else prompt.message
-            yield {**_id_of(lines[i]), "error": said}
+            yield {**carried, "error": said}
         else:
-            yield {**_id_of(lines[i]), **_row(generator, prompt, answers[i])}
+            yield {**carried, **_row(generator, prompt, answers[i])}
 
 
-def _id_of(line: bytes) -> dict[str, Any]:
-    """The `id` of a request as it was given, so that its answer carries it; nothing where there is none."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return {"id": value["id"]} if isinstance(value, dict) and "id" in value else {}
-
-
-def _attempt(generator: Any, line: bytes, decoding: Decoding) -> Any:
-    """The prompt of a line, or why there is none."""
+def _attempt(generator: Any, line: bytes, decoding: Decoding) -> tuple[dict[str, Any], Any]:
+    """(what the answer carries: the request's `id`, if it has one; its prompt, or why there is none)."""
     from vlm.runtime.generation.task import plan
 
+    carried: dict[str, Any] = {}
     try:
-        messages, pictures = request_of(line)
+        request = read_request(line)
+        carried = {key: request[key] for key in ("id",) if key in request}
+        messages, pictures = asked_of(request)
         if pictures:
             _reads_pictures(generator)
         prompt: Prompt = generator.prompt(messages, [generator.prepare_image(picture) for picture in pictures])
         plan(generator, [prompt], decoding, None, generator.negatives)  # too long by itself: it must not end the others
     except (DataError, RequestError) as error:
-        return error
-    return prompt
+        return carried, error
+    return carried, prompt
 
 
 def _answers(generator: Any, prompts: Sequence[Prompt], decoding: Decoding, keys: Sequence[str]) -> list[Completion]:
@@ -222,18 +216,23 @@ def _row(generator: Any, prompt: Prompt, answer: Completion) -> dict[str, Any]:
     }
 
 
-def request_of(line: bytes) -> tuple[list[Any], list[str | bytes]]:
-    """A line of --jsonl as (messages, pictures as paths or bytes). Raises DataError that says what is wrong.
-
-    {"prompt": text} or {"messages": [{"role", "content": text or parts}]}, pictures in `image`, or in the parts as
-    {"type": "image_url", "image_url": {"url": data URI}}.
-    """
+def read_request(line: bytes) -> dict[str, Any]:
+    """A line of --jsonl. Raises DataError for what is no JSON object."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError("expected a JSON object")
+    return value
+
+
+def asked_of(value: Mapping[str, Any]) -> tuple[list[Any], list[str | bytes]]:
+    """A request as (messages, pictures as paths or bytes). Raises DataError that says what is wrong.
+
+    {"prompt": text} or {"messages": [{"role", "content": text or parts}]}, pictures in `image`, or in the parts as
+    {"type": "image_url", "image_url": {"url": data URI}}.
+    """
     unknown = sorted(value.keys() - {"prompt", "messages", "image", "id"})
     if unknown:
         raise DataError(f"unknown key {unknown[0]!r}, expected prompt or messages, and image")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from vlm.config.errors import RequestError
+from vlm.config.nearest import did_you_mean
 
 
 class WritesNothing(RequestError):
@@ -47,9 +47,7 @@ def _template(name: str) -> Any:
     from vlm.runtime.templates import TEMPLATES, template_named
 
     if name not in TEMPLATES:
-        near = get_close_matches(name, TEMPLATES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"there is no template {name!r}{hint}", where="--template", remedy=f"known: {', '.join(TEMPLATES)}")
+        raise RequestError(f"there is no template {name!r}{did_you_mean(name, TEMPLATES)}", where="--template", remedy=f"known: {', '.join(TEMPLATES)}")
     return template_named(name)
 
 

@@ -11,12 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any
 
 import click
 
 from vlm.config.errors import ExitCode, OutOfMemory, RequestError, RunFailed, VlmError
+from vlm.config.nearest import did_you_mean
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("vlm.cli.train:pretrain", "Train a model from scratch by a preset."),
@@ -109,9 +109,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = str(args[0])
         if name not in self.lazy and not name.startswith("-"):
-            near = get_close_matches(name, self.lazy, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"there is no command {name!r}{hint}", ctx)
+            raise click.UsageError(f"there is no command {name!r}{did_you_mean(name, self.lazy)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

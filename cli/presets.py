@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from vlm.config.catalogue import BASES, list_presets
 from vlm.config.errors import ExitCode, PresetError, RequestError
 from vlm.config.files import keys_in
 from vlm.config.load import resolve
+from vlm.config.nearest import did_you_mean
 from vlm.config.writing import digest, to_toml, toml_value
 
 _directories = click.option(
@@ -230,11 +230,7 @@ def explain_schema(key: str, name: str | None, presets: Sequence[Path], as_json:
             f"{name} is not explained by itself: a stage may set what the preset may", remedy=f"vlm presets explain {key} {inside}"
         )
     if not chosen:
-        near = get_close_matches(str(name), docs, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RequestError(
-            f"{key} has no key {name!r}{hint}", remedy=f"vlm presets explain {key} shows all of them"
-        )
+        raise RequestError(f"{key} has no key {name!r}{did_you_mean(name, docs)}", remedy=f"vlm presets explain {key} shows all of them")
     rows = [_explained(address, doc, found) for address, doc in chosen.items()]
     if as_json:
         echo_json(rows)

@@ -22,7 +22,7 @@ from transformers import (
 
 from tests.answering_fixtures import bundle_of, tokenizer, torch_of
 from tests.bundle_fixtures import exported
-from vlm.cli.generate import _printable, request_of
+from vlm.cli.generate import _printable, asked_of, read_request
 from vlm.cli.main import main
 from vlm.config.errors import DataError
 from vlm.export.drawings import drawn_picture
@@ -140,10 +140,10 @@ def test_lines_are_answered_in_order_with_errors_as_lines(monkeypatch, capsys, p
 
 
 def test_requests_are_read_strictly():
-    messages, pictures = request_of(b'{"prompt": "a <image> b", "image": "x.png"}')
+    messages, pictures = asked_of(read_request(b'{"prompt": "a <image> b", "image": "x.png"}'))
     assert messages[0].content == ("a ", PicturePart(), " b")
     assert pictures == ["x.png"]
-    assert request_of(b'{"prompt": "an <image> tag"}')[0][0].content == ("an <image> tag",)
+    assert asked_of(read_request(b'{"prompt": "an <image> tag"}'))[0][0].content == ("an <image> tag",)
     for line, says in (
         (b"[1]", "JSON object"),
         (b"{}", "exactly one"),
@@ -156,7 +156,7 @@ def test_requests_are_read_strictly():
         (b"[" * 100_000, "not JSON"),
     ):
         with pytest.raises(DataError, match=says):
-            request_of(line)
+            asked_of(read_request(line))
 
 
 def test_wrong_requests_are_refused(monkeypatch, capsys, clip_bundle, clip_model, prefix_bundle, picture, tmp_path):

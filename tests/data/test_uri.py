@@ -214,5 +214,5 @@ def test_group_ids_agree_for_texts_that_differ_in_case_or_spacing(tmp_path):
 def test_one_missing_file_is_said_in_few_words_and_a_misspelt_prefix_with_the_nearest(tmp_path):
     with pytest.raises(DataError, match=r"none.jsonl: does not exist\n"):
         open_source(str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match=r"did you mean scenes:\?"):
+    with pytest.raises(DataError, match=r"did you mean 'scenes:'\?"):
         open_source("sences:?n=4")

@@ -10,7 +10,7 @@ from tests.training.test_resume import TOY
 from vlm.training import run as module
 from vlm.training.plan import REPEATS, _Measured, make_plan
 from vlm.training.preset import load_preset
-from vlm.training.timing import Reading, Timed, at_size, read_clock
+from vlm.training.timing import Moment, Timed, at_size, read_clock
 from vlm.training.trainer import Cursor
 
 
@@ -21,12 +21,12 @@ class Scripted:
         self.now, self.ran, self.slow, self.other = 0.0, 0.0, slow, other
         self.calls = 0
 
-    def __call__(self) -> Reading:
+    def __call__(self) -> Moment:
         self.calls += 1
         slow = 100.0 if self.calls <= self.slow else 0.0
         self.now += 1 + slow + self.other
         self.ran += 1 + slow
-        return Reading(self.now, self.ran)
+        return Moment(self.now, self.ran)
 
 
 def parts_of(tmp_path, *settings):
@@ -84,5 +84,5 @@ def test_a_line_is_held_between_no_growth_and_proportion(points, size, seconds):
 def test_the_real_clock_and_no_readings():
     assert read_clock() - read_clock() <= (0.0, 0.0)
     assert Timed().ran == 1.0
-    assert Timed([Reading(2.0, 5.0)]).ran == 1.0
+    assert Timed([Moment(2.0, 5.0)]).ran == 1.0
     assert REPEATS >= 3

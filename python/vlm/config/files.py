@@ -6,12 +6,12 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vlm.config.errors import PresetError
+from vlm.config.nearest import did_you_mean
 from vlm.config.positions import scan
 from vlm.config.tree import Node, node_of
 
@@ -87,11 +87,9 @@ def find(name: str, search: Sequence[Path] = (), beside: Path | None = None, cha
     if (place / "preset.toml").is_file():
         return place / "preset.toml"
     known = [key for root in roots for key in keys_in(root) if root.is_dir()] if len(name) < 200 else []
-    near = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     looked = ", ".join(shown_path(root) for root in roots)
     raise PresetError(
-        f"there is no preset {name!r}{hint}",
+        f"there is no preset {name!r}{did_you_mean(name, known)}",
         where=chain or None,
         remedy=f"looked in {looked}; `vlm presets list` shows the keys, and a path must end in .toml",
     )

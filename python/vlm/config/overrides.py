@@ -8,10 +8,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from vlm.config.errors import PresetError
+from vlm.config.nearest import did_you_mean
 from vlm.config.positions import parse_key
 from vlm.config.tree import Node, Origin, is_delete, merge, name_of, with_origin
 
@@ -131,10 +131,8 @@ def _index(node: Node, head: str, override: Override) -> int:
         return int(head)
     known = [name for name in names if name is not None]
     listed = ", ".join(known) if known else f"0 to {len(names) - 1}" if names else "none"
-    near = get_close_matches(head, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise PresetError(
-        f"the list has no entry {head!r}{hint}",
+        f"the list has no entry {head!r}{did_you_mean(head, known)}",
         where=f"command line: {override.key}",
         remedy=f"its entries: {listed}",
     )

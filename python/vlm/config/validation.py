@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from vlm.config.errors import PresetError
+from vlm.config.nearest import did_you_mean
 from vlm.config.options import Options
 from vlm.config.resolved import Resolved, dotted_name
 from vlm.config.schema import child, choose, describe, fields_of, is_union, kind_of, options_in
@@ -135,7 +135,7 @@ def _problem(
         d["type"] == "literal_error" or d["type"].endswith(("_type", "_parsing", "from_float"))
         for d, _ in group
     ):
-        near = _nearest(value, _words(annotation))
+        near = did_you_mean(value, _words(annotation))
         return Problem(where, f"{said}expected {describe(annotation)}, got {_shown(value)}{near}")
     text = details["msg"].removeprefix("Input should ")
     text = f"must {text}" if text != details["msg"] else text[:1].lower() + text[1:]
@@ -153,11 +153,11 @@ def _unknown_key(path: tuple[str | int, ...], resolved: Resolved, schema: type[B
     known = sorted(fields_of(chosen)) if chosen is not None else []
     table = dotted_name(path[:-1])
     inside = f" in [{table}]" if table else ""
-    near = _nearest(path[-1], known)
+    near = did_you_mean(path[-1], known)
     elsewhere = (
         ""
         if near or len(path) < 2
-        else _nearest(path[-1], sorted(fields_of(schema)), "; did you mean the top-level")
+        else did_you_mean(path[-1], sorted(fields_of(schema)), "; did you mean the top-level")
     )
     return Problem(
         resolved.place(path, key=True),
@@ -174,17 +174,12 @@ def _unknown_kind(path: tuple[str | int, ...], annotation: Any, resolved: Resolv
         return Problem(
             resolved.place(path, key=True), f"[{dotted_name(path)}] lacks 'kind': expected one of {listed}"
         )
-    near = _nearest(value["kind"], kinds)
+    near = did_you_mean(value["kind"], kinds)
     return Problem(
         resolved.place((*path, "kind")),
         f"unknown kind {_shown(value['kind'])} of [{dotted_name(path)}]{near}",
         f"known kinds: {listed}",
     )
-
-
-def _nearest(word: Any, known: Sequence[str], lead: str = "; did you mean") -> str:
-    near = get_close_matches(str(word), list(known), n=1, cutoff=0.6) if isinstance(word, str) else []
-    return f"{lead} {near[0]!r}?" if near else ""
 
 
 def _words(annotation: Any) -> list[str]:

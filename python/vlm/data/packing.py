@@ -82,23 +82,30 @@ class Documents:
                     good.append((p, text, {name: maker.make(name, fields, [text], [fields])[0] for name in maker.streams}))
                 except (BadSample, BadPicture) as error:
                     self._ready[p] = Document(None, {}, error.reason, error.detail)
-            for (p, _, marks), located in zip(good, self.tokenizer.located([text for _, text, _ in good])):
-                self._ready[p] = self._document(located, marks)
+            texts = [text for _, text, _ in good]
+            if self.weights:
+                for (p, _, marks), located in zip(good, self.tokenizer.located(texts)):
+                    ids = self._ended([i for i, _, _ in located])
+                    places = [(start, stop) for _, start, stop in located]
+                    self._ready[p] = Document(ids, self._weighed(places, len(ids), marks))
+            else:
+                for (p, _, _), ids in zip(good, self.tokenizer.ids(texts)):
+                    self._ready[p] = Document(self._ended(ids), {})
         return self._ready[position]
 
-    def _document(self, located: list[tuple[int, int, int]], marks: dict[str, Marked]) -> Document:
-        """located: (id, from, to) of each token."""
+    def _ended(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_id
-        if eos is not None and (not located or located[-1][0] != eos):
-            located = [*located, (eos, 0, 0)]
-        ended = eos is not None
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+    def _weighed(self, places: list[tuple[int, int]], count: int, marks: dict[str, Marked]) -> dict[str, list[float]]:
+        """The weights of each stream, one for each of `count` tokens. places: characters from, to of those in the text."""
         weights = {}
         for name in self.weights:
             mark = marks.get(name, PLAIN)
-            weights[name] = [mark.at(start, stop) for _, start, stop in located]
-            if ended:
+            weights[name] = [mark.at(start, stop) for start, stop in places] + [mark.end] * (count - len(places))
+            if self.tokenizer.eos_id is not None:
                 weights[name][-1] = mark.end
-        return Document([i for i, _, _ in located], weights)
+        return weights
 
 
 def pack_batch(rows: list[PackedRow], length: int, pad_id: int) -> Batch:

@@ -7,7 +7,7 @@ one stays text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -76,22 +76,26 @@ class PieceIds:
 
         One character that is a special token by itself cannot be cut and is left out.
         """
-        return [i for i, _, _ in self.located(text)]
+        return [i for _, encoding in self._parts(text) for i in encoding.ids]
 
     def located(self, text: str) -> list[tuple[int, int, int]]:
         """The same with the characters of the text that each id stands for: (id, from, to)."""
+        return [
+            (i, at + start, at + stop) for at, encoding in self._parts(text) for i, (start, stop) in zip(encoding.ids, encoding.offsets)
+        ]
+
+    def _parts(self, text: str) -> Iterator[tuple[int, Encoding]]:
+        """(where it begins, ids) of the parts that hold no forbidden token, in order."""
         led = self._led(text)
-        out: list[tuple[int, int, int]] = []
         waiting = [(led, len(text) - len(led))]
         while waiting:
             part, at = waiting.pop()
             encoding = self._core.encode(part, add_special_tokens=False)
             cuts = self._cuts(part, encoding)
             if cuts is None:
-                out += [(i, at + start, at + stop) for i, (start, stop) in zip(encoding.ids, encoding.offsets)]
+                yield at, encoding
             else:
                 waiting += reversed([(part[a:b], at + a) for a, b in cuts if a < b])
-        return out
 
     def markup(self, text: str) -> list[int]:
         """The ids of the template's own text, special tokens included."""
@@ -102,6 +106,8 @@ class PieceIds:
 
     def _cuts(self, text: str, encoding: Encoding) -> list[tuple[int, int]] | None:
         """The parts of the text, from and to, cut inside each forbidden token; None when there is none."""
+        if self._forbidden.isdisjoint(encoding.ids):
+            return None
         ends: list[tuple[int, int]] = []  # (where a part ends, where the next begins)
         for i, (start, stop) in zip(encoding.ids, encoding.offsets):
             if i not in self._forbidden:

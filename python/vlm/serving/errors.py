@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from vlm.config.nearest import did_you_mean
 from vlm.serving import chat_schemas as c
 from vlm.serving import schemas as s
 
@@ -100,6 +100,5 @@ def _first(errors: Any) -> tuple[str, str | None]:
     param = ".".join(place) or None
     message = str(problem.get("msg", "the request does not fit the schema"))
     if problem.get("type") == "extra_forbidden":
-        near = get_close_matches(str(problem["loc"][-1]), sorted(_FIELDS), n=1)
-        message = "there is no such field" + (f"; did you mean {near[0]!r}?" if near else "")
+        message = "there is no such field" + did_you_mean(str(problem["loc"][-1]), sorted(_FIELDS))
     return (f"{param}: {message}" if param else message), param

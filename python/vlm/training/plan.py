@@ -19,7 +19,7 @@ import torch
 from vlm.config.machine import usable_cores
 from vlm.ops import keep_freed_memory
 from vlm.training.engine import Clock
-from vlm.training.timing import Reading, Timed, at_size, read_clock
+from vlm.training.timing import Moment, Timed, at_size, read_clock
 from vlm.training.trainer import Parts
 from vlm.types import Batch
 
@@ -184,7 +184,7 @@ class _Measured:
     proportion to the micro-batch, time as a straight line. Times are medians of updates after the first of their size.
     """
 
-    def __init__(self, parts: Parts, clock: Callable[[], Reading] = read_clock) -> None:
+    def __init__(self, parts: Parts, clock: Callable[[], Moment] = read_clock) -> None:
         self.parts, self.clock = parts, clock
         self.together = 1 if parts.stage.train.accumulate == 1 else 2
         self.wait = Timed()
@@ -237,7 +237,7 @@ class _Measured:
                 break
         return gradients, step
 
-    def _update(self, size: int) -> tuple[Reading, Reading, int]:
+    def _update(self, size: int) -> tuple[Moment, Moment, int]:
         _reset_peak()
         parts = self.parts
         parts.model.train()

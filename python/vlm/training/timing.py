@@ -9,31 +9,31 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Reading(NamedTuple):
-    """Seconds on the clock, and seconds in which this thread ran."""
+class Moment(NamedTuple):
+    """Of a point in time, or between two: seconds on the clock, and seconds in which this thread ran."""
 
     seconds: float
     ran_for: float
 
-    def __sub__(self, other: Reading) -> Reading:
-        return Reading(self.seconds - other.seconds, self.ran_for - other.ran_for)
+    def __sub__(self, other: Moment) -> Moment:
+        return Moment(self.seconds - other.seconds, self.ran_for - other.ran_for)
 
 
-def read_clock() -> Reading:
+def read_clock() -> Moment:
     """Now. The difference of two is what lies between them."""
-    return Reading(time.perf_counter(), time.thread_time())
+    return Moment(time.perf_counter(), time.thread_time())
 
 
 @dataclass
 class Timed:
     """Readings of the same step."""
 
-    readings: list[Reading] = field(default_factory=list)
+    readings: list[Moment] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.readings)
 
-    def add(self, reading: Reading) -> None:
+    def add(self, reading: Moment) -> None:
         self.readings.append(reading)
 
     @property

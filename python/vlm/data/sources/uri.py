@@ -12,8 +12,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from difflib import get_close_matches
 
+from vlm.config.nearest import did_you_mean
 from vlm.config.errors import DataError
 from vlm.data.scenes.clips_source import ClipsSource
 from vlm.data.scenes.digits_source import DigitsSource
@@ -115,8 +115,7 @@ def expand(pattern: str) -> list[str]:
 def _prefix_meant(name: str) -> str:
     """The prefix that a misspelt one is nearest to, as the end of a message."""
     word = re.match(r"^(\w+):", name)
-    near = get_close_matches(word[1], _NAMES, n=1) if word else []
-    return f"; did you mean {near[0]}:?" if near else ""
+    return did_you_mean(word[1], _NAMES, end=":") if word else ""
 
 
 def _commas(text: str) -> list[str]:

@@ -4,6 +4,7 @@
 #include "core/parallel_for.hpp"
 #include "core/tile_bf16.hpp"
 #include "vocabulary/half_kernels.hpp"
+#include "vocabulary/partial_sums.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -115,15 +116,8 @@ void product_gradients(const HalfProductGradients& call, int threads) {
     for (int64_t tile = first; tile < last; ++tile)
       gradient_tile(plan, tile, hidden.data, part, tile == first, memory.data + worker * plan.worker_room());
   });
-  if (!plan.want_hidden) return;
-  parallel_for(call.rows, 16, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t e = 0; e < call.width; e += W) {
-        vf sum{};
-        for (int64_t k = 0; k < plan.parts; ++k) sum += load(parts.data + k * plan.part_room() + i * plan.stride + e);
-        store_first(call.d_hidden.data + i * call.d_hidden.row_stride + e, sum, call.width - e);
-      }
-  });
+  if (plan.want_hidden)
+    sum_parts(parts.data, plan.parts, plan.part_room(), plan.stride, call.rows, call.width, call.d_hidden, threads);
 }
 
 }  // namespace VLM_LEVEL

@@ -9,14 +9,13 @@ from vlm.evaluation.result import flatten, write_text
 from vlm.evaluation.table import bounds_of, is_percent, say
 from vlm.reporting.commands import command, next_steps, quoted, task_of
 from vlm.reporting.curves import learning
+from vlm.reporting.document import document
 from vlm.reporting.examples import answers, finds, mixes, says, surprises
 from vlm.reporting.findings import figures
 from vlm.reporting.making import made
 from vlm.reporting.record import RunRecord, read_run
 from vlm.reporting.words import count, duration, escape, label
 from vlm.reporting.written import CONTROLS
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -31,7 +30,6 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
 
 def render(run: RunRecord) -> str:
     """The whole page as one string of HTML that loads nothing."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     sections = [
         ("results", "How good it is", _results),
         ("learning", "How it learned", learning),
@@ -50,16 +48,13 @@ def render(run: RunRecord) -> str:
         for name, title, text in filled
     )
     key = str(run.setting("method.key", "")) or "run"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(run.title)}</title><style>{style}</style></head><body>"
+    return document(
+        run.title,
         f'<header class="top"><p class="kicker">{escape(key)} · {escape(run.root.name)}</p><h1>{escape(run.title)}</h1>'
         f'<p class="lead">{_lead(run)}</p>{_headline(run)}{_notice(run)}'
         f'<nav aria-label="sections"><ul>{links}</ul></nav></header><main>{body}</main>'
         f"<footer>Written by vlm {escape(__version__)}. The pictures on this page are the run's own data: it stays with the run."
-        "</footer></body></html>\n"
+        "</footer>",
     )
 
 

@@ -20,6 +20,7 @@ from vlm.evaluation.reading import EvaluationData
 from vlm.evaluation.result import flatten, write_json, write_text
 from vlm.evaluation.session import Session
 from vlm.evaluation.table import number
+from vlm.reporting.document import document
 from vlm.reporting.trade_chart import Point, Trade, trade_chart
 from vlm.reporting.words import escape, label
 from vlm.workflows.token_search.changed import with_settings
@@ -130,7 +131,6 @@ def _done(numbers: np.ndarray) -> None:
 
 def write_sweep(report: dict[str, Any], output: Path) -> list[Path]:
     """`sweep.json`, `sweep.svg` (score over speed, a line a curve) and `sweep.html`, a page with the figure and the table."""
-    style = Path(trade_chart.__code__.co_filename).with_name("page.css").read_text(encoding="utf-8")
     rows = report["rows"]
     trades = []
     for name in dict.fromkeys(row["curve"] for row in rows):
@@ -148,11 +148,11 @@ def write_sweep(report: dict[str, Any], output: Path) -> list[Path]:
         return escape(value_text(value) if name == "value" else number(value) if isinstance(value, float) else str(value))
 
     body = "".join("<tr>" + "".join(f"<td>{cell(row, name)}</td>" for name in names) + "</tr>" for row in rows)
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style></head>'
-        f"<body><main><h1>{escape(title)}</h1><p>{escape(report['task'])} on {escape(report['data'])}, {rows[0]['samples']} samples, bars: 95 %. "
+    page = document(
+        title,
+        f"<main><h1>{escape(title)}</h1><p>{escape(report['task'])} on {escape(report['data'])}, {rows[0]['samples']} samples, bars: 95 %. "
         f"Speed: {report['batch']} pictures at once, median of {report['repeats']} turns.</p>"
-        f'<figure>{chart}</figure><div class="scroll"><table><tr>{head}</tr>{body}</table></div></main></body></html>'
+        f'<figure>{chart}</figure><div class="scroll"><table><tr>{head}</tr>{body}</table></div></main>',
     )
     write_json(output / "sweep.json", report)
     write_text(output / "sweep.svg", chart)

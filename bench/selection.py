@@ -56,7 +56,7 @@ def block_memory(length: int) -> Callable[[], dict[Arm, Work]]:
         def exact() -> object:
             return ops.attention(q[None], k[None], v[None], causal=True)
 
-        return {"dispatched": ours, "peer": exact}
+        return {"native": with_backend("native", ours), "torch": with_backend("torch", ours), "dispatched": ours, "peer": exact}
 
     return build
 
@@ -105,7 +105,7 @@ SELECTION_CASES: tuple[Case, ...] = (
         for keys in (1024, 2048, 4096, 8192, 16384)
     ),
     *(
-        Case(f"block-memory/prefill/{length}", EXACT, block_memory(length), native=False)
+        Case(f"block-memory/prefill/{length}", EXACT, block_memory(length))
         for length in (1024, 2048, 4096, 8192, 16384)
     ),
     *(

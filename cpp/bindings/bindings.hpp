@@ -25,6 +25,7 @@ void register_alignment(pybind11::module_& m);
 void register_late_interaction(pybind11::module_& m);
 void register_recurrent(pybind11::module_& m);
 void register_selection(pybind11::module_& m);
+void register_block_memory(pybind11::module_& m);
 void register_window_attention(pybind11::module_& m);
 
 }  // namespace vlm::bindings

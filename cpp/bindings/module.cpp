@@ -12,5 +12,6 @@ PYBIND11_MODULE(_native, m) {
   vlm::bindings::register_late_interaction(m);
   vlm::bindings::register_recurrent(m);
   vlm::bindings::register_selection(m);
+  vlm::bindings::register_block_memory(m);
   vlm::bindings::register_window_attention(m);
 }

@@ -10,6 +10,7 @@
 #include "vlm/late_interaction.hpp"
 #include "vlm/recurrent.hpp"
 #include "vlm/selection.hpp"
+#include "vlm/block_memory.hpp"
 #include "vlm/window_attention.hpp"
 #include "vlm/float_products.hpp"
 
@@ -65,6 +66,7 @@ struct KernelTable {
   void (*ssm_backward)(const SsmBackward&, int threads);
   void (*select_hierarchical)(const HierarchicalSelection&, int threads);
   void (*block_sparse_forward)(const BlockSparseForward&, int threads);
+  void (*block_memory_forward)(const BlockMemoryForward&, int threads);
   void (*window_attention_forward)(const WindowAttentionForward&, int threads);
   void (*window_attention_backward)(const WindowAttentionBackward&, int threads);
   void (*float_product_rows)(const FloatProduct&, int threads);

@@ -32,6 +32,7 @@ const KernelTable kernel_table = {
     ssm_backward,
     select_hierarchical,
     block_sparse_forward,
+    block_memory_forward,
     window_attention_forward,
     window_attention_backward,
     float_product_rows,

@@ -1,6 +1,7 @@
 // Hierarchical search for key blocks: representatives are read where they lie, intervals stay in their order. A task is
 // (batch, head, block of queries). Compiled once per level.
 #include "selection/block_tasks.hpp"
+#include "selection/ranks.hpp"
 
 namespace vlm {
 namespace VLM_LEVEL {
@@ -75,28 +76,13 @@ void score_blocks(const HierarchicalSelection& c, Worker& w, const float* k, int
   }
 }
 
-// Keeps the m intervals of the best scores, of equal ones the earlier, in their order: `from` [size] -> `to` [m]. The
-// lowest score that stays is found bit by bit. Returns whether one of them is longer than 1.
+// Keeps the m intervals of the best scores, of equal ones the earlier, in their order: `from` [size] -> `to` [m].
+// Returns whether one of them is longer than 1.
 bool keep_best(Worker& w, const Intervals& from, int64_t size, int64_t m, const Intervals& to) {
-  for (int64_t i = 0; i < size; i += W) {
-    const vi bits = as_int(load(from.scores + i) + 0.0f);  // -0 becomes 0
-    const vi order = bits ^ ((bits >> 31) & 0x7fffffff);
-    __builtin_memcpy(w.order + i, &order, sizeof(order));
-  }
-  for (int64_t i = size; i < round_up(size, W); ++i) w.order[i] = INT32_MIN;
-  uint32_t lowest = 0;  // as an unsigned number whose order is that of the scores
-  int64_t above = 0;
-  for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
-    const int32_t tried = static_cast<int32_t>((lowest | bit) ^ 0x80000000u);
-    vi counts{};
-    for (int64_t i = 0; i < size; i += W) counts -= load(w.order + i) >= splat_int(tried);
-    int64_t reached = 0;
-    for (int l = 0; l < W; ++l) reached += counts[l];
-    if (reached >= m) lowest |= bit;
-  }
-  const int32_t border = static_cast<int32_t>(lowest ^ 0x80000000u);
-  for (int64_t i = 0; i < size; ++i) above += w.order[i] > border;
-  int64_t kept = 0, ties = m - above;
+  order_of(from.scores, size, w.order);
+  const Border found = border_of(w.order, size, m);
+  const int32_t border = found.lowest;
+  int64_t kept = 0, ties = found.ties;
   int32_t longest = 0;  // 0 if all that stay have length 1
   for (int64_t i = 0; i < size; ++i) {  // sign bits in place of branches: which ones stay cannot be foreseen
     const int32_t first = from.first[i], end = from.end[i];

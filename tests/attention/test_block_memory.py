@@ -81,16 +81,20 @@ def test_core_infllm_probabilities_of_both_branches_sum_to_one(far):
 
 
 def test_core_infllm_a_token_is_scored_by_its_share_of_the_joint_softmax_while_it_is_in_the_window():
+    """At every length, for all tokens that no block holds yet: the others' are not asked for again."""
     q, k, _ = row(60)
     memory = BlockMemoryOptions(n_init=3, n_local=16, block=1, topk=0, chunk=1).build()
     state = memory.start(HEADS, KV_HEADS, WIDTH, like=q)
-    memory(q, k, k, state)
     lag = lags(60)
     sink = (torch.arange(60) < 3)[None] & (lag >= 16)
     local = (lag >= 0) & (lag < 16)
     every = torch.eye(60, dtype=torch.float64).expand(KV_HEADS, 60, 60)  # values that give the probabilities themselves
-    p = oracle(q, k, every, local | sink, torch.where(sink, 15, lag))
-    assert torch.allclose(state.score, (p * local).sum(1), atol=1e-10)
+    p = oracle(q, k, every, local | sink, torch.where(sink, 15, lag)) * local
+    for length in range(1, 61):
+        memory(q[:, length - 1 : length], k[:, length - 1 : length], k[:, length - 1 : length], state)
+        kept = state.score.shape[1]
+        assert kept == length - (3 + state.means.shape[1] if state.means.shape[1] else 0)
+        assert torch.allclose(state.score, p[:, :length, length - kept : length].sum(1), atol=1e-10)
 
 
 @pytest.mark.parametrize("chunk", [1, 7])

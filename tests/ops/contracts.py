@@ -434,6 +434,17 @@ def select_masked() -> Masked:
                   [(torch.arange(12)[None, None, :, None] < 4, 0.0)])
 
 
+def memory_row(h: int, g: int, n: int, t: int, d: int) -> list[Tensor]:
+    return drawn((h, n, d), (g, t, d), (g, t, d))
+
+
+def remember(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Short rows choose; in long ones, which every type must read alike, all blocks are seen."""
+    shape = ops.MemoryShape(n_init=2, n_local=12, block=4, topk=2 if k.shape[1] < 50 else 100, representatives=4, chunk=5)
+    before = k.shape[1] - q.shape[1]
+    return tuple(ops.block_memory(q, k, v, q.new_zeros(q.shape[0], before), q.new_zeros(q.shape[0], 0, q.shape[2]), shape=shape))
+
+
 CONTRACTS: dict[str, Contract] = {
     "attention": Contract(
         ("attention",), attend, heads,
@@ -489,4 +500,8 @@ CONTRACTS: dict[str, Contract] = {
         ("select_hierarchical", "block_sparse_attention"), select, quarters,
         ((0, 2, 1, 3, 3, 4), (1, 2, 1, 0, 5, 4), (1, 2, 1, 5, 0, 4), (1, 1, 1, 1, 1, 1), (2, 4, 2, 31, 61, 7)), (1, 2, 1, 9, 40, 8),
         (2, 4, 2, 100, 300, 24), select_masked, trains=False),
+    "block_memory": Contract(
+        ("block_memory",), remember, memory_row,
+        ((0, 1, 3, 5, 4), (2, 1, 0, 9, 4), (2, 1, 0, 0, 4), (1, 1, 1, 1, 2), (4, 2, 31, 37, 6)), (4, 2, 17, 41, 8), (4, 2, 150, 290, 24),
+        "a query always sees itself, and the store holds nothing else than what was read", trains=False),
 }

@@ -176,6 +176,7 @@ def test_self_test_covers_every_operator_at_every_level() -> None:
             "linear_distillation",
             "merge_attention",
             "selection",
+            "block_memory",
             "sequence_alignment",
             "ssm_scan",
             "tokens",

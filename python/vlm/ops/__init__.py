@@ -8,6 +8,7 @@ from vlm.ops.attention_bias import Alibi, BucketBias, GridBias, KeyBias
 from vlm.ops.attention_reference import attention_reference
 from vlm.ops.attention_varlen import attention_varlen
 from vlm.ops.backend import Backend, backend, current_backend
+from vlm.ops.block_memory import MemoryRead, MemoryShape, block_memory, block_memory_reference
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.contrastive_listed import likeliest
 from vlm.ops.contrastive_matrix import contrastive_matrices
@@ -80,6 +81,8 @@ __all__ = [
     "MaskProgram",
     "MatchOrder",
     "Matching",
+    "MemoryRead",
+    "MemoryShape",
     "MergeWeighting",
     "OperatorCheck",
     "RowStatistics",
@@ -102,6 +105,8 @@ __all__ = [
     "attention_varlen",
     "backend",
     "bipartite_match",
+    "block_memory",
+    "block_memory_reference",
     "block_sparse_attention",
     "compose_assignments",
     "contrastive_matrices",

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm.ops.alignment import sequence_alignment
 from vlm.ops.attention import attention
 from vlm.ops.backend import NATIVE_AVAILABLE, backend, core
+from vlm.ops.block_memory import MemoryShape, block_memory
 from vlm.ops.contrastive import contrastive_sigmoid, contrastive_softmax
 from vlm.ops.late_interaction import late_interaction
 from vlm.ops.linear_decay import linear_decay
@@ -199,6 +200,18 @@ def _selection_case() -> tuple[Call, list[Tensor]]:
     return call, [q, k, v]
 
 
+def _memory_case() -> tuple[Call, list[Tensor]]:
+    generator = torch.Generator().manual_seed(10)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 120, 24), (2, 150, 24), (2, 150, 24))]
+    shape = MemoryShape(n_init=3, n_local=20, block=5, topk=100, representatives=5, chunk=9)
+
+    @torch.no_grad()
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return tuple(block_memory(q, k, v, q.new_zeros(4, 30), q.new_zeros(4, 0, 24), shape=shape))
+
+    return call, inputs
+
+
 def _window_case() -> tuple[Call, list[Tensor]]:
     generator = torch.Generator().manual_seed(9)
     qkv, tau, table = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 9, 7, 3 * 2 * 16), (2,), (49, 2)))
@@ -219,6 +232,7 @@ _CASES: dict[str, Callable[[], tuple[Call, list[Tensor]]]] = {
     "linear_decay": _linear_decay_case,
     "ssm_scan": _ssm_case,
     "selection": _selection_case,
+    "block_memory": _memory_case,
     "window_attention": _window_case,
 }
 

@@ -62,9 +62,10 @@ struct Softness {
   float gamma, inverse;
 };
 
+// NaN if any of them is.
 VLM_INLINE vf least(vf a, vf b, vf c) {
-  const vf ab = a < b ? a : b;
-  return ab < c ? ab : c;
+  const vf ab = select((a < b) | (a != a), a, b);
+  return select((ab < c) | (ab != ab), ab, c);
 }
 
 // log(s) for s in [1, 3]

@@ -84,8 +84,10 @@ VLM_INLINE void stream_row(float* scores, int64_t n, float* top, float* sum, flo
   vf best = load(scores);
   for (int64_t c = W; c < padded; c += W) best = maximum(best, load(scores + c));
   const float before = *top, tile_top = max_lanes(best), now = tile_top > before ? tile_top : before;
-  if (now == -infinity) {  // nothing allowed so far
-    for (int64_t c = 0; c < padded; c += W) store(scores + c, vf{});
+  if (now == -infinity) {  // nothing allowed so far, or NaN, which then is the result of the row
+    const float fill = any_nan(scores, n) ? not_a_number : 0.0f;
+    for (int64_t c = 0; c < padded; c += W) store(scores + c, splat(fill));
+    if (fill != fill) *top = *sum = fill;
     return;
   }
   const vf reference = splat(now);

@@ -28,7 +28,10 @@ void merge_row(const AttentionMerge& c, const Row& row) {
   const int64_t at = row.lse;
   float* out = row_at(c.out, row);
   float top = -infinity;
-  for (int64_t p = 0; p < c.parts; ++p) top = c.lses[p][at] > top ? c.lses[p][at] : top;
+  for (int64_t p = 0; p < c.parts; ++p) {
+    const float lse = c.lses[p][at];
+    top = lse > top || lse != lse ? lse : top;  // NaN stays
+  }
   float sum = 0.0f;
   for (int64_t p = 0; p < c.parts && top != -infinity; ++p) sum += __builtin_expf(c.lses[p][at] - top);
   const bool empty = top == -infinity;

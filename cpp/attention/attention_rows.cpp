@@ -74,7 +74,10 @@ VLM_INLINE void stream(const float* scores, int64_t n, int64_t j0, bool want_bes
       row.best = j0 + c;
     }
   }
-  if (row.top == -infinity) return;
+  if (row.top == -infinity) {
+    if (any_nan(scores, n)) row.top = row.sum = row.drift = not_a_number;
+    return;
+  }
   vf sum{}, drift{};
   for (int64_t c = 0; c < padded; c += W) {
     const vf below = load(scores + c) - row.top, weight = exp2(below);
@@ -166,7 +169,8 @@ void soften(float* row, int64_t n) {
   float top = max_lanes(highest);
   for (int64_t c = n / W * W; c < n; ++c) top = row[c] > top ? row[c] : top;
   if (top == -infinity) {
-    for (int64_t c = 0; c < n; ++c) row[c] = 0.0f;
+    const float fill = any_nan(row, n) ? not_a_number : 0.0f;
+    for (int64_t c = 0; c < n; ++c) row[c] = fill;
     return;
   }
   vf sum{};

@@ -133,7 +133,7 @@ void finish(int64_t parts, int64_t i, int64_t n, float count, bool taught, PartO
   float sum = 0.0f, positive = 0.0f, total = 0.0f, kept = 0.0f, weight = 0.0f, product = 0.0f;
   for (int64_t k = 0; k < parts; ++k) {
     const Sums part = part_of(k);
-    if (part.maximum[i] != -infinity) sum += part.sum[i] * __builtin_expf(part.maximum[i] - top);
+    if (part.sum[i] != 0.0f) sum += part.sum[i] * __builtin_expf(part.maximum[i] - top);  // NaN is a sum, too
     positive += part.positive[i];
     total += part.total[i];
     kept += part.kept[i];
@@ -142,7 +142,7 @@ void finish(int64_t parts, int64_t i, int64_t n, float count, bool taught, PartO
     weight += part.teacher_sum[i] * factor;
     product += part.teacher[i] * factor;
   }
-  to[i] = top == -infinity ? top : top + __builtin_logf(sum);
+  to[i] = sum == 0.0f ? -infinity : top + __builtin_logf(sum);
   to[n + i] = positive;
   to[2 * n + i] = total;
   to[3 * n + i] = weight > 0.0f ? product / weight : 0.0f;

@@ -107,6 +107,20 @@ VLM_INLINE float max_lanes(vf v) {
   return v[0];
 }
 
+// Whether a number among the first `count` is NaN; reads nothing beyond. `maximum` passes over NaN or not, as the lanes
+// fall, so a row whose largest number is -inf may still hold one.
+VLM_INLINE bool any_nan(const float* p, int64_t count) {
+  vi found{};
+  for (int64_t c = 0; c < count; c += W) {
+    const vf v = load_first(p + c, count - c);
+    found |= v != v;
+  }
+  int32_t any = 0;
+  for (int l = 0; l < W; ++l) any |= found[l];
+  return any != 0;
+}
+constexpr float not_a_number = __builtin_nanf("");
+
 // ---- transposition of a W x W block in registers: log2(W) rounds of pairwise block swaps
 
 template <int Step, int... I>

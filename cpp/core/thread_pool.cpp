@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -16,12 +17,21 @@ struct Job {
   RangeBody body;
   void* context;
   std::atomic<int64_t> next{0};
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;  // of the first body that threw; read when all have left
+
+  Job(int64_t n, int64_t step, RangeBody run, void* with) : count(n), grain(step), body(run), context(with) {}
 
   void work(int worker) {
-    for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) return;
-      body(context, begin, std::min(begin + grain, count), worker);
+    try {
+      for (;;) {
+        const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+        if (begin >= count) return;
+        body(context, begin, std::min(begin + grain, count), worker);
+      }
+    } catch (...) {
+      next.store(count, std::memory_order_relaxed);  // what nobody has begun is left out
+      if (!failed.test_and_set(std::memory_order_relaxed)) error = std::current_exception();
     }
   }
 };
@@ -122,8 +132,11 @@ void parallel_ranges(int64_t count, int64_t grain, int threads, RangeBody body, 
   const int64_t pieces = (count + grain - 1) / grain;
   threads = static_cast<int>(std::min<int64_t>(threads, pieces));
   if (threads > 1 && !inside_body) {
-    Job job{count, grain, body, context};
-    if (the_pool().run(job, threads)) return;
+    Job job(count, grain, body, context);
+    if (the_pool().run(job, threads)) {
+      if (job.error) std::rethrow_exception(job.error);
+      return;
+    }
   }
   for (int64_t begin = 0; begin < count; begin += grain) body(context, begin, std::min(begin + grain, count), 0);
 }

@@ -11,7 +11,7 @@ constexpr float ln_2 = 0.69314718055994530942f;
 
 // 2^x for x <= 127; 0 below -126 (so 2^-inf = 0, no denormals); NaN stays NaN.
 VLM_INLINE vf exp2(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const vf magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it leaves round(x) + 127 in the low bits
   const vf lowest = splat(-126.0f);
   const vi flushed = x < lowest;
   const vf clamped = select(flushed, lowest, x);
@@ -24,8 +24,8 @@ VLM_INLINE vf exp2(vf x) {
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472029e-1f;
   p = p * r + 1.0f;
-  const vf scaled = as_float(as_int(p) + (as_int(shifted) << 23));
-  return select(flushed, vf{}, scaled);
+  // A product, not a sum of exponents as integers: that would make a number of some NaNs.
+  return select(flushed, vf{}, p * as_float(as_int(shifted) << 23));
 }
 
 // e^x for x <= 88.

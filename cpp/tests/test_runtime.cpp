@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -73,6 +74,25 @@ void several_callers_at_once() {
   check(good == 200, "several callers at once");
 }
 
+// A body without memory, in whatever thread: the caller gets the exception, and the pool goes on.
+void an_exception_comes_out() {
+  for (int threads : {1, 3})
+    for (int64_t bad : {int64_t{0}, int64_t{57}, int64_t{99}}) {
+      bool caught = false;
+      try {
+        parallel_ranges(100, 1, threads, [](void* context, int64_t begin, int64_t, int) {
+          if (begin == *static_cast<int64_t*>(context)) throw std::bad_alloc();
+        }, &bad);
+      } catch (const std::bad_alloc&) {
+        caught = true;
+      }
+      check(caught, "an exception of a body comes out of the call");
+      Visits visits(100);
+      parallel_ranges(100, 1, threads, Visits::body, &visits);
+      check(visits.each_once() && visits.highest_worker < threads, "the pool goes on after an exception");
+    }
+}
+
 [[maybe_unused]] void child_of_a_fork_starts_afresh() {
   Visits before(100);
   parallel_ranges(100, 1, 3, Visits::body, &before);
@@ -107,6 +127,7 @@ int main(int argc, char** argv) {
     every_index_runs_once();
     nested_calls_run_in_the_caller();
     several_callers_at_once();
+    an_exception_comes_out();
 #ifndef __SANITIZE_THREAD__  // that sanitizer refuses threads in the child of a fork
     child_of_a_fork_starts_afresh();
 #endif

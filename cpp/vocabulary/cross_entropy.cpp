@@ -86,7 +86,8 @@ void one_row(const CrossEntropyRows& call, int64_t i) {
   const int64_t ids = call.ids, label = call.labels[i];
   const float smoothing = label >= 0 ? call.smoothing : 0.0f;
   const bool capped = call.softcap > 0.0f;
-  const RowTop at = make_logits(row, call);
+  RowTop at = make_logits(row, call);
+  if (at.top == -infinity && any_nan(row, ids)) at.top = not_a_number;
   const float own = label >= 0 ? row[label] : 0.0f;
   if (at.top == -infinity) {  // nothing can be chosen
     call.lse[i] = -infinity;

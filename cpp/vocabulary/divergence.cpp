@@ -184,6 +184,7 @@ void divergence_rows(const DivergenceRows& call, int threads) {
       float* teacher = call.teacher.data + i * call.teacher.row_stride;
       Row row{student, teacher, call.ids, 1.0f / call.temperature, align_absent(student, teacher, call.ids), 0.0f,
               0.0f};
+      if (row.tops.student == -infinity && any_nan(student, call.ids)) row.tops.student = not_a_number;
       if (row.tops.student == -infinity) {  // no id in common
         call.value[i] = 0.0f;
         if (call.gradient) fill(student, call.ids, 0.0f);

@@ -116,7 +116,8 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, bias: Tenso
         lse = torch.logsumexp(logits, -1, keepdim=True)
     else:
         lse = torch.zeros_like(logits.sum(-1, keepdim=True))
-    weights = torch.where(alive, torch.exp(logits - lse), torch.zeros_like(removed))
+    # Not exp(logits - lse): the sum of the exponentials is lost in the last bits of a large lse.
+    weights = torch.where(alive, torch.softmax(logits, -1), torch.zeros_like(removed))
     if kept is not None:
         weights = torch.where(kept[0], weights / (1.0 - kept[1]), torch.zeros_like(removed))
     out = (weights @ v.to(work)).to(q.dtype)

@@ -129,6 +129,26 @@ def test_a_qwen2_that_attends_in_windows_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ],
+    ids=["beside the new table", "under its older name", "old name in the new table"],
+)
+def test_rotary_scaling_is_refused_wherever_the_config_says_it(kind, change, tmp_path):
+    """transformers scales in each of these forms; read as unscaled they gave other logits without a word."""
+    published(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "default"
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=r"rotary scaling '(linear|yarn)' is not supported"):
+        load_model(tmp_path)
+
+
 def test_packed_documents_do_not_see_one_another(tmp_path):
     published("llama").save_pretrained(tmp_path)
     ours = load_model(tmp_path).eval()

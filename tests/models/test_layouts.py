@@ -164,6 +164,17 @@ def test_packed_documents_do_not_see_one_another(tmp_path):
             assert torch.allclose(together[:, part], alone.vocabulary.logits(), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_config_whose_settings_make_no_model_is_named(kind, tmp_path):
+    """384 pixels in patches of 14 are published; they are refused as a file's fault, not with a traceback."""
+    published(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["image_size"] = 20
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config.json: makes no model: image_size 20 is no multiple of patch_size 8"):
+        load_model(tmp_path)
+
+
 def test_pickle_is_refused_by_name(tmp_path):
     model = published("clip")
     model.config.save_pretrained(tmp_path)

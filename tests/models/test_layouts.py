@@ -129,6 +129,26 @@ def test_a_qwen2_that_attends_in_windows_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ],
+    ids=["beside the new table", "under its older name", "old name in the new table"],
+)
+def test_rotary_scaling_is_refused_wherever_the_config_says_it(kind, change, tmp_path):
+    """transformers scales in each of these forms; read as unscaled they gave other logits without a word."""
+    published(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "default"
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=r"rotary scaling '(linear|yarn)' is not supported"):
+        load_model(tmp_path)
+
+
 def test_packed_documents_do_not_see_one_another(tmp_path):
     published("llama").save_pretrained(tmp_path)
     ours = load_model(tmp_path).eval()
@@ -142,6 +162,17 @@ def test_packed_documents_do_not_see_one_another(tmp_path):
         for part in (slice(0, 5), slice(5, 11)):
             alone = ours.encode(batch_of(None, ids[:, part], full[:, part]), {"text": frozenset({"vocabulary"})})["text"]
             assert torch.allclose(together[:, part], alone.vocabulary.logits(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_config_whose_settings_make_no_model_is_named(kind, tmp_path):
+    """384 pixels in patches of 14 are published; they are refused as a file's fault, not with a traceback."""
+    published(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["image_size"] = 20
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config.json: makes no model: image_size 20 is no multiple of patch_size 8"):
+        load_model(tmp_path)
 
 
 def test_pickle_is_refused_by_name(tmp_path):

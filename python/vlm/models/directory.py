@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.config.errors import CheckpointError
+from vlm.config.errors import CheckpointError, RequestError
 from vlm.config.load import merge_tables
 from vlm.config.options import Options
 from vlm.config.resolved import Resolved
@@ -104,7 +104,12 @@ def load_model(path: str | Path, *, weights: bool = True, changes: Mapping[str, 
         vocabulary = _published_vocabulary(config)
     if changes:
         options = _changed(options, changes)
-    model: Model = options.build(vocabulary)
+    try:
+        model: Model = options.build(vocabulary)
+    except ValueError as error:  # settings that fit one by one, but not together
+        if changes:
+            raise RequestError(f"makes no model: {error}") from error
+        raise CheckpointError(f"makes no model: {error}", where=str(own if own.is_file() else directory / "config.json")) from error
     if weights:
         tensors = read_weights(directory)
         if layout is not None:

@@ -83,10 +83,11 @@ class LlamaLayout(PublishedLayout):
 
     def from_config(self, config: dict[str, Any]) -> LanguageOptions:
         rope = config.get("rope_parameters") or {}
-        scaling = config.get("rope_scaling") or {}
-        kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind != "default":
-            raise ValueError(f"rotary scaling {kind!r} is not supported (expected 'default')")
+        # Both names of the kind, in both tables: a config that was edited by hand may hold the old one beside the new.
+        for table in (rope, config.get("rope_scaling") or {}):
+            for kind in (table.get("rope_type"), table.get("type")):
+                if kind not in (None, "default"):
+                    raise ValueError(f"rotary scaling {kind!r} is not supported (expected 'default')")
         for name in ("attention_bias", "mlp_bias"):
             if config.get(name):
                 raise ValueError(f"{name} = true is not supported")

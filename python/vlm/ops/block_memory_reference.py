@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vlm.ops.tokens_reference import falling
+
 Far = Literal["fixed", "absolute"]
 ReadBlock = Callable[[int], tuple[Tensor, Tensor]]
 """Number of a block -> its keys and values [G, block, D]."""
@@ -120,7 +122,7 @@ def _form_blocks(shape: MemoryShape, keys: Tensor, score: Tensor, begin: int, me
     for block in range(means.shape[1], blocks):
         first = shape.first(block)
         given = score[:, first - begin : first - begin + shape.block]
-        best = torch.sort(given, dim=1, descending=True, stable=True).indices[:, :most]  # of equal ones the earlier
+        best = falling(given)[:, :most]  # of equal ones the earlier
         own = keys[:, first : first + shape.block].repeat_interleave(repeat, 0)
         means = torch.cat([means, own.gather(1, best[..., None].expand(-1, -1, own.shape[2])).mean(1, keepdim=True)], 1)
     return means
@@ -131,7 +133,7 @@ def _look_up(shape: MemoryShape, far: Tensor, means: Tensor, blocks: int) -> Ten
     if blocks <= shape.topk:
         return torch.arange(blocks, device=far.device)
     fit = (means[:, :blocks] @ far.mean(1)[..., None])[..., 0].sum(0)
-    return torch.sort(torch.sort(fit, descending=True, stable=True).indices[: shape.topk]).values
+    return falling(fit)[: shape.topk].sort().values
 
 
 def _grouped(a: Tensor, b: Tensor) -> Tensor:

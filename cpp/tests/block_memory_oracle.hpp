@@ -110,7 +110,8 @@ inline std::string judge(const BlockMemoryForward& c, const std::vector<float>& 
     for (int64_t h = 0; h < c.heads; ++h)
       for (int64_t i = first; i < first + n; ++i) {
         const int64_t p = offset + i;
-        const Row q = memory_row(c.q, h, i, c.width), far = turned(c, q, c.window - 1);
+        const Row q = memory_row(c.q, h, i, c.width);
+        const Row far = p < c.window ? q : turned(c, q, c.window - 1);  // the table need not reach a window that holds all
         std::vector<std::pair<int64_t, double>> logits;
         for (int64_t j = 0; j <= p; ++j) {
           const Row k = memory_row(c.k, h / group, j, c.width);

@@ -19,7 +19,7 @@ struct PairOracle {
   std::vector<double> z, u;  // logits and the teacher's, [R, C]
   std::vector<uint8_t> positive, kept;
   std::vector<double> rows, columns;  // [7, ...], sigmoid [1, ...]
-  std::vector<double> dx, dy;
+  std::vector<double> dx, dy, dx_terms, dy_terms;  // terms: sums of the sizes of what is summed
   double dlog_scale = 0.0, dbias = 0.0, size = 0.0;  // size: of what was summed for the scalars
   bool borderline = false;  // a teacher's logit too near to `similar` to say which side float32 puts it
 
@@ -47,6 +47,7 @@ struct PairOracle {
   // Gradients from those of the numbers; column_gradient may be null.
   void backward(PairLoss loss, const float* row_gradient, const float* column_gradient) {
     dx.assign(R * p.width, 0.0), dy.assign(C * p.width, 0.0);
+    dx_terms = dx, dy_terms = dy;
     for (int64_t i = 0; i < R; ++i)
       for (int64_t j = 0; j < C; ++j) {
         const int64_t at = i * C + j;
@@ -64,8 +65,10 @@ struct PairOracle {
         dbias += g;
         size += std::fabs(g) * std::fmax(1.0, std::fabs(product));
         for (int64_t e = 0; e < p.width; ++e) {
-          dx[i * p.width + e] += g * p.scale * p.y.data[j * p.y.row_stride + e];
-          dy[j * p.width + e] += g * p.scale * p.x.data[i * p.x.row_stride + e];
+          const double of_x = g * p.scale * p.y.data[j * p.y.row_stride + e];
+          const double of_y = g * p.scale * p.x.data[i * p.x.row_stride + e];
+          dx[i * p.width + e] += of_x, dx_terms[i * p.width + e] += std::fabs(of_x);
+          dy[j * p.width + e] += of_y, dy_terms[j * p.width + e] += std::fabs(of_y);
         }
       }
   }

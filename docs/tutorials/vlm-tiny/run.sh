@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a small model that answers questions about pictures, in 24 minutes on two cores (measured: README.md).
+# From nothing to a small model that answers questions about pictures, in 23 minutes on two cores (measured: README.md).
 # Run it in the folder that holds data/ : bash docs/tutorials/vlm-tiny/run.sh [OUTPUT]
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

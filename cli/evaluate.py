@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +234,6 @@ def _data(given: dict[str, Any], run: Path | None) -> tuple[str, Reading]:
     from vlm.evaluation.reading import Reading
 
     preset = _preset_of(run).get("data", {}) if run is not None else {}
-    columns = preset.get("columns", {})
     uri = given["data"]
     if uri is None:
         uri = preset.get("val")
@@ -243,8 +243,8 @@ def _data(given: dict[str, Any], run: Path | None) -> tuple[str, Reading]:
                 remedy="give --data URI" if run is None else "the run has no data.val: give --data URI",
             )
         log(f"data: {uri} (the run's data.val)")
-    text = given["text_from"] or columns.get("text", "auto")
-    return uri, Reading(image=columns.get("image", "auto"), text=text)
+    reading = Reading.of_table(preset)
+    return uri, reading if given["text_from"] is None else replace(reading, text=given["text_from"])
 
 
 def _preset_of(run: Path) -> dict[str, Any]:

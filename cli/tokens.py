@@ -192,6 +192,4 @@ def _data(model: Path, given: dict[str, Any]) -> EvaluationData:
     uri = given["data"] or table.get("val")
     if not isinstance(uri, str):
         raise RequestError("no data to score on", remedy="give --data URI")
-    columns = table.get("columns", {})
-    reading = Reading(image=columns.get("image", "auto"), text=columns.get("text", "auto"))
-    return calibration(uri, reading, preset.get("claim", {}).get("test"))
+    return calibration(uri, Reading.of_table(table), preset.get("claim", {}).get("test"))

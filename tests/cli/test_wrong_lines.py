@@ -45,7 +45,7 @@ def test_a_batch_too_small_to_share_is_refused_before_anything_is_written(capsys
 def test_an_output_that_is_a_file_is_named(capsys, tmp_path):
     (tmp_path / "file").write_text("x")
     code, err = said(capsys, "pretrain", "clip-tiny", *SMALL, "--output", tmp_path / "file")
-    assert code == 1
+    assert code == 2
     assert str(tmp_path / "file") in err
     assert "a fault of vlm" not in err
 

@@ -46,6 +46,8 @@ def loader_of(
     known = ("communicator", "quarantine", "picture_positions", "template", "tokenizer", "tiling", "tiles_apart")
     outer = {name: rest.pop(name) for name in known if name in rest}
     table = {"streams": streams, "text": {"length": 64}, "bad_samples": {"budget": 0.5}, **rest}
+    if "packer" in table:  # which has a length of its own
+        table["text"] = {name: value for name, value in table["text"].items() if name != "length"}
     if source is not None:
         table["source"] = source
     options = DataOptions.model_validate(table)

@@ -27,10 +27,6 @@ def test_every_setting_of_the_table_reaches_the_runtime():
     options = read("""
         kind = "generate"
         strategy = "beam"
-        temperature = 0.2
-        top_k = 5
-        top_p = 0.9
-        min_p = 0.05
         repetition_penalty = 1.2
         beams = 3
         length_penalty = 0.5
@@ -38,12 +34,20 @@ def test_every_setting_of_the_table_reaches_the_runtime():
         max_new_tokens = 9
         min_new_tokens = 2
         stop = ["END", "\\n"]
-        seed = 7
         contrast = { negative = "none", alpha = 0.5, beta = 0.2 }
     """)
     assert options.to_runtime() == Decoding(
-        "beam", 0.2, 5, 0.9, 0.05, 1.2, 3, 0.5, False, 9, 2, ("END", "\n"), 7, contrast=Contrast("none", 0.5, 0.2)
+        "beam", 1.0, 0, 1.0, 0.0, 1.2, 3, 0.5, False, 9, 2, ("END", "\n"), 0, contrast=Contrast("none", 0.5, 0.2)
     )
+    options = read("""
+        strategy = "sample"
+        temperature = 0.2
+        top_k = 5
+        top_p = 0.9
+        min_p = 0.05
+        seed = 7
+    """)
+    assert options.to_runtime() == Decoding("sample", 0.2, 5, 0.9, 0.05, seed=7)
 
 
 def test_debias_lvlm_as_its_preset_says_it():

@@ -27,6 +27,7 @@ from vlm.evaluation import (
 from vlm.evaluation.encoder import of_memory
 from vlm.evaluation.reading import EvaluationData, Reading
 from vlm.evaluation.session import Session, kinds_of
+from vlm.runtime.pictures import PictureLimits
 
 
 def shard(path, samples):
@@ -229,3 +230,31 @@ def test_a_better_model_scores_better(tmp_path, material):
     )
     assert knows.intervals["image_to_text"]["r@1"]["lower"] > 80
     assert guesses.intervals["image_to_text"]["r@1"]["upper"] < 50
+
+
+def test_a_title_is_a_caption_here_as_in_training(tiny_language, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"title": f"a red circle {i}"}) + "\n" for i in range(8)))
+    model, tokens, _ = tiny_language
+    assert evaluate_in_memory(model, tokens, [PerplexityOptions()], str(path))[0].samples == 8
+
+
+def test_the_caps_of_a_run_hold_in_its_evaluation(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"txt": "long" * i}) + "\n" for i in (1, 5)))
+    table = {"columns": {"text": "txt", "answer.preferred": "x"}, "max_text": 10, "max_pixels": 100, "source": "scenes:"}
+    reading = Reading.of_table(table)
+    assert reading == Reading(text="txt", limits=PictureLimits(max_pixels=100), max_text=10)
+    first, second = EvaluationData(str(path), reading).items()
+    assert first.problem is None
+    assert first.texts == ("long",)
+    assert second.problem is not None
+    assert "more than 10 characters" in second.problem
+
+
+def test_a_task_that_says_how_many_examples_it_keeps_keeps_so_many(tiny_dual, tmp_path):
+    model, tokenizer, _ = tiny_dual
+    uri = shard(tmp_path / "a.tar", pairs())
+    tasks = [RetrievalOptions(), RetrievalOptions(name="other", examples=1)]
+    general, own = evaluate_in_memory(model, tokenizer, tasks, uri, examples=3)
+    assert (len(general.examples), len(own.examples)) == (6, 2)

@@ -140,13 +140,13 @@ def test_core_siglip_listed_shares_are_labels():
     own = (torch.arange(3)[:, None] == torch.tensor(OWNER)).double()
     share = torch.tensor(SHARE, dtype=torch.float64)
     parts = own * share / (own * share).sum(1, keepdim=True)
-    for teacher in (None, "teacher"):
+    for taught in ({}, {"teacher": "teacher", "teacher_share": 0.25}):
         label = own * share
-        if teacher:
+        if taught:
             label = 0.75 * label + 0.25 * torch.sigmoid(SCALE.exp() * cosines(views, "teacher") + BIAS).detach()
         terms = label * F.softplus(-z) + (1 - label) * F.softplus(z)
         expected = 0.5 * (terms.sum(1) + (parts * terms.sum(0)).sum(1))
-        got = terms_of(views, context, form="sigmoid", targets="listed", shares="share", teacher=teacher, teacher_share=0.25)
+        got = terms_of(views, context, form="sigmoid", targets="listed", shares="share", **taught)
         same(views, got.values, expected)
 
 

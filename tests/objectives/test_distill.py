@@ -74,7 +74,8 @@ def relation_by_loops(z, y):
 @pytest.mark.parametrize("leave_last", [True, False])
 def test_llava_kd_logits_equal_the_divergence_position_by_position(at, per, leave_last):
     batch, student, teacher = mixed_batch(), Expanding(1), Expanding(2, width=5)
-    _, terms = apply(logits(at=at, per=per, leave_last=leave_last, temperature=1.5), batch, student, teacher=teacher)
+    last = {"leave_last": leave_last} if at == "visual" else {}
+    _, terms = apply(logits(at=at, per=per, temperature=1.5, **last), batch, student, teacher=teacher)
     own, other = view_of(student, batch), view_of(teacher, batch)
     chosen = places(own.layout, at, leave_last)
     values = [

@@ -256,7 +256,7 @@ def test_impossible_combinations_are_refused():
         (PreferenceOptions(rejected={"kind": "text", "of": "answer.preferred"}), "both 'answer.preferred'"),
         (PreferenceOptions(rejected={"kind": "argmax", "chooser": "online", "of": "text@image.noisy"}), "answer.preferred@PICTURES"),
         (PreferenceOptions(rejected={"kind": "argmax", "chooser": "x", "of": "answer.preferred@y"}), r"\[companions.x\]"),
-        (PreferenceOptions(nll_norm=0), "positive"),
+        (PreferenceOptions(nll=1.0, nll_norm=0), "positive"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -8,7 +8,8 @@ import torch
 from tests.training.test_engine import VOCABULARY, pairs
 from vlm.models import LanguageOptions, VisionOptions
 from vlm.models.swin import SwinOptions
-from vlm.tuning import LoraOptions, adapters_off, add_lora, merged_state
+from vlm.training.assembly import choose_trainable
+from vlm.tuning import LoraOptions, TuningOptions, adapters_off, add_lora, merged_state
 from vlm.types import VocabularyLayout
 
 
@@ -47,3 +48,12 @@ def test_an_adapter_of_a_weight_that_is_read_learns_and_merges(make, target, str
             torch.testing.assert_close(said(model, stream), before)
     plain.load_state_dict(merged_state(model))
     torch.testing.assert_close(said(plain, stream), learned, atol=1e-5, rtol=1e-5)
+
+
+def test_freeze_spares_no_adapter_that_it_names():
+    model = language()
+    add_lora(model, LoraOptions(target=("*.attention.q", "head"), r=2))
+    choose_trainable(model, TuningOptions(lora=LoraOptions(), freeze=("trunk.*",)))
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learns
+    assert all(name.startswith("head.lora_") for name in learns)

@@ -49,7 +49,7 @@ AnyDecoderAttention = TrunkAttentionOptions | WindowedOptions | HierarchicalOpti
 
 def _kind(value: Any) -> str:
     """A table without a kind is exact attention, which every model has."""
-    return str(value.get("kind", "exact") if isinstance(value, dict) else value.kind)
+    return str(value.get("kind", "exact") if isinstance(value, dict) else getattr(value, "kind", "exact"))
 
 
 DecoderAttention = Annotated[

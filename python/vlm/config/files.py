@@ -105,7 +105,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], str]:
     try:
         if path.stat().st_size > _LARGEST:
             raise PresetError(f"the file has more than {_LARGEST >> 20} MiB: that is no preset", where=shown)
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # Windows editors write a mark at the start
     except OSError as error:
         raise PresetError(f"cannot read the preset: {error.strerror}", where=shown) from error
     except UnicodeDecodeError as error:

@@ -39,7 +39,7 @@ class MlpOptions(ConnectorBase):
     norm_at: Literal["tokens", "input", "output"] = Field(
         "input", description="tokens: before `pre`; input: between `pre` and the first layer; output: after the last"
     )
-    norm_eps: float = 1e-5
+    norm_eps: float = Field(1e-5, gt=0)
     pre: Gathering | None = Field(None, description="step before the layers: pool2d, pixel-shuffle, concat or none")
 
     def build(self, width_in: int, width_out: int, grid: Grid | None) -> MlpConnector:

@@ -87,7 +87,7 @@ class QueryOptions(ConnectorBase):
     ffn_width: int | None = Field(None, gt=0, description="hidden channels of the feed-forward layer; default: 4 width")
     activation: Activation = "gelu"
     norm: NormKind = "layernorm"
-    norm_eps: float = 1e-5
+    norm_eps: float = Field(1e-5, gt=0)
     bias: bool = Field(True, description="biases in attention and feed-forward layers")
 
     def trunk(self, width: int) -> TrunkOptions:

@@ -55,6 +55,7 @@ class ImageOptions(Options):
             raise ValueError(f"scale is {list(self.scale)}, expected 0 < from <= to <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is {list(self.ratio)}, expected 0 < from <= to")
+        self.read_only_where(self.augment == "random-resized-crop", 'augment = "random-resized-crop"', "scale", "ratio")
         return self
 
 
@@ -206,6 +207,8 @@ class DataOptions(Options):
     def _fit(self) -> DataOptions:
         if self.mixture and "source" in self.model_fields_set:
             raise ValueError("source and mixture are two ways to say the same; leave one out")
+        if self.packer is not None and self.text.length != TextOptions().length:
+            raise ValueError("text.length is not read beside a packer, which has its own: leave it out, and set packer.length")
         tables = [self, *(self.of_part(name) for name in self.mixture)]
         for table in tables:
             table.check_streams()

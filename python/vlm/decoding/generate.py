@@ -65,6 +65,8 @@ class GenerateOptions(Options):
             raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
         if not all(self.stop):
             raise ValueError("a stop text is empty")
+        self.read_only_where(self.strategy == "sample", 'strategy = "sample"', "temperature", "top_k", "top_p", "min_p", "seed")
+        self.read_only_where(self.strategy == "beam", 'strategy = "beam"', "beams", "length_penalty", "early_stopping")
         return self
 
     def to_runtime(self) -> Decoding:

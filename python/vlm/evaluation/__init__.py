@@ -5,7 +5,7 @@ A new task is one file with an options class, and one entry here. Importing this
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.options import Options
 from vlm.evaluation.agreement import AgreementOptions
@@ -48,9 +48,17 @@ class EvaluationOptions(Options):
 
     every: Duration = Field(0, description="steps, share or epochs between evaluations; 0: only at the end")
     examples: int = Field(
-        12, ge=0, le=1000, description="examples that each task keeps at the end, for the report"
+        12, ge=0, le=1000, description="examples that each task keeps at the end, for the report, where it does not say its own number"
     )
     tasks: list[TaskOptions] = Field([], description="what is measured")
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "EvaluationOptions":
+        titles = [task.title for task in self.tasks]
+        twice = sorted({title for title in titles if titles.count(title) > 1})
+        if twice:
+            raise ValueError(f"two tasks are called {twice[0]!r}, and their figures would be too; give each its own name")
+        return self
 
 
 __all__ = [

@@ -43,6 +43,7 @@ class CostOptions(WritingTask):
     task: Literal["cost"] = "cost"
     limit: int | None = Field(8, gt=0, description="pictures to measure, drawn from the data")
     controls: tuple[Control, ...] = Field((), max_length=0, description="has no controls")
+    decoding: dict[str, Any] = Field({}, max_length=0, description="is always greedy")
     prompt: str = Field("Describe the picture.", min_length=1, description="what the user says")
     max_new_tokens: int = Field(16, ge=1, description="tokens written after each prompt, end tokens ignored")
     repeats: int = Field(3, ge=1, le=100, description="measurements of each prompt, of which the fastest counts")

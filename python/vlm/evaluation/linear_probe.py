@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.errors import DataError
 from vlm.evaluation.bootstrap import bootstrap, cluster_ids
@@ -50,6 +50,12 @@ class LinearProbeOptions(Task):
         0.2, gt=0, lt=1, description="part of the training concepts that chooses the penalty"
     )
     iterations: int = Field(100, gt=0, description="greatest number of L-BFGS iterations a fit")
+
+    @model_validator(mode="after")
+    def _chosen_among(self) -> LinearProbeOptions:
+        self.read_only_where(self.train is None, "the evaluated data are fitted on (no train)", "folds")
+        self.read_only_where(len(self.penalties) > 1, "one of several penalties is chosen", "dev_share")
+        return self
 
     def run(self, material: Material, train: Material | None = None) -> Result:
         return linear_probe(material, train, self)

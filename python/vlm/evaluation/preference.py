@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.errors import RequestError, RunFailed
 from vlm.data.corruption import RULES, corrupt, nouns_of
@@ -45,6 +45,12 @@ class PreferenceTaskOptions(WritingTask):
     rules: tuple[Literal["object", "relation", "attribute"], ...] = Field(
         ("object", "relation", "attribute"), min_length=1, description="what may be made wrong"
     )
+
+    @model_validator(mode="after")
+    def _writes_nothing(self) -> PreferenceTaskOptions:
+        if "max_new_tokens" in self.model_fields_set:
+            raise ValueError("max_new_tokens: this task writes nothing; leave it out")
+        return self
 
     def run(self, samples: Pictured, batch: int) -> Result:
         return preference(samples, self, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from vlm.config.errors import DataError
+from vlm.data.captions import AUTO_TEXT
+from vlm.data.decode import AUTO_IMAGE
 from vlm.data.samples import BadSample, field_at
 from vlm.data.sources.base import Source
 from vlm.data.sources.readers import open_reader
@@ -21,24 +23,34 @@ from vlm.runtime.film import film_strip
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, decode_picture
 
 if TYPE_CHECKING:
-    from vlm.data.options import Columns
+    from vlm.data.options import DataOptions
 
-PICTURE_FIELDS = ("image", "picture", "file_name", "filepath", "image_path")
-TEXT_FIELDS = ("txt", "caption", "text")
 MAX_TEXT = 1_000_000
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read: the columns of picture and text (`auto`: the usual names) and the caps of a picture."""
+    """How samples are read: the columns of picture and text (`auto`: the usual names), the caps of a picture, and the most
+    characters of a text."""
 
     image: str = "auto"
     text: str = "auto"
     limits: PictureLimits = DEFAULT_LIMITS
+    max_text: int = MAX_TEXT
 
     @classmethod
-    def of(cls, columns: Columns, limits: PictureLimits = DEFAULT_LIMITS) -> Reading:
-        return cls(columns.image, columns.text, limits)
+    def of(cls, data: DataOptions) -> Reading:
+        """As a `[data]` table says."""
+        return cls(data.columns.image, data.columns.text, data.limits, data.max_text)
+
+    @classmethod
+    def of_table(cls, table: Mapping[str, Any]) -> Reading:
+        """As the `[data]` table of a run's preset says, of which nothing else is looked at."""
+        from vlm.data.options import DataOptions
+
+        columns = {name: table["columns"][name] for name in ("image", "text") if name in table.get("columns", {})}
+        caps = {name: table[name] for name in ("max_pixels", "max_bytes", "max_text") if name in table}
+        return cls.of(DataOptions.model_validate({"columns": columns, **caps}))
 
 
 class EvaluationData:
@@ -83,7 +95,7 @@ class EvaluationData:
 
     def _value(self, fields: dict[str, Any]) -> Any:
         wanted = self.reading.image
-        for path in PICTURE_FIELDS if wanted == "auto" else (wanted,):
+        for path in AUTO_IMAGE if wanted == "auto" else (wanted,):
             value = field_at(fields, path)
             if value is not None:
                 return value
@@ -103,12 +115,12 @@ class EvaluationData:
     def _texts(self, fields: dict[str, Any]) -> tuple[str, ...]:
         """Every text of the text column; a list gives all its entries. Raises BadSample for one that is too long."""
         wanted = self.reading.text
-        for path in TEXT_FIELDS if wanted == "auto" else (wanted,):
+        for path in AUTO_TEXT if wanted == "auto" else (wanted,):
             value = field_at(fields, path)
             texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
             found = tuple(t for t in texts if isinstance(t, str) and t.strip())
-            if any(len(t) > MAX_TEXT for t in found):
-                raise BadSample("text_too_long", f"more than {MAX_TEXT} characters")
+            if any(len(t) > self.reading.max_text for t in found):
+                raise BadSample("text_too_long", f"more than {self.reading.max_text} characters")
             if found:
                 return found
         return ()

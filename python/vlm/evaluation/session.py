@@ -206,10 +206,12 @@ def evaluate_in_memory(
 ) -> list[Result]:
     """`evaluate` of a model in memory, as training calls it: evaluation mode and float32 inside, both restored.
 
-    examples: how many examples each task keeps, in place of its own number.
+    examples: how many examples a task keeps that does not say its own number.
     """
     if examples is not None:
-        tasks = [task.model_copy(update={"examples": examples}) for task in tasks]
+        tasks = [
+            task if "examples" in task.model_fields_set else task.model_copy(update={"examples": examples}) for task in tasks
+        ]
     return evaluate(of_memory(model, tokenizer, model.preprocess()), tasks, data, **settings)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.errors import DataError
 from vlm.data.samples import field_at
@@ -40,6 +40,11 @@ class TextProbeOptions(Task):
     folds: int = Field(5, ge=2, description="folds by concept where no training data is given")
     penalties: tuple[float, ...] = Field(tuple(10.0**e for e in range(-4, 2)), min_length=1, description="tried strengths of 1/2 |W|^2 per sample")
     needs: ClassVar[Needs] = "tokens"
+
+    @model_validator(mode="after")
+    def _folds(self) -> TextProbeOptions:
+        self.read_only_where(self.train is None, "the evaluated data are fitted on (no train)", "folds")
+        return self
 
     def probe(self) -> LinearProbeOptions:
         """The options of the classifier itself."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm.config.errors import DataError
 from vlm.evaluation.controlled import MAIN
@@ -60,6 +60,18 @@ class WritingTask(Task):
             if value.get("calibrate") is not None and not cls.closed:
                 raise ValueError("calibrate corrects answers of a closed set, which this task does not ask for; it goes with vqa")
         return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> WritingTask:
+        """Both places say the longest answer; what they say together must hold too."""
+        if "max_new_tokens" in self.decoding and "max_new_tokens" in self.model_fields_set:
+            raise ValueError("max_new_tokens and decoding.max_new_tokens are one setting; leave one out")
+        if self.decoding:
+            try:
+                self.settings()
+            except ValidationError as error:
+                raise ValueError(f"decoding: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        return self
 
     def settings(self) -> Decoding:
         """The decoding of every answer of this task."""

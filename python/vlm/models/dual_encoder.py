@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vlm.config.options import Options
@@ -34,6 +34,12 @@ class PictureOptions(Options):
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
+    @model_validator(mode="after")
+    def _divides(self) -> PictureOptions:
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {list(self.std)}, expected three numbers above 0")
+        return self
+
 
 class DualEncoderOptions(Options):
     """Two towers and a learned temperature."""
@@ -42,7 +48,7 @@ class DualEncoderOptions(Options):
     embed_dim: int = Field(gt=0, description="width E of the shared space")
     project_vision: bool = Field(True, description="linear projection after the vision tower (off in SigLIP)")
     log_scale: float = Field(math.log(1 / 0.07), description="initial log of the similarity scale")
-    max_scale: float | None = Field(100.0, description="the scale is clamped to 1..max_scale; none: free")
+    max_scale: float | None = Field(100.0, ge=1, description="the scale is clamped to 1..max_scale; none: free")
     bias: float | None = Field(None, description="initial similarity bias (sigmoid form); none: no bias")
     vision: VisionTowerOptions
     text: TextTowerOptions

@@ -34,18 +34,18 @@ class LanguageOptions(Options):
     width: int = Field(gt=0, description="channels C")
     depth: int = Field(gt=0, description="number of blocks")
     heads: int = Field(gt=0, description="query heads")
-    kv_heads: int | None = Field(None, description="key and value heads; default: heads")
-    head_width: int | None = Field(None, description="channels of one head; default: width / heads")
+    kv_heads: int | None = Field(None, gt=0, description="key and value heads; default: heads")
+    head_width: int | None = Field(None, gt=0, description="channels of one head; default: width / heads")
     ffn_width: int = Field(gt=0, description="hidden channels of the feed-forward layer")
     ffn: Literal["mlp", "gated"] = "gated"
     activation: Activation = "silu"
     norm: NormKind = "rmsnorm"
-    norm_eps: float = 1e-6
+    norm_eps: float = Field(1e-6, gt=0)
     bias: bool = False
     qkv_bias: bool | None = Field(None, description="biases of queries, keys and values (Qwen2); default: bias")
-    rope_theta: float = 10000.0
+    rope_theta: float = Field(10000.0, gt=0)
     length: int = Field(gt=0, description="greatest number of tokens the positions are made for")
-    vocab_size: int | None = Field(None, description="number of token ids; default: the tokenizer's")
+    vocab_size: int | None = Field(None, gt=0, description="number of token ids; default: the tokenizer's")
     tie_embeddings: bool = Field(True, description="input embedding and output head share their weight")
     embed_scale: bool = Field(False, description="embeddings are multiplied by the root of the width")
     mixer: MixerOptions | None = Field(

@@ -27,7 +27,7 @@ class TowerOptions(Options):
     heads: int = Field(gt=0, description="attention heads")
     ffn_ratio: float = Field(4.0, gt=0, description="feed-forward width over width")
     activation: Activation = "gelu"
-    norm_eps: float = 1e-5
+    norm_eps: float = Field(1e-5, gt=0)
 
     @property
     def ffn_width(self) -> int:
@@ -84,7 +84,7 @@ class TextOptions(TowerOptions):
 
     kind: Literal["transformer"] = "transformer"
     length: int = Field(gt=0, description="greatest number of tokens T")
-    vocab_size: int | None = Field(None, description="number of token ids; default: the tokenizer's")
+    vocab_size: int | None = Field(None, gt=0, description="number of token ids; default: the tokenizer's")
     attention: Literal["causal", "bidirectional"] = "causal"
     mask_padding: bool = Field(True, description="bidirectional only: padding is not attended to")
     pool: Literal["eos", "last", "mean", "cls"] = Field("eos", description="how tokens become one vector")

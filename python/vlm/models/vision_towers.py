@@ -13,7 +13,7 @@ from vlm.models.video import VideoOptions, VideoTower
 
 def _kind(value: Any) -> str:
     """A table without a kind is a vit: so presets and directories said it before there were others."""
-    return str(value.get("kind", "vit") if isinstance(value, dict) else value.kind)
+    return str(value.get("kind", "vit") if isinstance(value, dict) else getattr(value, "kind", "vit"))
 
 
 VisionTowerOptions = Annotated[

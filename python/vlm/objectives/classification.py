@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
@@ -27,6 +27,11 @@ class ClassificationOptions(ObjectiveOptions):
     )
     normalise: bool = Field(True, description="the own head reads unit vectors")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
+
+    @model_validator(mode="after")
+    def _own_head(self) -> ClassificationOptions:
+        self.read_only_where(self.head == "own", 'head = "own"', "normalise")
+        return self
 
     def build(self, context: BuildContext) -> Classification:
         if not context.classes:

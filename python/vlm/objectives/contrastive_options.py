@@ -97,4 +97,6 @@ class ContrastiveFields(ObjectiveOptions):
         for message, wrong in refused.items():
             if wrong:
                 raise ValueError(message)
+        self.read_only_where(self.similarity == "mutual-guided", 'similarity = "mutual-guided"', "sharpness")
+        self.read_only_where(self.teacher is not None, "a teacher is named", "teacher_share", "teacher_scale")
         return self

@@ -93,6 +93,17 @@ class DistillOptions(ObjectiveOptions):
             raise ValueError('weights is of target = "logits" at answers')
         if self.teacher_top and not (self.target == "logits" and self.direction == "forward"):
             raise ValueError('teacher_top is of target = "logits" with direction = "forward": the others need all ids of the teacher')
+        logits, relation = self.target == "logits", self.target == "relation"
+        mixed = logits and self.direction in ("symmetric", "js", "skew")
+        self.read_only_where(self.target in ("feature", "similarity"), 'target = "feature" or "similarity"', "streams")
+        self.read_only_where(self.target == "feature", 'target = "feature"', "distance")
+        self.read_only_where(logits or self.target == "similarity", 'target = "similarity" or "logits"', "temperature")
+        self.read_only_where(logits or relation, 'target = "logits" or "relation"', "stream")
+        self.read_only_where(logits, 'target = "logits"', "at", "direction", "per", "gradients")
+        self.read_only_where(logits and self.at == "answers", 'target = "logits" and at = "answers"', "unit")
+        self.read_only_where(mixed, 'target = "logits" and direction = "symmetric", "js" or "skew"', "mix")
+        self.read_only_where(relation or (logits and self.at == "visual"), 'at = "visual" or target = "relation"', "leave_last")
+        self.read_only_where(relation, 'target = "relation"', "source", "teacher_source")
         return self
 
     def build(self, context: BuildContext) -> Objective:

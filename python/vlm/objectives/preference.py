@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from vlm.config.options import Options
@@ -60,6 +60,13 @@ class PreferenceOptions(ObjectiveOptions):
     nll_norm: Literal["tokens"] | float = Field(
         1024.0, description="what divides -log p: a number (stic: the greatest length), or the answer's own count of tokens"
     )
+
+    @model_validator(mode="after")
+    def _weighed(self) -> PreferenceOptions:
+        self.read_only_where(self.nll > 0, "nll is above 0", "nll_norm")
+        if isinstance(self.rejected, ArgmaxRejected) and self.reference is None and self.rejected.reference_chooser is not None:
+            raise ValueError('rejected.reference_chooser chooses for the reference, and reference is "none": leave it out')
+        return self
 
     def build(self, context: BuildContext) -> Preference:
         return Preference(self, context)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vlm.layers import normalise
@@ -84,6 +84,11 @@ class SequenceAlignOptions(ObjectiveOptions):
     calibrate: bool = Field(True, description="bring the distances of the three kinds of pairs to one mean, since teachers differ")
     scale_by_length: bool = Field(True, description="divide logarithms by the greater length, so that long sequences stay comparable")
     dim: int = Field(128, ge=1, description="width of the projections")
+
+    @model_validator(mode="after")
+    def _softness(self) -> SequenceAlignOptions:
+        self.read_only_where(self.kernel == "soft-dtw", 'kernel = "soft-dtw"', "gamma")
+        return self
 
     def build(self, context: BuildContext) -> Objective:
         return SequenceAlign(self, context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.options import Options
 from vlm.schedules.duration import Duration, in_steps
@@ -17,6 +17,11 @@ class LearningRateOptions(Options):
     kind: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Duration = Field("5%", description="linear rise from 0: steps, share, epochs or samples")
     floor: float = Field(0.0, ge=0, le=1, description="final rate as a share of the base rate")
+
+    @model_validator(mode="after")
+    def _falls(self) -> LearningRateOptions:
+        self.read_only_where(self.kind != "constant", 'kind = "linear" or "cosine"', "floor")
+        return self
 
 
 def rate_factor(options: LearningRateOptions, step: int, total: int, *, batch_size: int, samples: int | None) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.options import Options
 
@@ -18,6 +18,13 @@ class Ramp(Options):
     shape: Literal["linear", "cosine", "geometric"] = "linear"
     begin: float = Field(0.0, ge=0, le=1, description="share of the stage at which it begins to change")
     over: float = Field(1.0, gt=0, le=1, description="share of the stage that the change takes")
+
+    @model_validator(mode="after")
+    def _has_a_ratio(self) -> Ramp:
+        if self.shape == "geometric" and not self.start * self.end > 0:
+            ends = f"from {self.start:g} to {self.end:g}"
+            raise ValueError(f"a geometric ramp goes by a ratio: {ends}, expected two numbers of one sign and not 0")
+        return self
 
 
 Scalar = float | Ramp

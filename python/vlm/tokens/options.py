@@ -58,6 +58,7 @@ class TokensOptions(Options):
     def _does_something(self) -> TokensOptions:
         if self.keep is None and not self.pre:
             raise ValueError("expected keep, pre or both: without them nothing is dropped")
+        self.read_only_where(self.keep is not None, "keep says how much each layer reads", "score", "select", "apply")
         for number, step in enumerate(self.pre):
             if step.learned and self.when == "inference":
                 raise ValueError(f'pre.{number}: a learned choice is learned in training: set when = "always"')

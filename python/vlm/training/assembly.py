@@ -18,7 +18,7 @@ OBJECTIVES = "objectives."
 
 
 def choose_trainable(model: Model, tuning: TuningOptions) -> None:
-    """requires_grad by the patterns; with LoRA only adapters (and what `train` names besides) learn."""
+    """requires_grad by the patterns; with LoRA only adapters that `freeze` spares (and what `train` names besides) learn."""
     plain = {name: plain_name(name) for name, _ in model.named_parameters()}
     freeze = [pattern for pattern in tuning.freeze if not pattern.startswith(OBJECTIVES)]
     chosen = set(trainable([n for n in plain.values() if ".lora_" not in n], tuning.train, freeze))
@@ -27,7 +27,8 @@ def choose_trainable(model: Model, tuning: TuningOptions) -> None:
             parameter.requires_grad_(plain[name] in chosen)
         else:
             everything = tuning.train == ("*",)
-            parameter.requires_grad_(".lora_" in name or (not everything and plain[name] in chosen))
+            adapter = ".lora_" in name and not any(fnmatchcase(name, pattern) for pattern in freeze)
+            parameter.requires_grad_(adapter or (not everything and plain[name] in chosen))
 
 
 def freeze_objectives(objectives: nn.ModuleDict, tuning: TuningOptions) -> None:

@@ -61,7 +61,9 @@ class RunDirectory:
         return self.root / "model"
 
     def refuse_used(self) -> None:
-        """Raises RequestError when the directory already holds something."""
+        """Raises RequestError when the directory already holds something, or is none."""
+        if self.root.exists() and not self.root.is_dir():
+            raise RequestError("the output directory is a file", where=str(self.root), remedy="choose another --output")
         if self.root.exists() and any(self.root.iterdir()):
             begun = f"continue it with --resume {self.root}, or " if self.preset.is_file() else ""
             raise RequestError("the output directory is not empty", where=str(self.root), remedy=f"{begun}choose another --output")

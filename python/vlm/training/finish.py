@@ -53,10 +53,10 @@ def final_state(parts: Parts) -> dict[str, torch.Tensor]:
 
 def evaluation_settings(stage: Stage, note: Note) -> dict[str, Any]:
     """Evaluation reads with the columns, caps and budget of the run's own data; tasks the data cannot serve are said."""
-    data = stage.data
+    bad = stage.data.bad_samples
     return {
-        "reading": Reading.of(data.columns, data.limits),
-        "bad_budget": data.bad_samples.budget,
+        "reading": Reading.of(stage.data),
+        "bad_budget": 0.0 if bad.policy == "stop" else bad.budget,
         "skip": note,
     }
 

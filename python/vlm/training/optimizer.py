@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from vlm.config.options import Options
@@ -21,10 +21,18 @@ class OptimizerOptions(Options):
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="base learning rate")
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.98), description="adamw: decay of the two moments")
+    eps: float = Field(1e-6, gt=0, description="adamw only")
     momentum: float = Field(0.9, ge=0, description="sgd only")
     reset: bool = Field(False, description="a stage begins with a new optimiser instead of the moments of the stage before")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> OptimizerOptions:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {list(self.betas)}, expected two numbers from 0 to below 1")
+        self.read_only_where(self.kind == "adamw", 'kind = "adamw"', "betas", "eps")
+        self.read_only_where(self.kind == "sgd", 'kind = "sgd"', "momentum")
+        return self
 
 
 class NamedOptimizer:

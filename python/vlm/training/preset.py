@@ -1,7 +1,8 @@
 """The composed schema of a preset: every top-level table, and what a stage may change.
 
-A stage is the top level with the stage's own table merged over it, so it may change anything: data, objectives,
-trainable patterns, rates, schedule, model settings. A preset without stages has one.
+A stage is the top level with the stage's own table merged over it, so it may change anything that a run has more than
+once: data, objectives, companions, trainable patterns, rates, schedule, evaluation. What a run has once (`ONCE`) is said at
+the top level, and a stage that says another is refused. A preset without stages has one.
 """
 
 from __future__ import annotations
@@ -196,6 +197,12 @@ class Preset(StageSettings):
     claim: ClaimOptions | None = None
 
 
+ONCE = (
+    "model", "start", "tokenizer", "scale.processes", "scale.threads", "train.keep", "train.tensorboard",
+)
+"""What all stages of a run share: the model goes on from stage to stage, in the same processes, logs and checkpoints."""
+
+
 class Stage(StageSettings):
     """One stage, fully settled."""
 
@@ -229,10 +236,21 @@ def stages_of(resolved: Resolved) -> list[Stage]:
     entries = resolved.values.get("stages") or [{"name": "train"}]
     stages = []
     for index, entry in enumerate(entries):
+        if "name" not in entry:
+            raise resolved.error(("stages", index), f"stages[{index}] has no name", remedy='give it one, as in name = "align"')
         merged = resolved.derive(merge_tables(whole, entry), inside=("stages", index))
         stages.append(validate(merged, Stage))
     names = [stage.name for stage in stages]
-    for stage in stages:
+    for index, stage in enumerate(stages):
+        if stage.name in names[:index]:
+            raise resolved.error(("stages", index, "name"), f"two stages are called {stage.name!r}", remedy="give each its own name")
+        for key in ONCE:
+            if _setting(stage, key) != _setting(stages[0], key):
+                raise resolved.error(
+                    _said(resolved, index, key),
+                    f"stage {stage.name!r} says another {key} than stage {names[0]!r}, and a run has one",
+                    remedy=f"say {key} at the top level, for all stages",
+                )
         for companion, table in stage.companions.items():
             if table.stage is not None and table.stage not in names:
                 raise resolved.error(
@@ -241,3 +259,20 @@ def stages_of(resolved: Resolved) -> list[Stage]:
                     remedy=f"stages: {', '.join(names)}",
                 )
     return stages
+
+
+def _setting(stage: Stage, key: str) -> Any:
+    """The value at a dotted key of two parts at most."""
+    table, _, field = key.partition(".")
+    return getattr(getattr(stage, table), field) if field else getattr(stage, table)
+
+
+def _said(resolved: Resolved, index: int, key: str) -> tuple[str | int, ...]:
+    """Where one of the stages, best this one, says a key that a run has once."""
+    table, _, field = key.partition(".")
+    entries = resolved.values["stages"]
+    for number in (index, 0):
+        if table in entries[number]:
+            inside = field and field in entries[number][table]
+            return ("stages", number, table, field) if inside else ("stages", number, table)
+    return ("stages", index)

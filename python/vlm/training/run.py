@@ -291,7 +291,7 @@ class Run:
         for stage in self.stages[now:]:
             if stage.evaluation.tasks and (stage is self.stages[-1] or stage.evaluation.every != 0):
                 data = stage.data
-                check_tasks(model, self.tokenizer, stage.evaluation.tasks, data.val, Reading.of(data.columns, data.limits))
+                check_tasks(model, self.tokenizer, stage.evaluation.tasks, data.val, Reading.of(data))
 
     def _evaluate_inside(self, parts: Parts) -> dict[str, float]:
         """Evaluation during training; it changes nothing but the mode of the model."""

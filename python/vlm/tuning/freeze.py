@@ -16,7 +16,7 @@ class RatePattern(Options):
 
     pattern: str
     factor: float = Field(ge=0)
-    weight_decay: float | None = Field(None, description="weight decay of these parameters; default: the optimiser's")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay of these parameters; default: the optimiser's")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

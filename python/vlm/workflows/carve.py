@@ -107,5 +107,5 @@ class CarvedData(EvaluationData):
 
 def evaluation_data(uri: str, data: DataOptions, carving: Carving | None) -> EvaluationData:
     """The data at an address, or a part of them, read with the columns and caps of a `[data]` table."""
-    reading = Reading.of(data.columns, data.limits)
+    reading = Reading.of(data)
     return EvaluationData(uri, reading) if carving is None else CarvedData(uri, carving, reading)

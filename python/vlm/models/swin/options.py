@@ -45,7 +45,7 @@ class SwinOptions(Options):
         True, description="norms of residual branches begin at 0, so that a fresh block is the identity; res-post only"
     )
     main_norm_every: int = Field(0, ge=0, description="a norm on the main branch after every so many blocks; 0: none")
-    norm_eps: float = 1e-5
+    norm_eps: float = Field(1e-5, gt=0)
     drop_path: float = Field(0.0, ge=0, lt=1, description="chance to skip the last block's branches; grows from 0 with depth")
     padding: Literal["masked", "attended"] = Field(
         "masked", description="positions beyond the edge of the map: masked, or attended as zeros (published checkpoints)"

@@ -25,7 +25,7 @@ class VitTowerOptions(Options):
     patch_size: int | None = Field(None, gt=0, description="side of a patch in pixels; default: the part's")
     ffn_ratio: float = Field(4.0, gt=0, description="feed-forward width over width")
     activation: Activation = "gelu"
-    norm_eps: float = 1e-5
+    norm_eps: float = Field(1e-5, gt=0)
     class_token: bool = Field(True, description="prepend a learned token")
     patch_bias: bool = Field(False, description="bias in the patch embedding")
     pre_norm: bool = Field(True, description="layer norm before the first block")

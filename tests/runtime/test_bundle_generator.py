@@ -16,7 +16,7 @@ from tests.bundle_fixtures import exported
 from vlm.config.errors import CheckpointError, DataError, GateFailed, RequestError
 from vlm.runtime import open_any_bundle
 from vlm.runtime.chat import Message, PicturePart
-from vlm.runtime.generation import Contrast, Decoding, Generator, Prompt, Stepper, generate
+from vlm.runtime.generation import Contrast, Decoding, Generator, Prompt, Request, Rolling, Stepper, generate
 from vlm.runtime.stepper import most_kept
 
 KINDS = ["prefix", "cross", "drop", "tiles", "tiles-beside", "tiles-apart", "language"]
@@ -67,6 +67,29 @@ def test_a_row_s_logits_do_not_depend_on_the_rows_beside_it(kind):
         stepper.start([prompts[row]])
         assert np.allclose(stepper.advance(np.array([token]))[0], logits[place], atol=1e-4)
         assert np.allclose(stepper.advance(np.array([token + 1]))[0], again[place], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [0, 1], ids=["onnx", "torch"])
+def test_rows_that_join_later_write_what_they_write_alone(kind, side):
+    given = both(kind, 6, seed=8)
+    generator, prompts = given[side], given[2 + side]
+    decoding = Decoding(max_new_tokens=9)
+    rolling = Rolling(generator)
+    rows = [rolling.add([Request(prompt, decoding, i) for i, prompt in enumerate(prompts[:2])])]
+    tokens = {row: [] for row in range(len(prompts))}
+    steps = 0
+    while len(rolling):
+        for event in rolling.step():
+            tokens[event.row].append(event.token)
+        steps += 1
+        if steps in (2, 3):  # one short of the others, then the rest; earlier rows are behind by one and two tokens
+            first = 2 if steps == 2 else 3
+            rows.append(rolling.add([Request(p, decoding, i) for i, p in enumerate(prompts[first : first + 2 * steps - 3], first)]))
+    assert rows == [[0, 1], [2], [3, 4, 5]]
+    for row, prompt in enumerate(prompts):
+        whole = generate(generator, [prompt], decoding)[0]
+        assert tuple(t for t in tokens[row] if t not in generator.eos_ids) == whole.ids
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -62,6 +62,9 @@ class CachedStepper:
     def reorder(self, index: np.ndarray) -> None:
         self.state = self.state[index]
 
+    def join(self, other: CachedStepper) -> None:
+        self.state = np.concatenate([self.state, other.state])
+
 
 class RecomputingStepper:
     """Keeps the tokens and reads each row anew for every token."""
@@ -82,6 +85,9 @@ class RecomputingStepper:
 
     def reorder(self, index: np.ndarray) -> None:
         self.texts = [self.texts[i] for i in index]
+
+    def join(self, other: RecomputingStepper) -> None:
+        self.texts += other.texts
 
 
 class TinyGenerator:

@@ -58,6 +58,9 @@ class _Stepper:
     def reorder(self, index):
         self.inner.reorder(index)
 
+    def join(self, other):
+        self.inner.join(other.inner)
+
     def _without_end(self, logits):
         """It never ends by itself."""
         logits[:, sorted(self.owner.eos_ids)] = -1e9

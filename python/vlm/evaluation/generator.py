@@ -88,6 +88,14 @@ class TorchStepper:
             at = torch.from_numpy(np.ascontiguousarray(index, dtype=np.int64))
             self._cache = cache.rows(at.to(cache.next_position.device))
 
+    def join(self, other: TorchStepper) -> None:
+        """The rows of another stepper of the same model come behind its own. Raises RuntimeError before `start` of either."""
+        import torch
+
+        mine, its = self._started(), other._started()
+        with torch.no_grad():
+            self._cache = mine.joined(its)  # type: ignore[arg-type]  # caches of one model are of one kind
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values that are held."""

@@ -18,6 +18,7 @@ from vlm.attention import TrunkAttentionOptions
 from vlm.attention.room import LEAST_ROOM
 from vlm.layers import Attention, FeedForward, Trunk, TrunkOptions, norm_of, rotary_tables, rotate
 from vlm.models.cache import LayerCache, appended_positions, is_packed, position_after
+from vlm.models.joining import joined_left
 from vlm.models.sight import Ranks, Sight, sight_of
 from vlm.models.unprojected import read_unprojected, reads_unprojected
 from vlm.ops import masks
@@ -130,6 +131,13 @@ class AttendingCache:
         mask = self.layers[0].mask[index] if self.layers else None
         layers = [] if mask is None else [layer.rows(index, mask) for layer in self.layers]
         return AttendingCache(layers, [(k[index], v[index]) for k, v in self.first], self.count[index], self.next_position[index])
+
+    def joined(self, other: AttendingCache) -> AttendingCache:
+        """With the rows of another cache of the same model behind its own; both stay as they are."""
+        mask = joined_left(self.layers[0].mask, other.layers[0].mask, 1) if self.layers else None
+        layers = [] if mask is None else [mine.joined(its, mask) for mine, its in zip(self.layers, other.layers, strict=True)]
+        first = [(torch.cat([k, more]), torch.cat([v, other_v])) for (k, v), (more, other_v) in zip(self.first, other.first, strict=True)]
+        return AttendingCache(layers, first, torch.cat([self.count, other.count]), torch.cat([self.next_position, other.next_position]))
 
     def tensors(self) -> list[Tensor]:
         return [t for layer in self.layers for t in (layer.keys, layer.values)] + [t for pair in self.first for t in pair]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlm.attention.room import Room
 from vlm.models.cross import Cross
+from vlm.models.joining import joined_left
 from vlm.types import Layout
 
 
@@ -43,6 +44,11 @@ class LayerCache:
         own = Room(room.keys[index], room.values[index], room.used)
         return LayerCache(own.keys[:, :, : own.used], own.values[:, :, : own.used], mask, own)
 
+    def joined(self, other: LayerCache, mask: Tensor) -> LayerCache:
+        """With the rows of another cache behind; mask: `joined_left` of theirs. Keys end where they end: what is read next
+        stands in one place."""
+        return LayerCache(joined_left(self.keys, other.keys, 2), joined_left(self.values, other.values, 2), mask)
+
 
 @dataclass
 class DecoderCache:
@@ -64,6 +70,24 @@ class DecoderCache:
                 masks[id(layer.mask)] = layer.mask[index]
             layers.append(layer.rows(index, masks[id(layer.mask)]))
         return DecoderCache(layers, self.next_position[index], None if self.cross is None else self.cross.rows(index))
+
+    def joined(self, other: DecoderCache) -> DecoderCache:
+        """With the rows of another cache of the same model behind its own; both stay as they are."""
+        masks: dict[tuple[int, int], Tensor] = {}
+        layers = []
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            pair = id(mine.mask), id(its.mask)
+            if pair not in masks:
+                masks[pair] = joined_left(mine.mask, its.mask, 1)
+            layers.append(mine.joined(its, masks[pair]))
+        return DecoderCache(layers, torch.cat([self.next_position, other.next_position]), self._joined_cross(other))
+
+    def _joined_cross(self, other: DecoderCache) -> Cross | None:
+        """None on one side: no row of that cache has anything beside it."""
+        mine, its = self.cross, other.cross
+        if mine is None:
+            return None if its is None else its.none_of(len(self.next_position)).joined(its)
+        return mine.joined(mine.none_of(len(other.next_position)) if its is None else its)
 
     def tensors(self) -> list[Tensor]:
         return [t for layer in self.layers for t in (layer.keys, layer.values)]

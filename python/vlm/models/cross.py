@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.layers import Attention, FeedForward, TrunkOptions, norm_of
+from vlm.models.joining import joined_right
 from vlm.types import Layout
 
 
@@ -75,6 +76,12 @@ class Media:
         announced = None if self.announced is None else self.announced[index]
         return Media(self.tokens[index], self.mask[index], self.anchor[index], self.segment[index], announced)
 
+    def joined(self, other: Media) -> Media:
+        """With the rows of another behind its own. What positions announce is not kept: only what was read before may ask."""
+        mine, its = (self.tokens, self.mask, self.anchor, self.segment), (other.tokens, other.mask, other.anchor, other.segment)
+        tokens, mask, anchor, segment = (joined_right(a, b, 1) for a, b in zip(mine, its))
+        return Media(tokens, mask, anchor, segment)
+
 
 @dataclass(frozen=True)
 class Cross:
@@ -111,3 +118,19 @@ class Cross:
         """The rows `index`, kept, repeated or reordered."""
         kept = {layer: (keys[index], values[index]) for layer, (keys, values) in self.keys_values.items()}
         return Cross(self.blocks, self.media.rows(index), kept)
+
+    def none_of(self, rows: int) -> Cross:
+        """The same blocks with nothing to read, for so many rows."""
+        media = Media(*(t.new_zeros(rows, 0, *t.shape[2:]) for t in (self.media.tokens, self.media.mask, self.media.anchor,
+                                                                     self.media.segment)))  # fmt: skip
+        kept = {layer: (k.new_zeros(rows, k.shape[1], 0, k.shape[3]), v.new_zeros(rows, v.shape[1], 0, v.shape[3]))
+                for layer, (k, v) in self.keys_values.items()}  # fmt: skip
+        return Cross(self.blocks, media, kept)
+
+    def joined(self, other: Cross) -> Cross:
+        """With the rows of another cache's behind its own; both must be `filled`."""
+        kept = {
+            layer: (joined_right(keys, other.keys_values[layer][0], 2), joined_right(values, other.keys_values[layer][1], 2))
+            for layer, (keys, values) in self.keys_values.items()
+        }
+        return Cross(self.blocks, self.media.joined(other.media), kept)

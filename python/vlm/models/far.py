@@ -35,6 +35,11 @@ class MemoryCache:
         """The rows `index` [m] int64: kept, repeated or reordered (beam search)."""
         return MemoryCache([[layer[row].copy() for row in index.tolist()] for layer in self.states], self.next_position[index])
 
+    def joined(self, other: MemoryCache) -> MemoryCache:
+        """With the rows of another cache of the same model behind its own; the states are copies, as they grow in place."""
+        states = [[state.copy() for state in (*mine, *its)] for mine, its in zip(self.states, other.states, strict=True)]
+        return MemoryCache(states, torch.cat([self.next_position, other.next_position]))
+
     def tensors(self) -> list[Tensor]:
         return [t for layer in self.states for state in layer for t in (state.keys, state.values, state.score, state.means)]
 

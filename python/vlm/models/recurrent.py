@@ -30,6 +30,11 @@ class RecurrentCache:
         """The rows `index` [m] int64: kept, repeated or reordered (beam search)."""
         return RecurrentCache([tuple(t[index] for t in state) for state in self.states], self.next_position[index])
 
+    def joined(self, other: RecurrentCache) -> RecurrentCache:
+        """With the rows of another cache of the same model behind its own."""
+        states = [tuple(torch.cat(pair) for pair in zip(mine, its)) for mine, its in zip(self.states, other.states, strict=True)]
+        return RecurrentCache(states, torch.cat([self.next_position, other.next_position]))
+
     def tensors(self) -> list[Tensor]:
         return [t for state in self.states for t in state]
 

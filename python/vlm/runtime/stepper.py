@@ -94,6 +94,18 @@ class BundleStepper:
         if self._beside:
             self._beside, self._beside_mask = [value[index] for value in self._beside], self._beside_mask[index]
 
+    def join(self, other: BundleStepper) -> None:
+        """The rows of another stepper of the same bundle come behind its own. Raises RuntimeError before `start` of either."""
+        if not len(self._filled) or not len(other._filled):
+            raise RuntimeError("a stepper has no rows: call start first")
+        for number, (mine, its) in enumerate(zip(self._cache, other._cache, strict=True)):
+            self._cache[number] = Value.ortvalue_from_numpy(_joined(mine.numpy(), its.numpy(), 2, right=True))
+        self._masks = [_joined(mine, its, 1, right=True) for mine, its in zip(self._masks, other._masks, strict=True)]
+        self._next = [np.concatenate(pair) for pair in zip(self._next, other._next, strict=True)]
+        self._filled = np.concatenate([self._filled, other._filled])
+        self._beside = [_joined(mine, its, 2, right=False) for mine, its in zip(self._beside, other._beside, strict=True)]
+        self._beside_mask = _joined(self._beside_mask, other._beside_mask, 1, right=False)
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values that are held."""
@@ -164,6 +176,17 @@ class BundleStepper:
     def _check_room(self, positions: int) -> None:
         if positions > self.graphs.length:
             raise RequestError(f"{positions} positions, but the model has {self.graphs.length} for prompt and answer together")
+
+
+def _joined(one: np.ndarray, other: np.ndarray, axis: int, *, right: bool) -> np.ndarray:
+    """The rows of both, the shorter along `axis` padded by zeros; right: what they hold ends in one place."""
+    size = max(one.shape[axis], other.shape[axis])
+    out = np.zeros((len(one) + len(other), *one.shape[1:axis], size, *one.shape[axis + 1 :]), one.dtype)
+    for rows, part in ((slice(len(one)), one), (slice(len(one), None), other)):
+        own = part.shape[axis]
+        place = slice(size - own, size) if right else slice(own)
+        out[(rows, *[slice(None)] * (axis - 1), place)] = part
+    return out
 
 
 def most_kept(mask: np.ndarray, picture: np.ndarray, count: int) -> int:

@@ -1,7 +1,5 @@
-"""Answers to many requests from one model: what waits together starts together, in one worker thread.
-
-n rows of a batch, V vocabulary.
-"""
+"""Answers to many requests from one model, side by side in one worker thread: each begins with the next token of those that
+are being written, and leaves when it ends."""
 
 from __future__ import annotations
 
@@ -10,14 +8,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from vlm.config.errors import VlmError
-from vlm.runtime.generation import Decoding, Event, Generator, Prompt, Stepper, stream
+from vlm.runtime.generation import Decoding, Event, Failed, Generator, Prompt, Request, Rolling
 from vlm.serving.metrics import Metrics
 from vlm.serving.settings import ServerSettings
 from vlm.serving.worker import Worker, deadline_passed
@@ -39,6 +35,8 @@ class Job:
     queued: float = field(default_factory=time.perf_counter)
     events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    begun: float | None = None  # when its prompt was read
+    told: bool = False  # whether a token was written
 
     def tell(self, item: Any) -> None:
         """From the worker: an event, an error, or the end."""
@@ -47,7 +45,7 @@ class Job:
     async def read(self) -> AsyncIterator[Event]:
         """Events until the last. Raises ApiError 504 when the deadline passes and what the model raised.
 
-        Left early, the answer is cancelled: its row ends with the next token.
+        Left early, the answer is cancelled: its row is dropped before the next token.
         """
         try:
             while True:
@@ -65,12 +63,13 @@ class Job:
 
 
 class Writer(Worker[Job]):
-    """Prompts with equal settings are answered together, from the first token to the last."""
+    """A prompt that comes joins those that are being written, whatever their settings, once there is a place."""
 
     def __init__(self, generator: Generator, settings: ServerSettings, metrics: Metrics) -> None:
         super().__init__(metrics, settings, name="vlm-writer", room=settings.queue_answers, most=settings.max_answers)
         self._generator = generator
         self._queue: deque[Job] = deque()
+        self._taking = threading.Lock()
 
     @property
     def depth(self) -> int:
@@ -85,85 +84,77 @@ class Writer(Worker[Job]):
         return job
 
     def _take(self) -> list[Job]:
-        """The oldest job and those behind it with equal settings, in their order; what nobody waits for is dropped."""
+        return self._arrived(self._most)
+
+    def _arrived(self, places: int) -> list[Job]:
+        """The oldest jobs, at most `places`, out of the queue; from any thread."""
         jobs: list[Job] = []
-        kept: list[Job] = []
-        while self._queue:
-            job = self._queue.popleft()
-            if job.cancelled.is_set():
-                self._metrics.rejected.labels("dropped").inc()
-            elif len(jobs) < self._most and (not jobs or job.decoding == jobs[0].decoding):
-                jobs.append(job)
-            else:
-                kept.append(job)
-        self._queue.extend(kept)
+        with self._taking:
+            while self._queue and len(jobs) < places:
+                job = self._queue.popleft()
+                if job.cancelled.is_set():
+                    self._metrics.rejected.labels("dropped").inc()
+                else:
+                    jobs.append(job)
+        self._metrics.depth.set(self.depth)
         return jobs
 
     async def _call(self, jobs: list[Job]) -> None:
         await self._in_thread(self._write, jobs)
 
-    def _write(self, jobs: Sequence[Job]) -> None:
-        """In the worker thread: one batch from its prompts to its last token."""
-        begun = time.perf_counter()
+    def _write(self, jobs: list[Job]) -> None:
+        """In the worker thread: until nothing is being written and nothing waits."""
+        rolling, rows = Rolling(self._generator), dict[int, Job]()
+        while jobs or rows:
+            if jobs:
+                rows |= self._begin(rolling, jobs)
+                self._metrics.batch.labels("answer").observe(len(rows))
+            try:
+                left = {row for row, job in rows.items() if job.cancelled.is_set()}
+                rolling.drop(left)
+                for row in left:
+                    self._ended(rows.pop(row))
+                for told in rolling.step():
+                    self._tell(rows, told)
+            except Exception as error:
+                self._lost(rows.values(), error)
+                rolling, rows = Rolling(self._generator), {}
+            jobs = self._arrived(self._most - len(rows))
+
+    def _begin(self, rolling: Rolling, jobs: list[Job]) -> dict[int, Job]:
+        now = time.perf_counter()
         for job in jobs:
-            self._metrics.stage.labels("queue").observe(begun - job.queued)
-        self._metrics.batch.labels("answer").observe(len(jobs))
-        told = [False] * len(jobs)
+            job.begun = now
+            self._metrics.stage.labels("queue").observe(now - job.queued)
         try:
-            generator: Any = _Cancellable(self._generator, [job.cancelled for job in jobs])
-            with self._metrics.timed("model"):
-                for event in stream(generator, [job.prompt for job in jobs], jobs[0].decoding, keys=[job.key for job in jobs]):
-                    job = jobs[event.row]
-                    if not told[event.row]:
-                        told[event.row] = True
-                        self._metrics.first_token.observe(time.perf_counter() - job.queued)
-                    self._metrics.tokens.inc()
-                    job.tell(event)
-                    if event.finish_reason is not None:
-                        job.tell(_END)
-                    if all(job.cancelled.is_set() for job in jobs):
-                        return  # leaving the loop ends the generation
-        except Exception as error:
-            if not isinstance(error, VlmError):
-                log.exception("the model failed on a batch of %d prompts", len(jobs))
-            for job in jobs:
-                job.tell(error)
+            return dict(zip(rolling.add([Request(job.prompt, job.decoding, job.key) for job in jobs]), jobs, strict=True))
+        except Exception as error:  # before these had rows: the others go on
+            self._lost(jobs, error)
+            return {}
 
+    def _tell(self, rows: dict[int, Job], told: Event | Failed) -> None:
+        job = rows[told.row]
+        if isinstance(told, Failed):
+            job.tell(told.error)
+            self._ended(rows.pop(told.row))
+            return
+        if not job.told:
+            job.told = True
+            self._metrics.first_token.observe(time.perf_counter() - job.queued)
+        self._metrics.tokens.inc()
+        job.tell(told)
+        if told.finish_reason is not None:
+            job.tell(_END)
+            self._ended(rows.pop(told.row))
 
-class _Cancellable:
-    """A generator whose rows can be ended from outside: a row nobody reads gets no other token than one that ends it."""
+    def _ended(self, job: Job) -> None:
+        if job.begun is not None:
+            self._metrics.stage.labels("model").observe(time.perf_counter() - job.begun)
 
-    def __init__(self, generator: Generator, cancelled: Sequence[threading.Event]) -> None:
-        self._generator, self._cancelled = generator, cancelled
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._generator, name)
-
-    def stepper(self) -> Stepper:
-        ends = np.array(sorted(self._generator.eos_ids), np.int64)
-        return _CancellableStepper(self._generator.stepper(), self._cancelled, ends)
-
-
-class _CancellableStepper:
-    def __init__(self, inner: Stepper, cancelled: Sequence[threading.Event], ends: np.ndarray) -> None:
-        self.vocab_size = inner.vocab_size
-        self._inner, self._rows, self._ends = inner, list(cancelled), ends
-
-    def start(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        return self._ended(self._inner.start(prompts))
-
-    def advance(self, ids: np.ndarray) -> np.ndarray:
-        return self._ended(self._inner.advance(ids))
-
-    def reorder(self, index: np.ndarray) -> None:
-        self._inner.reorder(index)
-        self._rows = [self._rows[int(i)] for i in index]
-
-    def _ended(self, logits: np.ndarray) -> np.ndarray:
-        gone = [row for row, event in enumerate(self._rows) if event.is_set()]
-        if not gone or not len(self._ends):
-            return logits
-        logits = logits.copy()
-        logits[gone] = -np.inf
-        logits[np.ix_(np.array(gone), self._ends)] = 0.0
-        return logits
+    def _lost(self, jobs: Iterable[Job], error: Exception) -> None:
+        """What failed is told to all whose rows it took away."""
+        jobs = list(jobs)
+        if not isinstance(error, VlmError):
+            log.error("the model failed on %d prompts", len(jobs), exc_info=error)
+        for job in jobs:
+            job.tell(error)

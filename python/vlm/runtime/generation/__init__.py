@@ -1,6 +1,6 @@
 """Answers token by token, in NumPy alone: greedy, sampled, by beams, with a second branch; and calibrated labels.
 
-`generate` and `stream` drive any `Generator` over its `Stepper`.
+`generate` and `stream` drive any `Generator` over its `Stepper`; `Rolling` does for answers that begin and end at any time.
 """
 
 from vlm.runtime.generation.branches import Branches, Negatives, with_unknown, without_pictures
@@ -15,6 +15,7 @@ from vlm.runtime.generation.calibration import (
 from vlm.runtime.generation.events import Event, FinishReason
 from vlm.runtime.generation.loop import Completion, generate, stream
 from vlm.runtime.generation.protocols import Generator, Prompt, Stepper
+from vlm.runtime.generation.rolling import Failed, Request, Rolling
 from vlm.runtime.generation.settings import Contrast, Decoding, NegativeKind, Strategy
 
 __all__ = [
@@ -25,11 +26,14 @@ __all__ = [
     "Contrast",
     "Decoding",
     "Event",
+    "Failed",
     "FinishReason",
     "Generator",
     "NegativeKind",
     "Negatives",
     "Prompt",
+    "Request",
+    "Rolling",
     "Stepper",
     "Strategy",
     "answer",

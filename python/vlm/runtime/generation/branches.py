@@ -61,6 +61,13 @@ class Negatives:
         return tuple(made)
 
 
+def check_logits(logits: np.ndarray) -> None:
+    """Raises RunFailed for logits [n, V] of which a row is not finite."""
+    # Not a number spreads through max, so one pass finds it; -inf alone may be a mask of the model's own.
+    if not np.isfinite(logits.max(axis=-1)).all():
+        raise RunFailed("the model gave logits that are not finite", remedy="its weights are unusable: check the training loss")
+
+
 class Branches:
     """Steppers side by side: the first on the prompts, the others on their negative prompts.
 
@@ -88,9 +95,7 @@ class Branches:
         for part in logits:
             if part.shape != (rows, self.vocab_size):
                 raise RunFailed(f"the model gave logits of shape {part.shape}, expected {(rows, self.vocab_size)}")
-            # Not a number spreads through max, so one pass finds it; -inf alone may be a mask of the model's own.
-            if not np.isfinite(part.max(axis=-1)).all():
-                raise RunFailed("the model gave logits that are not finite", remedy="its weights are unusable: check the training loss")
+            check_logits(part)
         if len(logits) < 2:
             return logits[0], None
         negative = logits[1] if len(logits) == 2 else sum(logits[2:], logits[1]) / logits[1].dtype.type(len(logits) - 1)

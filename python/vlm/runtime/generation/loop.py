@@ -13,11 +13,11 @@ import numpy as np
 from vlm.runtime.generation.beam import beam_search
 from vlm.runtime.generation.branches import Branches, Negatives
 from vlm.runtime.generation.draws import uniform
-from vlm.runtime.generation.events import Event, FinishReason, token_event
+from vlm.runtime.generation.events import Event, FinishReason
 from vlm.runtime.generation.protocols import Generator, Prompt
+from vlm.runtime.generation.rows import Row
 from vlm.runtime.generation.settings import Decoding
-from vlm.runtime.generation.task import Processor, Task, Written, plan, sample
-from vlm.runtime.generation.text import AnswerText
+from vlm.runtime.generation.task import Processor, Task, plan, sample
 
 
 @dataclass(frozen=True)
@@ -80,24 +80,10 @@ def _events(task: Task, process: Processor, branches: Branches, batch_size: int 
         yield from write(task, process, branches if number == 0 else task.steppers(), chosen)
 
 
-class _Row(Written):
-    """One answer while it is written."""
-
-    def __init__(self, task: Task, number: int) -> None:
-        super().__init__(task.branches[number][0], [])
-        self.number, self.key = number, task.keys[number]
-        self.text = AnswerText(task.generator.text, task.decoding.stop)
-
-    def take(self, token: int, eos_ids: frozenset[int], full: bool) -> Event:
-        """The event of the next token; full: no other may follow it."""
-        self.ids.append(token)
-        return token_event(self.number, self.text, token, eos_ids, full)
-
-
 def _token_by_token(task: Task, process: Processor, branches: Branches, chosen: range) -> Iterator[Event]:
     decoding, eos_ids = task.decoding, task.generator.eos_ids
     logits, negative = task.start(branches, chosen)
-    rows = [_Row(task, number) for number in chosen]
+    rows = [Row(task, number) for number in chosen]
     for step in range(decoding.max_new_tokens):
         logits = process(logits, negative, rows, step)
         if decoding.strategy == "greedy":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -49,6 +49,11 @@ class Stepper(Protocol):
 
     def reorder(self, index: np.ndarray) -> None:
         """The rows become rows `index` int64 [m]: kept, repeated or dropped."""
+        ...
+
+    def join(self, other: Self) -> None:
+        """The rows of another stepper of the same generator come behind its own; the other is used no more. Both have
+        started; they may have read prompts of any lengths and advanced unequally often."""
         ...
 
 

@@ -5,7 +5,6 @@ n rows, E embedding width, S side of the model's input, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from vlm.export import card as cards
 from vlm.export import generative, seeing
 from vlm.export.cache_parity import check_cached, has_cache
 from vlm.export.drawings import GOLDEN_SIZES, GOLDEN_TEXTS, ODD_SIZES, drawn_picture
+from vlm.export.files import files_of, write_json
 from vlm.export.graphs import OPSETS, export_part
 from vlm.export.parity import Check, Tolerance, check_part, compare, require
 from vlm.export.preprocess_graph import preprocess_graph
@@ -33,7 +33,7 @@ from vlm.models.directory import find_model_directory, read_json
 from vlm.runtime.bundle import open_any_bundle, open_bundle
 from vlm.runtime.embedder import normalise
 from vlm.runtime.language import LanguageBundle
-from vlm.runtime.manifest import GOLDEN, MANIFEST, SCHEMA, sha256_of
+from vlm.runtime.manifest import GOLDEN, MANIFEST, SCHEMA
 from vlm.runtime.preprocess import Preprocess
 from vlm.types.export import ExportPart
 
@@ -136,14 +136,14 @@ def _write(source: Source, folder: Path) -> dict[str, Any]:
     for graph in graphs.values():
         graph |= _signature(folder / graph["path"])
     # The runtime itself runs the last checks, so the files must be complete enough to be opened by it.
-    about["files"] = _files(folder)
-    _write_json(folder / MANIFEST, about)
+    about["files"] = files_of(folder)
+    write_json(folder / MANIFEST, about)
     if dual:
         checks += _check_dual(source, preprocess, folder)
     elif sees:
         written, found = seeing.check(source, preprocess, folder)
         checks += found
-        _write_json(folder / GOLDEN, written)
+        write_json(folder / GOLDEN, written)
     else:
         golden: dict[str, Any] = {}
         if kind == "language":
@@ -152,13 +152,13 @@ def _write(source: Source, folder: Path) -> dict[str, Any]:
         if "decoder" in about:
             written, found = generative.check(source, folder)
             golden, checks = golden | written, checks + found
-        _write_json(folder / GOLDEN, golden)
+        write_json(folder / GOLDEN, golden)
     require(checks, source.tolerance)
     about["parity"] = [c.as_dict() for c in checks]
     (folder / "README.md").write_text(cards.card(about), encoding="utf-8")
     (folder / "example.py").write_text(cards.example(about), encoding="utf-8")
-    about["files"] = _files(folder)
-    _write_json(folder / MANIFEST, about)
+    about["files"] = files_of(folder)
+    write_json(folder / MANIFEST, about)
     open_any_bundle(folder).self_test()
     return {
         "kind": about["kind"],
@@ -188,12 +188,6 @@ def _kind(source: Source) -> str:
     raise RequestError(f"a bundle of the parts {named} is not known", remedy="dual encoders, vision models and decoders are")
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Path inside the bundle -> size and digest, of every file but bundle.json."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST]
-    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
-
-
 def _copy(source: Source, folder: Path) -> None:
     for name in COPIED:
         if (source.directory / name).is_file():
@@ -203,7 +197,7 @@ def _copy(source: Source, folder: Path) -> None:
         options: Any = source.model.options
         size = (options.tower if source.model.kind == "vision" else options.vision).image_size
         made = Preprocess(size, pictures.resize, pictures.interpolation, pictures.mean, pictures.std)
-        _write_json(folder / "preprocessor_config.json", made.to_config())
+        write_json(folder / "preprocessor_config.json", made.to_config())
 
 
 def _describe_dual(source: Source, preprocess: Preprocess) -> dict[str, Any]:
@@ -254,7 +248,7 @@ def _check_dual(source: Source, preprocess: Preprocess, folder: Path) -> list[Ch
     names = [f"picture-{i}.png" for i in range(len(golden))]
     for name, picture in zip(names, golden):
         picture.save(folder / "golden" / name)
-    _write_json(
+    write_json(
         folder / GOLDEN,
         {
             "pictures": names,
@@ -326,7 +320,3 @@ def _version(package: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -221,6 +221,7 @@ def card(about: dict[str, Any]) -> str:
         f"Compared with the model it was exported from in {len(about['parity'])} checks: least cosine "
         f"{worst['cosine']:.7f} ({worst['part']}, {worst['case']}).",
         "",
+        *_of_quantised(about.get("quantised")),
         "## Use",
         "",
         "```",
@@ -248,6 +249,18 @@ def card(about: dict[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _of_quantised(quantised: dict[str, Any] | None) -> list[str]:
+    if quantised is None:
+        return []
+    graphs = ", ".join(f"`{name}`" for name in quantised["graphs"])
+    same = "" if "same_token" not in quantised else f"; the best token is the same in {quantised['same_token']:.0%} of the steps"
+    return [
+        f"That was its float form. Since then the products of {graphs} have int8 weights: least cosine "
+        f"{quantised['least_cosine']:.5f} with what the float form says of drawn pictures, texts and prompts{same}.",
+        "",
+    ]
 
 
 def _short(values: dict[str, str]) -> dict[str, str]:

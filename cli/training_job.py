@@ -141,6 +141,7 @@ def run(job: Job, arguments: Sequence[str]) -> ExitCode:
             answer = result.to_json()
             if any(option.kind == "classification" and option.head == "own" for option in training.stages[-1].objectives):
                 answer["head"] = str(output / "objectives.safetensors")
+            _card(output)
             if not job.no_report:
                 answer["report"] = _report(output)
             if job.as_json:
@@ -244,6 +245,16 @@ def _report(output: Path) -> str | None:
     except Exception as error:
         log(f"the report could not be written: {error}")
         return None
+
+
+def _card(output: Path) -> None:
+    """The card of the model; its failure never fails a finished run."""
+    from vlm.reporting import write_card
+
+    try:
+        write_card(output)
+    except Exception as error:
+        log(f"the model card could not be written: {error}")
 
 
 def _summary(answer: dict[str, Any]) -> str:

@@ -16,6 +16,10 @@ from click.core import ParameterSource
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="port to listen on; 0 takes a free one")
 @click.option("--name", help="model name in requests and answers [default: the model's]")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="file with an API key a line; guards every route but /health")
+@click.option(
+    "--allow-host", multiple=True, metavar="NAME",
+    help="a name in the URLs of requests, beside localhost and addresses; * for any [default: any where an API key guards]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="threads of one operator [default: the framework's choice]")
 @click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="items of one model call")
 @click.option("--max-body-mb", type=click.FloatRange(min=0, min_open=True), default=32, show_default=True, help="size of one request body")
@@ -23,7 +27,8 @@ from click.core import ParameterSource
 @click.option("--max-requests", type=click.IntRange(min=1), default=64, show_default=True, help="requests at a time; more get 429")
 @click.option("--deadline", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True, help="seconds a request may take")
 def command(
-    model: str, host: str, port: int, name: str | None, api_key_file: Path | None, threads: int | None, max_batch: int,
+    model: str, host: str, port: int, name: str | None, api_key_file: Path | None, allow_host: tuple[str, ...],
+    threads: int | None, max_batch: int,
     max_body_mb: float, max_megapixels: float, max_requests: int, deadline: float,
 ) -> None:  # fmt: skip
     """Serve MODEL: a bundle (without torch), a run or a Hugging Face directory.
@@ -55,7 +60,9 @@ def command(
             said = f"warning: {host} is not a loopback address and there is no --api-key-file: anyone who reaches it may use it"
             click.echo(said, err=True)
         served = name or _name(model, served_model.name)
-        app = create_app(served_model, settings.model_copy(update={"name": served}), api_keys=keys)
+        # A page of another name cannot know a key; without one, the name is what keeps it out.
+        hosts = None if "*" in allow_host or (keys and not allow_host) else (*allow_host, host)
+        app = create_app(served_model, settings.model_copy(update={"name": served}), api_keys=keys, hosts=hosts)
         serve(app, listener, settings, started=lambda: click.echo(f"serving {served} on {address}", err=True))
 
 

@@ -12,16 +12,15 @@ import uvicorn
 
 from vlm.runtime.embedder import Embedder
 from vlm.serving import ServerSettings, create_app
-from vlm.serving.server import bind
+from vlm.serving.server import bind, config_of
 
 
 @contextlib.contextmanager
 def running(embedder: Embedder, *, api_keys: tuple[str, ...] = (), ready: bool = True, **settings) -> Iterator[str]:
     """The address of a server with these settings; it is stopped, and must stop, at the end."""
     listener = bind("127.0.0.1", 0)
-    app = create_app(embedder, ServerSettings(**settings), api_keys=api_keys)
-    config = uvicorn.Config(app, log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=10)
-    server = uvicorn.Server(config)
+    chosen = ServerSettings(**{"drain_seconds": 10} | settings)
+    server = uvicorn.Server(config_of(create_app(embedder, chosen, api_keys=api_keys), chosen, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -94,6 +95,24 @@ def test_a_stream_says_the_same_in_pieces(client):
     assert chunks[-1].usage == whole.usage
     assert len({c.id for c in chunks}) == 1
     assert all(c.object == "chat.completion.chunk" for c in chunks)
+
+
+def test_null_is_read_as_left_out(address):
+    nothing = dict.fromkeys(("max_completion_tokens", "temperature", "top_p", "top_k", "stop", "n", "stream", "stream_options",
+                             "presence_penalty", "frequency_penalty", "logprobs", "user", "model"))  # fmt: skip
+    body = {"messages": user("a"), "max_tokens": 4, "seed": 5}
+    bare, full = (httpx.post(f"{address}/v1/chat/completions", json=body | more).json() for more in ({}, nothing))
+    assert full["choices"] == bare["choices"]
+    assert refused(address, body | {"messages": None})[0] == 400
+    assert refused(address, body | {"no_such_field": None})[0] == 400
+
+
+def test_usage_of_a_stream_is_null_until_its_end_where_it_was_asked_for(address):
+    body = {"messages": user("x"), "max_tokens": 3, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    events = [line.removeprefix("data: ") for line in httpx.post(f"{address}/v1/chat/completions", json=body).text.split("\n\n") if line]
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
 
 
 def test_a_stream_ends_with_done(address):
@@ -348,6 +367,19 @@ def test_a_client_that_leaves_a_batch_frees_its_row():
         assert stays[1][0].json()["usage"]["completion_tokens"] == 60
         assert slow.advances[0] == 2
         assert slow.advances[-1] == 1
+
+
+def test_a_client_that_leaves_before_the_first_event_ends_its_answer():
+    slow = SlowGenerator(bundle_of("prefix"), seconds=0.02)
+    with running(slow) as address:
+        body = json.dumps({"messages": user("x"), "max_tokens": 100, "temperature": 0, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        for _ in range(4):
+            with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as connection:
+                connection.sendall(head.encode() + body)
+        wait_for(lambda: stopped(slow))
+        assert sum(slow.advances) < 200
+        assert post(address, "again").status_code == 200
 
 
 def test_a_torch_model_is_served_alike(client):

@@ -122,7 +122,7 @@ def test_decompression_bomb_is_refused_from_its_header(address):
 
 def test_stated_gigabyte_is_refused_without_reading(address):
     with raw(address) as (send, receive):
-        send(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n")
+        send(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n")
         answer = receive()
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"connection: close" in answer.lower()
@@ -150,7 +150,7 @@ def test_endless_body_is_cut_at_the_limit(address):
 
 
 def test_all_bodies_together_are_bounded(bundle):
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 30000\r\n\r\n"
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 30000\r\n\r\n"
     with running(bundle, max_held_bytes=50_000) as address:
         with raw(address) as (send, receive), raw(address) as (send_too, receive_too):
             send(head + b" " * 29_999)
@@ -165,7 +165,7 @@ def test_all_bodies_together_are_bounded(bundle):
 
 def test_slow_body_times_out(address):
     with raw(address) as (send, receive):
-        send(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        send(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         start = time.monotonic()
         answer = receive()
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -175,10 +175,10 @@ def test_slow_body_times_out(address):
 
 def test_short_and_lying_lengths_hurt_no_one(address):
     with raw(address) as (send, _):
-        send(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{}")
+        send(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{}")
     for header in (b"Content-Length: -1", b"Content-Length: x", b"Content-Length: " + b"9" * 400):
         with raw(address) as (send, receive):
-            send(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n{}")
+            send(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\n\r\n{}")
             assert receive()[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 413", b"")
     assert healthy(address)
 
@@ -229,3 +229,79 @@ class raw:
         except ConnectionResetError:
             pass
         return out
+
+
+def port_of(address):
+    return int(address.rsplit(":", 1)[1])
+
+
+def closed_after(connection, limit=8.0):
+    """Seconds until the server closes a connection, all that it says read."""
+    begun = time.monotonic()
+    connection.settimeout(limit)
+    while connection.recv(65536):
+        pass
+    return time.monotonic() - begun
+
+
+def refused_after(connection, part, pause=0.0, limit=10.0):
+    """Seconds until the server takes no more of what is sent again and again."""
+    begun = time.monotonic()
+    connection.settimeout(limit)
+    while time.monotonic() - begun < limit:
+        try:
+            connection.sendall(part)
+        except (ConnectionError, TimeoutError):
+            break
+        time.sleep(pause)
+    return time.monotonic() - begun
+
+
+def test_connections_that_send_nothing_or_half_of_their_headers_are_closed(bundle):
+    with running(bundle, header_seconds=0.6) as address:
+        with socket.create_connection(("127.0.0.1", port_of(address))) as silent:
+            assert 0.3 < closed_after(silent) < 5
+        with socket.create_connection(("127.0.0.1", port_of(address))) as slow:
+            assert refused_after(slow, b"G", pause=0.1) < 5  # a byte now and then keeps nothing open
+        with socket.create_connection(("127.0.0.1", port_of(address))) as second:
+            second.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in second.recv(65536)
+            second.sendall(b"GET /health/live HT")  # the next request on the same connection
+            assert 0.3 < closed_after(second) < 5
+        assert healthy(address)
+
+
+def test_an_answer_that_nobody_reads_is_cut(bundle):
+    with running(bundle, write_seconds=0.6) as address:
+        with socket.create_connection(("127.0.0.1", port_of(address))) as greedy:
+            greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            assert refused_after(greedy, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50) < 8
+        assert healthy(address)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST.:1", "127.0.0.1:80", "[::1]:8000", "10.0.0.7", "::1"])
+def test_addresses_and_localhost_are_known_hosts(address, host):
+    assert httpx.get(f"{address}/health/live", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "", "[x]:1"])
+def test_a_page_that_was_turned_to_this_address_reaches_nothing(address, host):
+    for path in ("/health/live", "/v1/models"):
+        answer = httpx.get(f"{address}{path}", headers={"Host": host})
+        assert answer.status_code == 421
+        assert answer.json()["error"]["code"] == "unknown_host"
+    assert httpx.post(f"{address}/v1/embeddings", headers={"Host": host}, json={"input": "x"}).status_code == 421
+
+
+def test_names_that_are_allowed_are_known():
+    from starlette.testclient import TestClient
+
+    from vlm.serving.hosts import KnownHosts
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    client = TestClient(KnownHosts(app, ("Box.example", "127.0.0.1")))
+    for host, status in (("box.EXAMPLE:80", 200), ("box.example.", 200), ("other.example", 421)):
+        assert client.get("/", headers={"Host": host}).status_code == status

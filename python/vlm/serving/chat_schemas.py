@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from vlm.serving.schemas import MOST, Part
-
-_STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
+from vlm.serving.schemas import MOST, Body, Part
 
 
-class Turn(BaseModel):
+class Turn(Body):
     """A message of the conversation; pictures stand in those of the user."""
 
-    model_config = _STRICT
     role: Literal["system", "user", "assistant"]
     content: str | Annotated[list[Part], Field(max_length=MOST)]
     name: str | None = None
 
 
-class StreamOptions(BaseModel):
-    model_config = _STRICT
+class StreamOptions(Body):
     include_usage: bool = Field(default=False, description="a last chunk tells the usage")
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Body):
     """OpenAI's request. What this server does not do is accepted only where it asks for nothing."""
 
-    model_config = _STRICT
     model: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST)]
     max_tokens: int | None = Field(default=None, ge=1, description="longest answer in tokens")

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class _Strict(BaseModel):
+class Body(BaseModel):
+    """A part of a request. Unknown fields are refused; null is read as left out, as clients send what they have no value for."""
+
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, value: Any) -> Any:
+        return {name: v for name, v in value.items() if v is not None or name not in cls.model_fields} if isinstance(value, dict) else value
 
-class ImageUrl(_Strict):
+
+class ImageUrl(Body):
     url: str = Field(description="data:image/png;base64,... (nothing is fetched)")
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(_Strict):
+class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageUrl | str
 
 
-class TextPart(_Strict):
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
@@ -33,7 +40,7 @@ MOST = 4096
 TokenIds = Annotated[list[int], Field(max_length=MOST)]
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Body):
     role: str
     content: str | Annotated[list[Part], Field(max_length=MOST)]
     name: str | None = None
@@ -47,7 +54,7 @@ def _examples(*bodies: dict[str, Any]) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": list(bodies)})
 
 
-class EmbeddingRequest(_Strict):
+class EmbeddingRequest(Body):
     """OpenAI's request, whose input may also hold pictures; or `messages`, as vLLM takes them."""
 
     model_config = _examples({"input": ["a red circle", {"type": "image_url", "image_url": {"url": _PICTURE}}]})
@@ -61,7 +68,7 @@ class EmbeddingRequest(_Strict):
     user: str | None = None
 
 
-class ClassifyRequest(_Strict):
+class ClassifyRequest(Body):
     """A picture and the labels to score it with."""
 
     model_config = _examples({"image": _PICTURE, "labels": ["red circle", "blue square"], "template": "a photo of a {}"})
@@ -146,6 +153,7 @@ _MEANING = {
     408: "the body came too slowly",
     413: "body or picture too large",
     415: "media type not accepted",
+    421: "this server does not go by that name",
     422: "the picture cannot be read",
     429: "too many requests, or the queue is full",
     500: "the server failed",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from vlm.config.errors import RequestError
+from vlm.serving.connections import TimedConnection
 from vlm.serving.settings import ServerSettings
 
 
@@ -28,9 +31,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(app: FastAPI, listener: socket.socket, settings: ServerSettings, *, started: Callable[[], None] | None = None) -> None:
     """Serve until a signal. Requests that run get `drain_seconds` to finish; new connections are refused."""
-    config = uvicorn.Config(
+    _Server(config_of(app, settings), started).run(sockets=[listener])
+
+
+def config_of(app: FastAPI, settings: ServerSettings, *, log_level: str = "warning") -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    timed: Any = partial(TimedConnection, header_seconds=settings.header_seconds, write_seconds=settings.write_seconds)
+    return uvicorn.Config(
         app,
-        log_level="warning",
+        http=timed,
+        log_level=log_level,
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -39,8 +49,6 @@ def serve(app: FastAPI, listener: socket.socket, settings: ServerSettings, *, st
         timeout_graceful_shutdown=settings.drain_seconds,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = _Server(config, started)
-    server.run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):

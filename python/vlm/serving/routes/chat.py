@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from vlm.config.errors import VlmError
 from vlm.runtime.generation import Event
@@ -53,9 +54,23 @@ def router(engine: ChatEngine) -> APIRouter:
         reply = _Reply(engine, asked, body)
         if not body.stream:
             return await unless_gone(request, reply.whole(job))
-        return StreamingResponse(reply.events(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return _Stream(job, reply.events(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     return routes
+
+
+class _Stream(StreamingResponse):
+    """Ends its answer however it ends, also when the client has left before the first event."""
+
+    def __init__(self, job: Job, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancelled.set()
 
 
 class _Reply:
@@ -103,12 +118,10 @@ class _Reply:
             log.exception("a stream failed", exc_info=error)
             failed = ApiError(500, "the server failed on this request; its log says why", code="internal_error")
             yield _event(json.loads(bytes(failed.response().body)))
-        finally:
-            job.cancelled.set()  # the client may have left before the first event
 
     def _chunk(self, delta: Delta, reason: Any = None) -> str:
         chunk = ChatChunk(**self._about, choices=[ChunkChoice(delta=delta, finish_reason=reason)])
-        value = chunk.model_dump(exclude={"usage"})
+        value = chunk.model_dump(exclude=None if self._tells_usage else {"usage"})  # null but in the last, as OpenAI has it
         value["choices"][0]["delta"] = delta.model_dump(exclude_none=True)
         return _event(value)
 

@@ -39,7 +39,7 @@ def open_generator(path: str, *, threads: int | None = None, batch_size: int = 8
     else:
         model = _torch_generator(path, threads)
     if chosen is not None:
-        model.template = chosen
+        model.use_template(chosen)
     return model
 
 

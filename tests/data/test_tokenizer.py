@@ -139,3 +139,23 @@ def test_what_cannot_be_read_is_named(tmp_path, tokenizer):
         Tokenizer.load(tmp_path)
     with pytest.raises(DataError, match="vocab_size"):
         Tokenizer.train_bpe(TEXTS, 100)
+
+
+def test_the_ends_that_a_published_model_names_are_read_and_stay(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).end_ids == {tokenizer.eos_id}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 9]}))
+    assert Tokenizer.load(tmp_path).end_ids == {tokenizer.eos_id, 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 12]}))
+    read = Tokenizer.load(tmp_path)
+    assert read.end_ids == {tokenizer.eos_id, 11, 12}
+    assert read.eos_id == tokenizer.eos_id
+    read.save(tmp_path / "run")  # a run has no generation_config.json
+    assert Tokenizer.load(tmp_path / "run").end_ids == read.end_ids
+    assert Tokenizer.load(tmp_path / "run").with_special(["<x>"]).end_ids == read.end_ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert Tokenizer.load(tmp_path).end_ids == {tokenizer.eos_id, 9}
+    for wrong in ('{"eos_token_id": "</s>"}', '{"eos_token_id": [1, true]}', '{"eos_token_id": -1}', "no json"):
+        (tmp_path / "generation_config.json").write_text(wrong)
+        with pytest.raises(DataError, match=r"generation_config\.json"):
+            Tokenizer.load(tmp_path)

@@ -1,6 +1,5 @@
 """Torch models behind the decoding loop: steppers equal recomputation and transformers' own generation."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from tests.models.model_makers import answering, language
 from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation.generator import TorchGenerator, pictures_of
 from vlm.models import load_model
+from vlm.runtime.chat import Template
 from vlm.runtime.generation import Prompt
 
 IMAGE = 3
@@ -32,7 +32,7 @@ def pictures(count, seed=0, size=16):
 
 
 def generator_of(model, tokenizer):
-    return TorchGenerator(model, tokenizer, SimpleNamespace(name="bare"), batch=2)
+    return TorchGenerator(model, tokenizer, Template("bare"), batch=2)
 
 
 def greedy(stepper, prompts, steps):
@@ -172,8 +172,33 @@ def test_pictures_are_prepared_for_each_stream_and_kept_in_order(tokenizer):
 
 def test_answers_end_at_eos_and_at_the_templates_own_end(tokenizer):
     model = answering()
-    assert TorchGenerator(model, tokenizer, SimpleNamespace(end="eos")).eos_ids == {tokenizer.eos_id}
-    assert TorchGenerator(model, tokenizer, SimpleNamespace(end="<pad>")).eos_ids == {tokenizer.eos_id, tokenizer.pad_id}
+    generator = TorchGenerator(model, tokenizer, Template("plain"))
+    assert generator.eos_ids == {tokenizer.eos_id}
+    generator.use_template(Template("own", end="<pad>"))
+    assert generator.eos_ids == {tokenizer.eos_id, tokenizer.pad_id}
+    generator.use_template(Template("plain"))
+    assert generator.eos_ids == {tokenizer.eos_id}
+
+
+def test_a_picture_with_alpha_is_laid_over_white_like_any_other(tokenizer):
+    import io
+
+    from PIL import Image
+
+    from vlm.runtime.pictures import decode_picture
+
+    generator = generator_of(answering(), tokenizer)
+    picture = Image.new("RGBA", (16, 16), (255, 0, 0, 128))
+    picture.putpixel((3, 3), (0, 255, 0, 0))
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    wanted = next(iter(generator.model.preprocesses().values())).to_array(decode_picture(data.getvalue()))
+    for given in (picture, data.getvalue()):
+        assert np.array_equal(generator.prepare_image(given)["image"], wanted)
+
+
+def test_texts_of_a_generator(tokenizer):
+    model = answering()
     text = generator_of(model, tokenizer).text(tokenizer.ids(["a red circle"])[0])
     assert text == "a red circle"
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -218,3 +219,31 @@ def test_a_text_tower_with_our_tokenizer_pools_at_eos_as_transformers_does(tmp_p
 
 
 VISION_TINY = {"width": 16, "depth": 1, "heads": 2, "image_size": 16, "patch_size": 8}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(kind, tmp_path):
+    published(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert load_model(tmp_path).head is not None
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"head\.weight.*differs from the embedding"):
+        load_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(tmp_path).head is None
+
+
+def test_the_towers_of_the_first_published_configs_are_read(tmp_path):
+    theirs = published("clip")
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    towers = {f"{part}_config_dict": config[f"{part}_config"] for part in ("text", "vision")}
+    rest = {name: value for name, value in config.items() if name not in ("text_config", "vision_config")}
+    for given in (rest | towers, rest | towers | {"text_config": {"hidden_size": 512}, "vision_config": None}):
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        ours = load_model(tmp_path)
+        assert ours.options.text.width == 32
+        assert ours.options.vision.image_size == 16
+        assert torch.equal(ours.text.tokens.weight, theirs.text_model.embeddings.token_embedding.weight)

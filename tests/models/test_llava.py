@@ -24,6 +24,7 @@ from vlm.evaluation.generator import TorchGenerator
 from vlm.models import LanguageOptions, VisionLanguageOptions, load_model, save_model
 from vlm.models.layouts import LLAVA
 from vlm.runtime.generation import Prompt
+from vlm.runtime.templates import TEMPLATES
 from vlm.types import VocabularyLayout
 
 IMAGE = 98
@@ -90,7 +91,7 @@ def test_greedy_tokens_on_a_picture_and_a_text_are_those_of_transformers(vision,
     pictures = [random.integers(0, 256, (3, 16, 16), dtype=np.uint8) for _ in range(3)]
     taken = iter(pictures)
     prompts = [Prompt(row, {"image": [next(taken) for _ in range(count)]}) for row, count in zip(ROWS, COUNTS)]
-    stepper = TorchGenerator(ours, tokenizer, None).stepper()
+    stepper = TorchGenerator(ours, tokenizer, TEMPLATES["plain"]).stepper()
     logits, got = stepper.start(prompts), []
     for _ in range(12):
         got.append(logits.argmax(-1))
@@ -148,6 +149,8 @@ def test_what_the_layout_cannot_say_is_refused_or_saved_in_our_own(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"vision_feature_layer": [-2, -1]}, "expected one layer"),
+        ({"vision_feature_layer": True}, "expected one layer"),
+        ({"vision_feature_layer": None}, "expected one layer"),
         ({"vision_feature_select_strategy": "other"}, "expected default or full"),
         ({"text_config": {"model_type": "gpt2"}}, "text_config.model_type 'gpt2' is not supported"),
         ({"vision_feature_select_strategy": "full", "vision_config": {"model_type": "dinov2"}}, "'dinov2' is not supported"),

@@ -24,8 +24,34 @@ DEFAULT_SPECIAL = {"pad": "<pad>", "eos": "</s>", "bos": "<s>"}
 # eos_token_id 2 as one of the early published ones, whose text tower pools at the greatest id instead.
 
 
+_ENDS = "end_token_ids"
+"""In tokenizer_config.json: what a published model says in generation_config.json, so that it outlives training and export."""
+
+
+def _published_ends(folder: Path) -> list[int]:
+    """The tokens at which a published model ends an answer: eos_token_id of generation_config.json, else of config.json. Raises
+    DataError naming the file."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            given = json.loads(path.read_bytes()[: 4 * 2**20])
+        except ValueError as error:
+            raise DataError(f"cannot be read as JSON: {error}", where=str(path)) from error
+        ends = given.get("eos_token_id") if isinstance(given, dict) else None
+        if ends is None:
+            continue
+        ends = ends if isinstance(ends, list) else [ends]
+        if not all(type(i) is int and i >= 0 for i in ends):
+            raise DataError(f"eos_token_id is {ends!r}, expected an id or a list of ids", where=str(path))
+        return ends
+    return []
+
+
 class Tokenizer:
-    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`: int, the last two None where there is no such token."""
+    """Texts to ids and back. `pad_id`, `bos_id`, `eos_id`: int, the last two None where there is no such token. `end_ids`: all
+    tokens at which a model that came with it ends an answer, eos among them."""
 
     def __init__(self, core: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
         self._core = core
@@ -40,6 +66,10 @@ class Tokenizer:
         self.padding_side: str = config.get("padding_side") or "right"
         if self.padding_side not in ("left", "right"):
             raise DataError(f"padding_side is {self.padding_side!r}, expected left or right")
+        ends = config.get(_ENDS, [])
+        if not isinstance(ends, list) or not all(type(i) is int and i >= 0 for i in ends):
+            raise DataError(f"{_ENDS} is {ends!r}, expected a list of ids")
+        self.end_ids = frozenset(ends) | ({self.eos_id} if self.eos_id is not None else set())
 
     @classmethod
     def train_bpe(
@@ -111,9 +141,11 @@ class Tokenizer:
             )
         core, config = tokenizers_from(path), tokenizer_config(folder)
         try:
-            return cls(core, config)
+            tokenizer = cls(core, config)
         except DataError as error:
             raise DataError(error.message, where=str(folder / "tokenizer_config.json")) from error
+        ends = [] if _ENDS in config else _published_ends(folder)
+        return tokenizer if tokenizer.end_ids.issuperset(ends) else cls(core, config | {_ENDS: ends})
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer encodes the same ids."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vlm.config.errors import RequestError
 from vlm.evaluation.evaluating import evaluating
@@ -131,6 +130,10 @@ class TorchGenerator:
         self.image_id = model.vocabulary.special.get("image")
         self.eos_ids: frozenset[int] = _ends(template, tokenizer)
 
+    def use_template(self, template: Template) -> None:
+        """Write messages by another template, whose own end then ends an answer too."""
+        self.template, self.eos_ids = template, _ends(template, self.tokenizer)
+
     @property
     def framing(self) -> Preprocess | None:
         """How the first picture stream resizes and crops; None for a model that reads none."""
@@ -139,10 +142,9 @@ class TorchGenerator:
     def prepare_image(self, picture: Any, limits: PictureLimits | None = None) -> dict[str, NDArray[np.uint8]] | TiledPicture:
         """One picture as each picture stream of the model wants it, uint8 [3, S, S]; cut into its tiles [k, 3, S, S] where
         the model reads tiles. Raises BadPicture."""
-        from vlm.runtime.pictures import DEFAULT_LIMITS, decode_picture
+        from vlm.runtime.pictures import DEFAULT_LIMITS, as_rgb
 
-        rgb = picture if isinstance(picture, Image.Image) else decode_picture(picture, limits or DEFAULT_LIMITS)
-        rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+        rgb = as_rgb(picture, limits or DEFAULT_LIMITS)
         if self.model.tiling is not None:
             from vlm.runtime.tiled import cut_picture
 
@@ -356,10 +358,10 @@ def pictures_of(prompts: Sequence[Asked]) -> dict[str, Pictures]:
 
 
 def _ends(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end an answer: eos, and what the template writes after one."""
-    end = getattr(template, "end", "eos")
-    found = {tokenizer.eos_id} | ({tokenizer.token_to_id(end)} if end != "eos" else set())
-    return frozenset(token for token in found if token is not None)
+    """The tokens that end an answer: those of the tokenizer, and what the template writes after one where it is one token."""
+    from vlm.runtime.pieces import PieceIds
+
+    return tokenizer.end_ids | template.end_ids(PieceIds(tokenizer._core), tokenizer.eos_id)
 
 
 def _numbers(logits: torch.Tensor) -> Floats:

@@ -192,9 +192,9 @@ def fill(model: Model, tensors: dict[str, Tensor], *, where: str) -> None:
     missing = [name for name in state if name not in tensors]
     if missing:
         raise CheckpointError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)", where=where)
-    unknown = [name for name in tensors if name not in state and not name.endswith("lm_head.weight")]
-    tied = {"head.weight", "lm_head.weight"}
-    unknown = [name for name in unknown if name not in tied]
+    heads = [name for name in tensors if name not in state and (name == "head.weight" or name.endswith("lm_head.weight"))]
+    unknown = [name for name in tensors if name not in state and name not in heads]
+    _check_tied(heads, tensors, where)
     if unknown:
         raise CheckpointError(f"tensor {unknown[0]!r} is not part of this model ({len(unknown)} such)", where=where)
     for name, tensor in state.items():
@@ -205,6 +205,17 @@ def fill(model: Model, tensors: dict[str, Tensor], *, where: str) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(tensors[name])
+
+
+def _check_tied(heads: list[str], tensors: dict[str, Tensor], where: str) -> None:
+    """A head that the model does not have must be its embedding once more. Raises CheckpointError."""
+    rows = [tensor for name, tensor in tensors.items() if name.endswith("tokens.weight")]
+    for name in heads:
+        if rows and not any(torch.equal(tensors[name], tensor) for tensor in rows):
+            raise CheckpointError(
+                f"tensor {name!r} differs from the embedding that config.json ties it to", where=where,
+                remedy="set tie_word_embeddings = false in config.json if the head was trained apart",
+            )  # fmt: skip
 
 
 def published_layout(model: Model) -> PublishedLayout | None:

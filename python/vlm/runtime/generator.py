@@ -88,6 +88,10 @@ class BundleGenerator:
             streams[stream] = np.stack([self._pixels(stream, piece.picture) for piece in pieces])
         return TiledPicture(streams, tuple(self._tiling.places_of(grid)), tuple(self._tiling.tags_of(grid)))
 
+    def use_template(self, template: Template) -> None:
+        """Write messages by another template, whose own end then ends an answer too."""
+        self.template, self.eos_ids = template, self.eos_ids | template.end_ids(self._ids_of, self._eos_id)
+
     @property
     def framing(self) -> Preprocess | None:
         """How the first picture stream resizes and crops; None where there is none, or the bundle is too old to say."""

@@ -77,7 +77,8 @@ class ClipLayout(PublishedLayout):
         }
 
     def from_config(self, config: dict[str, Any]) -> DualEncoderOptions:
-        text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+        # The first published configs hold the towers twice; what ends in _dict is the one that counts.
+        text, vision = ((config.get(f"{part}_config") or {}) | (config.get(f"{part}_config_dict") or {}) for part in ("text", "vision"))
         text_defaults = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
         vision_defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         return DualEncoderOptions(

@@ -112,7 +112,7 @@ class LlavaLayout(PublishedLayout):
         layer = config.get("vision_feature_layer", -2)
         if isinstance(layer, list) and len(layer) == 1:
             layer = layer[0]
-        if not isinstance(layer, int):
+        if type(layer) is not int:
             raise ValueError(f"vision_feature_layer {layer} is not supported (expected one layer)")
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy not in ("default", "full"):

@@ -50,6 +50,7 @@ class VitOptions(TowerOptions):
     kind: Literal["vit"] = "vit"
     image_size: int = Field(gt=0, description="side of the picture in pixels")
     patch_size: int = Field(gt=0, description="side of a patch in pixels")
+    drop_remainder: bool = Field(False, description="leave out pixels at the right and the bottom that fill no patch, instead of refusing them")
     class_token: bool = Field(True, description="prepend a learned token")
     patch_bias: bool = Field(False, description="bias in the patch embedding")
     pre_norm: bool = Field(True, description="layer norm before the first block")
@@ -116,7 +117,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, options: VitOptions, embed_dim: int, *, project: bool = True) -> None:
         super().__init__()
-        if options.image_size % options.patch_size:
+        if options.image_size % options.patch_size and not (options.drop_remainder and options.patches):
             raise ValueError(f"image_size {options.image_size} is no multiple of patch_size {options.patch_size}")
         self.options = options
         c, p = options.width, options.patch_size
@@ -135,6 +136,8 @@ class VisionTransformer(nn.Module):
         """[B, 3, S, S] -> [B, P, 3 p p], patches in raster order, each in the channel-row-column order of a
         convolution's weight."""
         p = self.options.patch_size
+        if self.options.drop_remainder:  # as a convolution without padding does
+            pixels = pixels[..., : pixels.shape[-2] // p * p, : pixels.shape[-1] // p * p]
         b, channels, h, w = pixels.shape
         x = pixels.reshape(b, channels, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(b, (h // p) * (w // p), channels * p * p)

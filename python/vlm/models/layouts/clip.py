@@ -11,6 +11,7 @@ from vlm.models.dual_encoder import DualEncoderOptions
 from vlm.models.layouts.base import PublishedLayout
 from vlm.models.layouts.plain_towers import (
     TOWER_INNER,
+    patch_fields,
     text_config,
     tower_fields,
     vision_config,
@@ -85,8 +86,7 @@ class ClipLayout(PublishedLayout):
             embed_dim=config.get("projection_dim", 512),
             vision=VitOptions(
                 **tower_fields(vision, activation="quick_gelu", eps=1e-5, defaults=vision_defaults),
-                image_size=vision.get("image_size", 224),
-                patch_size=vision.get("patch_size", 32),
+                **patch_fields(vision, image_size=224, patch_size=32),
             ),
             text=TextOptions(
                 **tower_fields(text, activation="quick_gelu", eps=1e-5, defaults=text_defaults),

@@ -12,7 +12,13 @@ from vlm.models.dual_encoder import PictureOptions
 from vlm.models.layouts.base import ACTIVATIONS, PublishedLayout, activation_named
 from vlm.models.layouts.clip import CLIP
 from vlm.models.layouts.llama import LLAMA, QWEN2, LlamaLayout
-from vlm.models.layouts.plain_towers import tower_fields, vision_config, vision_patches_in, vision_patches_out
+from vlm.models.layouts.plain_towers import (
+    patch_fields,
+    tower_fields,
+    vision_config,
+    vision_patches_in,
+    vision_patches_out,
+)
 from vlm.models.vision_language import PrefixOptions, VisionLanguageOptions, VitTowerOptions
 from vlm.types import VocabularyLayout
 
@@ -119,12 +125,12 @@ class LlavaLayout(PublishedLayout):
             raise ValueError(f"vision_feature_select_strategy {strategy!r} is not supported (expected default or full)")
         kind = str(vision.get("model_type", "clip_vision_model"))
         defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-        read: dict[str, Any] = {"layer": layer, "norm": False, "image_size": vision.get("image_size", 224)}
+        read: dict[str, Any] = {"layer": layer, "norm": False}
         if kind == "clip_vision_model":
             return VitTowerOptions(
                 **tower_fields(vision, activation="quick_gelu", eps=1e-5, defaults=defaults),
                 **read,
-                patch_size=vision.get("patch_size", 32),
+                **patch_fields(vision, image_size=224, patch_size=32),
                 drop_class=strategy == "default",
             )
         if kind != "siglip_vision_model":
@@ -134,7 +140,7 @@ class LlavaLayout(PublishedLayout):
         return VitTowerOptions(
             **tower_fields(vision, activation="gelu_tanh", eps=1e-6, defaults=defaults),
             **read,
-            patch_size=vision.get("patch_size", 16),
+            **patch_fields(vision, image_size=224, patch_size=16),
             class_token=False,
             pre_norm=False,
             patch_bias=True,

@@ -62,6 +62,12 @@ def tower_fields(config: dict[str, Any], *, activation: str, eps: float, default
     }
 
 
+def patch_fields(config: dict[str, Any], *, image_size: int, patch_size: int) -> dict[str, Any]:
+    """Side of pictures and patches of a published tower config. 384 pixels in patches of 14 are 27 patches: the rest is left out."""
+    size, patch = config.get("image_size", image_size), config.get("patch_size", patch_size)
+    return {"image_size": size, "patch_size": patch, "drop_remainder": size % patch != 0}
+
+
 def vision_patches_out(tensors: dict[str, Tensor], patch: int) -> None:
     """Linear [C, 3 p p] to the published convolution's [C, 3, p, p], in place."""
     name = "vision_model.embeddings.patch_embedding.weight"

@@ -12,6 +12,7 @@ from vlm.models.dual_encoder import DualEncoderOptions, PictureOptions
 from vlm.models.layouts.base import PublishedLayout
 from vlm.models.layouts.plain_towers import (
     TOWER_INNER,
+    patch_fields,
     text_config,
     tower_fields,
     vision_config,
@@ -97,8 +98,7 @@ class SiglipLayout(PublishedLayout):
             pictures=PictureOptions(resize="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
             vision=VitOptions(
                 **tower_fields(vision, **shared),
-                image_size=vision.get("image_size", 224),
-                patch_size=vision.get("patch_size", 16),
+                **patch_fields(vision, image_size=224, patch_size=16),
                 class_token=False,
                 pre_norm=False,
                 patch_bias=True,

@@ -26,6 +26,7 @@ class VitTowerOptions(Options):
     ffn_ratio: float = Field(4.0, gt=0, description="feed-forward width over width")
     activation: Activation = "gelu"
     norm_eps: float = Field(1e-5, gt=0)
+    drop_remainder: bool = Field(False, description="leave out pixels at the right and the bottom that fill no patch, instead of refusing them")
     class_token: bool = Field(True, description="prepend a learned token")
     patch_bias: bool = Field(False, description="bias in the patch embedding")
     pre_norm: bool = Field(True, description="layer norm before the first block")

@@ -219,3 +219,49 @@ def inspect_command(uri: Sequence[str], count: int, output: Path | None, as_json
         echo_result("    " + ", ".join(f"{k}={str(v)[:40]}" for k, v in sample["fields"].items())[:200])
     if output is not None:
         echo_result(f"sheet      {output}")
+
+
+@group.command("overlap")
+@_addressed
+@click.option("--with", "other", metavar="URI", help="Evaluation data [default: data.val of --preset].")
+@click.option("--preset", metavar="PRESET", help="Read as this preset does; without URI, its own training data.")
+@click.option("--bits", type=click.IntRange(0, 32), default=6, show_default=True, help="Signs of 128 in which near pictures may differ.")
+@click.option("--colour", type=click.IntRange(0, 255), default=16, show_default=True, help="Levels in which their thumbnails may differ.")
+@click.option("--words", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of a text's runs of 13 words that is a copy.")
+@click.option("--texts", is_flag=True, help="Also write samples that share nothing but an equal short text.")
+@click.option("--budget", type=click.FloatRange(0, 1), default=1, show_default=True, help="Share of evaluation samples that may be shared.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the keys to leave out, for data.exclude.")
+def overlap_command(
+    uri: Sequence[str], other: str | None, preset: str | None, bits: int, colour: int, words: float, texts: bool, budget: float,
+    output: Path | None, as_json: bool, **table: Any,
+) -> None:  # fmt: skip
+    """Find what training data (URI) and evaluation data share: pictures, near pictures, texts.
+
+    A picture is near if at most --bits of the 128 signs of its brightness steps and --colour levels of its thumbnail differ; a long
+    text is a copy if --words of its runs of 13 words are found in one training text. `data.exclude = FILE` leaves out what --output
+    wrote. Exit code 3 when more evaluation samples than --budget are shared.
+    """
+    from vlm.cli.overlap import run_overlap
+
+    if output is not None:
+        check_writable(output)
+    source, options = _open(uri, preset=preset, **table)
+    address = other or options.val
+    if address is None:
+        raise click.UsageError("Missing option '--with URI'.")
+    against, own = _open([address], preset=preset, **table)
+    found = run_overlap((source, options), (against, own), bits=bits, colour=colour, words=words, progress=_progress)
+    keys = found.keys(texts=texts)
+    if output is not None:
+        found.write(output, texts=texts)
+    summary = found.summary() | {"output": output, "written": len(keys)}
+    if as_json:
+        echo_json({"schema": 1, **summary})
+    else:
+        for line in found.lines():
+            echo_result(line)
+        if output is not None:
+            echo_result(f"written    {len(keys)} keys: data.exclude = \"{output}\"")
+    if found.share(texts=texts) > budget:
+        log(f"{found.share(texts=texts):.2%} of the evaluation samples are shared, more than the budget of {budget:.2%}", fg="red")
+        click.get_current_context().exit(int(ExitCode.WRONG_DATA))

@@ -108,4 +108,4 @@ def open_split(options: DataOptions, split: str) -> Source:
     uri = options.source if split == "train" else options.val
     if uri is None:
         raise DataError("no evaluation data", where="data.val", remedy="set data.val (or pass --val URI)")
-    return open_filtered(uri, options)
+    return open_filtered(uri, options, train=split == "train")

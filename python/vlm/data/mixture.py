@@ -6,7 +6,8 @@ what stands at a position is computed without walking, whatever the rank, and ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from fnmatch import fnmatchcase
 from math import gcd
@@ -32,22 +33,9 @@ _SHORTEST = 64
 
 
 class FilteredSource:
-    """The samples of a source that a table of patterns keeps. One that cannot be read is kept, so that it is counted."""
+    """Some of the samples of a source: `kept`, indices in ascending order."""
 
-    def __init__(self, source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> None:
-        reader = open_reader(source.spec(), options.limits)
-        kept: list[int] = []
-        for index in range(len(source)):
-            try:
-                fields = reader.fields(source.recipe(index))
-            except (BadSample, BadPicture):
-                kept.append(index)
-                continue
-            if all(_fits(field_at(fields, path), patterns) for path, patterns in where.items()):
-                kept.append(index)
-        if not kept:
-            asked = ", ".join(f"{name} = {patterns!r}" for name, patterns in where.items())
-            raise DataError(f"none of the {len(source)} samples has {asked}", where="data.where", remedy="see `vlm data inspect`")
+    def __init__(self, source: Source, kept: Sequence[int]) -> None:
         self.source, self.kind = source, source.kind
         self._kept = np.asarray(kept, np.int64)
         self.ids = source.ids[self._kept]
@@ -71,6 +59,51 @@ class FilteredSource:
         return {**self.source.describe(), "samples": len(self), "of": len(self.source)}
 
 
+def fitting(source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> FilteredSource:
+    """The samples that a table of patterns keeps. One that cannot be read is kept, so that it is counted."""
+    reader = open_reader(source.spec(), options.limits)
+    kept: list[int] = []
+    for index in range(len(source)):
+        try:
+            fields = reader.fields(source.recipe(index))
+        except (BadSample, BadPicture):
+            kept.append(index)
+            continue
+        if all(_fits(field_at(fields, path), patterns) for path, patterns in where.items()):
+            kept.append(index)
+    if not kept:
+        asked = ", ".join(f"{name} = {patterns!r}" for name, patterns in where.items())
+        raise DataError(f"none of the {len(source)} samples has {asked}", where="data.where", remedy="see `vlm data inspect`")
+    return FilteredSource(source, kept)
+
+
+def without(source: Source, keys: Collection[str]) -> FilteredSource:
+    """The samples whose keys are not among these. Raises DataError when none is left."""
+    kept = [index for index in range(len(source)) if source.key(index) not in keys]
+    if not kept:
+        raise DataError(f"all of the {len(source)} samples are excluded", where="data.exclude")
+    return FilteredSource(source, kept)
+
+
+def excluded_keys(path: str) -> frozenset[str]:
+    """The keys that a file names, one a line, or JSON lines with `key` as `vlm data overlap` writes them. Raises DataError."""
+    keys = set()
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                line = line.strip()
+                key = json.loads(line).get("key") if line.startswith("{") else line
+                if not isinstance(key, str):
+                    raise DataError("the line has no key", where=f"{path}:{number}", remedy="one key a line, or JSON with key")
+                if key:
+                    keys.add(key)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path, remedy="data.exclude names a file of keys") from error
+    except ValueError as error:
+        raise DataError(f"cannot be read: {error}", where=path, remedy="one key a line, or JSON with key") from error
+    return frozenset(keys)
+
+
 def _fits(value: Any, patterns: str | Sequence[str]) -> bool:
     values = value if isinstance(value, list) else [value]
     known = [patterns] if isinstance(patterns, str) else patterns
@@ -90,7 +123,7 @@ class Mixture:
         """Opens every source. Raises DataError that names the one that cannot be opened."""
         self.names = list(options.mixture)
         self.options = [options.of_part(name) for name in self.names]
-        self.sources = [open_filtered(part.source, part) for part in self.options]
+        self.sources = [open_filtered(part.source, part, train=True, name=name) for name, part in zip(self.names, self.options)]
         self.quotas = quotas([float(options.shares[name]) for name in self.names])
         self._first = np.cumsum([0] + [len(source) for source in self.sources])
         ids = [np.asarray([stable_id(name, str(i)) for i in s.ids.tolist()], np.int64) for name, s in zip(self.names, self.sources)]
@@ -205,6 +238,18 @@ def ledger_of(source: Source, options: DataOptions) -> Ledger | MixedLedger:
     return Ledger(len(source), options.bad_samples)
 
 
-def open_filtered(uri: str, options: DataOptions) -> Source:
+def open_filtered(uri: str, options: DataOptions, *, train: bool, name: str | None = None) -> Source:
+    """A source without what `where` does not fit and, of training data, what `exclude` names. name: in a mixture, whose keys it leads."""
     source = open_source(uri, options.limits)
-    return FilteredSource(source, options.where, options) if options.where else source
+    source = fitting(source, options.where, options) if options.where else source
+    if not train or options.exclude is None:
+        return source
+    keys = excluded_keys(options.exclude)
+    if name is not None:
+        keys = frozenset(key.removeprefix(f"{name}/") for key in keys)
+    left = without(source, keys)
+    if name is None and keys and len(left) == len(source):
+        raise DataError(
+            f"none of its {len(keys)} keys is in the training data", where=options.exclude, remedy="keys are those that vlm data inspect shows",
+        )  # fmt: skip
+    return left

@@ -180,6 +180,7 @@ class DataOptions(Options):
     val: str | None = Field(None, description="evaluation data, an address like source")
     mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
     where: Where = Field({}, description="samples to keep: field = pattern, or patterns of which one must fit")
+    exclude: str | None = Field(None, description="file of keys to leave out of the training data, as vlm data overlap writes it")
     columns: Columns = Columns()
     streams: dict[str, StreamOptions] = Field({}, description="further streams of the batch by name")
     group_by: str | None = Field(

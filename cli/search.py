@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Iterator
 
 import click
@@ -77,6 +78,8 @@ def _entry(line: bytes, where: str, width: int) -> tuple[str, list[float]] | Non
     vector = entry.get("embedding") if isinstance(entry, dict) else None
     if not isinstance(vector, list) or "input" not in entry or not all(isinstance(x, int | float) for x in vector):
         raise DataError('expected {"input", "embedding": [numbers]}', where=where, remedy="make the index with vlm embed")
+    if not math.isfinite(sum(vector)):
+        raise DataError("a vector with a number that is not finite", where=where, remedy="make the index again: its model is unusable")
     if len(vector) != width:
         raise DataError(
             f"a vector of {len(vector)} numbers, this model gives {width}", where=where, remedy="make the index again with this model"

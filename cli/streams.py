@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import os
 import sys
@@ -20,7 +21,13 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def read_lines(source: str, *, separator: bytes = b"\n") -> Iterator[bytes]:
-    """The lines of a file, or of stdin for `-`, without their ends. Raises DataError for a missing or endless line."""
+    """The lines of a file, or of stdin for `-`, without their ends and without the mark that Windows editors put before the first.
+    Raises DataError for a missing or endless line."""
+    for number, line in enumerate(_read_lines(source, separator)):
+        yield line if number else line.removeprefix(codecs.BOM_UTF8)
+
+
+def _read_lines(source: str, separator: bytes) -> Iterator[bytes]:
     if source == "-":
         yield from _split(sys.stdin.buffer, separator, "stdin")
         return
@@ -55,7 +62,10 @@ def picture_paths(source: str, *, separator: bytes = b"\n") -> Iterator[str]:
     """Paths of pictures: a line each of a file or stdin, all pictures of a directory, or the one picture itself."""
     path = Path(source)
     if source != "-" and path.is_dir():
-        yield from (str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in PICTURES and p.is_file())
+        found = [str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in PICTURES and p.is_file()]
+        if not found:
+            raise DataError("the directory holds no pictures", where=source, remedy=f"expected files that end in {', '.join(PICTURES)}")
+        yield from found
     elif source != "-" and path.suffix.lower() in PICTURES:
         yield source
     else:

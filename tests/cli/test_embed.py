@@ -55,6 +55,15 @@ def test_directory_picture_list_and_null_separated_input(monkeypatch, capsys, cl
     assert run(monkeypatch, capsys, ["embed", clip_bundle, "--images", "-", "-0"], "\0".join(good).encode() + b"\0")[1] == lines
 
 
+def test_a_mark_at_the_start_is_no_part_of_the_first_line_and_no_pictures_are_said(monkeypatch, capsys, clip_bundle, folder, tmp_path):
+    plain = run(monkeypatch, capsys, ["embed", clip_bundle, "--texts", "-"], "a\ufeffb\nc\n".encode())
+    assert run(monkeypatch, capsys, ["embed", clip_bundle, "--texts", "-"], "\ufeffa\ufeffb\nc\n".encode()) == plain
+    (tmp_path / "empty").mkdir()
+    code, lines, err = run(monkeypatch, capsys, ["embed", clip_bundle, "--images", tmp_path / "empty"])
+    assert (code, lines) == (3, [])
+    assert "holds no pictures" in err
+
+
 def test_texts_with_lines_that_are_not_utf8(monkeypatch, capsys, clip_bundle):
     code, lines, _ = run(monkeypatch, capsys, ["embed", clip_bundle, "--texts", "-"], b"ein Kreis\n" + b"\xff\xfe\n\nx\n")
     assert code == 3

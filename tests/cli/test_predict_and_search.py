@@ -113,6 +113,7 @@ def test_search_over_more_rows_than_a_block(capsys, monkeypatch, clip_bundle, tm
     [
         ('{"input": "a", "embedding": [1, 2]}', "index.jsonl:2: a vector of 2 numbers, this model gives 24"),
         ("{", "index.jsonl:2: not JSON"),
+        (json.dumps({"input": "x", "embedding": [float("nan")] * 24}), "index.jsonl:2: a vector with a number that is not finite"),
         ('{"embedding": [1]}', "index.jsonl:2: expected"),
         ('{"input": "a", "embedding": ["x"]}', "index.jsonl:2: expected"),
         ("[1]", "index.jsonl:2: expected"),

@@ -247,3 +247,12 @@ def test_the_towers_of_the_first_published_configs_are_read(tmp_path):
         assert ours.options.text.width == 32
         assert ours.options.vision.image_size == 16
         assert torch.equal(ours.text.tokens.weight, theirs.text_model.embeddings.token_embedding.weight)
+
+
+@pytest.mark.parametrize("named", [None, [], {}, {"a": None}, {"a": ["x"]}, {"a": ""}, {"a": "../x.safetensors"}, {"a": "missing.safetensors"}])
+def test_an_index_of_shards_that_names_none_is_refused(named, tmp_path):
+    published("clip").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(CheckpointError, match=r"index\.json|missing\.safetensors"):
+        load_model(tmp_path)

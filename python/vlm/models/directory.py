@@ -164,7 +164,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(name, str) and name for name in named.values()):
+            raise CheckpointError("weight_map is missing, empty, or names no files", where=str(index))
+        names = sorted(set(named.values()))
         if any(Path(name).name != name for name in names):
             raise CheckpointError("names a shard outside the directory", where=str(index))
         files = [directory / name for name in names]

@@ -15,7 +15,7 @@ import numpy as np
 from vlm.config.errors import CheckpointError, GateFailed
 from vlm.runtime.embedder import Form, Picture, normalise, scores
 from vlm.runtime.language import LanguageBundle
-from vlm.runtime.manifest import GOLDEN, MANIFEST, Manifest, inside, read_json, read_manifest, verify_files
+from vlm.runtime.manifest import MANIFEST, Manifest, golden_of, inside, read_manifest, verify_files
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.tokens import BundleTokenizer
@@ -32,7 +32,7 @@ class Bundle:
         where = str(directory / MANIFEST)
         self.directory, self.manifest, self.name = directory, manifest, manifest.name
         self.batch_size = batch_size
-        self.width: int = manifest.require("embedding", "width", int, where)
+        self.width = manifest.count("embedding", "width", where)
         self.scale = float(manifest.require("embedding", "scale", (int, float), where))
         self.bias = float(manifest.require("embedding", "bias", (int, float), where))
         form = manifest.require("embedding", "form", str, where)
@@ -41,7 +41,7 @@ class Bundle:
         self.form: Form = cast(Form, form)
         self.tokenizer = BundleTokenizer(
             directory,
-            length=manifest.require("text", "length", int, where),
+            length=manifest.count("text", "length", where),
             fixed=manifest.require("text", "fixed_length", bool, where),
         )
         self._sessions = {
@@ -97,13 +97,13 @@ class Bundle:
 
         Returns the lowest cosine. Raises GateFailed when it is below the bundle's stated tolerance.
         """
-        golden = read_json(inside(self.directory, GOLDEN))
-        limit = float((self.manifest.data.get("tolerance") or {}).get("cosine", 0.9999))
-        images = self.encode_image([inside(self.directory, f"golden/{name}") for name in golden["pictures"]])
-        texts = self.encode_text(golden["texts"])
+        limit = self.manifest.tolerance("cosine", 0.9999)
         lowest = 1.0
-        for got, wanted in ((images, golden["image_embeddings"]), (texts, golden["text_embeddings"])):
-            lowest = min(lowest, float((got * np.asarray(wanted, np.float32)).sum(-1).min(initial=1.0)))
+        with golden_of(self.directory) as golden:
+            images = self.encode_image([inside(self.directory, f"golden/{name}") for name in golden["pictures"]])
+            texts = self.encode_text(golden["texts"])
+            for got, wanted in ((images, golden["image_embeddings"]), (texts, golden["text_embeddings"])):
+                lowest = min(lowest, float((got * np.asarray(wanted, np.float32)).sum(-1).min(initial=1.0)))
         if not lowest >= limit:
             raise GateFailed(f"the golden vectors are reproduced to cosine {lowest:.6f}, expected {limit}", where=str(self.directory))
         return lowest

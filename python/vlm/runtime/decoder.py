@@ -42,9 +42,13 @@ class DecoderShape:
     def of(cls, data: Any, where: str) -> DecoderShape:
         """From the table `decoder` of bundle.json. Raises CheckpointError."""
         try:
-            numbers = {name: int(data[name]) for name in ("layers", "width", "kv_heads", "head_width")}
+            numbers = {name: data[name] for name in ("layers", "width", "kv_heads", "head_width")}
+            if any(type(number) is not int for number in numbers.values()):
+                raise TypeError("layers, width, kv_heads and head_width are whole numbers")
             cross = tuple(int(layer) for layer in data.get("cross", ()))
-            drops = {int(layer): int(count) for layer, count in sorted(data.get("drops", {}).items(), key=lambda d: int(d[0]))}
+            drops = {int(layer): count for layer, count in sorted(data.get("drops", {}).items(), key=lambda d: int(d[0]))}
+            if any(type(count) is not int for count in drops.values()):
+                raise TypeError("drops are whole numbers")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the table decoder is missing or wrong: {error!r}", where=where, remedy=REMEDY) from error
         layers = numbers["layers"]
@@ -94,6 +98,21 @@ class DecoderGraphs:
             missing = set(self.shape.cache(prefix)) - {value.name for value in values}
             if missing:
                 raise CheckpointError(f"the decoder's graph has no {min(missing)}", where=where, remedy=REMEDY)
+        self._check_shape(where)
+
+    def _check_shape(self, where: str) -> None:
+        """What bundle.json says of keys and values is what the graph wants. Raises CheckpointError."""
+        shape = self.shape
+        inputs = {value.name: value.shape for value in self.decode.get_inputs()}
+        more = [name for name in inputs if name.startswith("past_key_values.") and name not in shape.cache("past_key_values")]
+        if more:
+            raise CheckpointError(f"decoder.layers is {shape.layers}, but the graph has {more[0]}", where=where, remedy=REMEDY)
+        wanted = {"past_key_values.0.key": {1: shape.kv_heads, 3: shape.head_width}, "inputs_embeds": {2: shape.width}}
+        for name, sides in wanted.items():
+            for axis, side in sides.items():
+                own = inputs.get(name, [])
+                if len(own) > axis and isinstance(own[axis], int) and own[axis] != side:
+                    raise CheckpointError(f"the decoder's {name} is {own}, bundle.json says {side} in place {axis}", where=where, remedy=REMEDY)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """int64 [n, s] -> float32 [n, s, C]. Raises ValueError for an id that the model lacks: the graph would not."""

@@ -17,7 +17,7 @@ from vlm.config.errors import CheckpointError, DataError, GateFailed
 from vlm.runtime.chat import Message, Template
 from vlm.runtime.decoder import DecoderGraphs
 from vlm.runtime.generation import Negatives, Prompt
-from vlm.runtime.manifest import GOLDEN, MANIFEST, REMEDY, Manifest, inside, read_json
+from vlm.runtime.manifest import MANIFEST, REMEDY, Manifest, golden_of, inside
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
 from vlm.runtime.pieces import ANSWER, TAG, Piece, PieceIds, encode_pieces
 from vlm.runtime.preprocess import Preprocess, Resize
@@ -50,8 +50,8 @@ class BundleGenerator:
     ) -> None:
         self.where = where = str(directory / MANIFEST)
         self.directory, self.manifest, self.name, self.batch_size = directory, manifest, manifest.name, batch_size
-        self.length: int = manifest.require("text", "length", int, where)
-        self.vocab_size: int = manifest.require("text", "vocab_size", int, where)
+        self.length = manifest.count("text", "length", where)
+        self.vocab_size = manifest.count("text", "vocab_size", where)
         self.tokenizer = BundleTokenizer(directory, length=self.length, fixed=False)
         self.template = _template(manifest, where)
         special = {name: _id(manifest, name, self.vocab_size, where) for name in ("bos_id", "eos_id", "pad_id", "image_id")}
@@ -196,21 +196,26 @@ class BundleGenerator:
         Returns the greatest difference of a token's -log p. Raises GateFailed above the bundle's tolerance, and for other
         tokens.
         """
-        golden = read_json(inside(self.directory, GOLDEN))["prompts"]
-        limit = float((self.manifest.data.get("tolerance") or {}).get("nats", 1e-2))
+        limit = self.manifest.tolerance("nats", 1e-2)
+        with golden_of(self.directory) as golden:
+            worst = self._compare(golden["prompts"])
+        if not worst <= limit:
+            raise GateFailed(f"the golden answers are reproduced to {worst:.2e} nats, expected {limit:.0e}", where=str(self.directory))
+        return worst
+
+    def _compare(self, cases: Sequence[Any]) -> float:
+        """The greatest difference of a golden token's -log p. Raises GateFailed for other ids or tokens."""
         prompts = []
-        for case in golden:
+        for case in cases:
             shown = [self.prepare_image(inside(self.directory, f"golden/{name}")) for name in case["pictures"]]
             prompts.append(self.prompt([Message("user", (case["text"],))], shown))
             if list(prompts[-1].ids) != case["ids"]:
                 raise GateFailed(f"the golden prompt {case['text']!r} gives other ids", where=str(self.directory))
         worst = 0.0
-        for case, (nats, best) in zip(golden, self._forced(prompts, [case["answer"] for case in golden])):
+        for case, (nats, best) in zip(cases, self._forced(prompts, [case["answer"] for case in cases])):
             if best != case["answer"]:
                 raise GateFailed(f"the golden prompt {case['text']!r} gets another answer", where=str(self.directory))
             worst = max(worst, float(np.abs(nats - np.asarray(case["nats"])).max(initial=0.0)))
-        if not worst <= limit:
-            raise GateFailed(f"the golden answers are reproduced to {worst:.2e} nats, expected {limit:.0e}", where=str(self.directory))
         return worst
 
     def _open_graphs(self) -> DecoderGraphs:
@@ -227,10 +232,7 @@ class BundleGenerator:
     def _picture(self, key: str) -> int:
         if not self._streams:
             return 1
-        value: int = self.manifest.require("pictures", key, int, self.where)
-        if value < 1:
-            raise CheckpointError(f"pictures.{key} is {value}, expected at least 1", where=self.where, remedy=REMEDY)
-        return value
+        return self.manifest.count("pictures", key, self.where)
 
 
 def _template(manifest: Manifest, where: str) -> Template:

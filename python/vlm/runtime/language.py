@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm.config.errors import GateFailed
 from vlm.runtime.generator import BundleGenerator
-from vlm.runtime.manifest import GOLDEN, Manifest, inside, read_json
+from vlm.runtime.manifest import Manifest, golden_of
 from vlm.runtime.session import CPU, open_graph
 
 
@@ -72,15 +72,15 @@ class LanguageBundle(BundleGenerator):
 
         Returns the greatest difference over the largest logit. Raises GateFailed above the bundle's tolerance.
         """
-        golden = read_json(inside(self.directory, GOLDEN))
-        limit = float((self.manifest.data.get("tolerance") or {}).get("max_abs", 1e-3))
+        limit = self.manifest.tolerance("max_abs", 1e-3)
         worst = 0.0
-        for text, ids, wanted in zip(golden["texts"], golden["ids"], golden["last_logits"]):
-            if self.tokenizer.rows([text])[0] != ids:
-                raise GateFailed(f"the golden text {text!r} gives other ids", where=str(self.directory))
-            expected = np.asarray(wanted, np.float32)
-            got = self.logits(np.asarray([ids]))[0, -1]
-            worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
+        with golden_of(self.directory) as golden:
+            for text, ids, wanted in zip(golden["texts"], golden["ids"], golden["last_logits"], strict=True):
+                if self.tokenizer.rows([text])[0] != ids:
+                    raise GateFailed(f"the golden text {text!r} gives other ids", where=str(self.directory))
+                expected = np.asarray(wanted, np.float32)
+                got = self.logits(np.asarray([ids]))[0, -1]
+                worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
         if not worst <= limit:
             raise GateFailed(f"the golden logits are reproduced to {worst:.2e}, expected {limit:.0e}", where=str(self.directory))
         if self.writes:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +22,8 @@ MANIFEST = "bundle.json"
 GOLDEN = "golden/golden.json"
 MAX_JSON = 4 * 2**20
 MAX_FILES = 4096
+MOST = 2**31 - 1
+"""Of anything that a bundle counts."""
 REMEDY = "export the model again with vlm export"
 
 
@@ -40,6 +43,32 @@ class Manifest:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise CheckpointError(f"{table}.{key} is missing or of the wrong type", where=where, remedy=REMEDY)
         return value
+
+    def count(self, table: str, key: str, where: str) -> int:
+        """A number of at least 1. Raises CheckpointError."""
+        value: int = self.require(table, key, int, where)
+        if not 1 <= value <= MOST:
+            raise CheckpointError(f"{table}.{key} is {value}, expected 1 to {MOST}", where=where, remedy=REMEDY)
+        return value
+
+    def tolerance(self, name: str, default: float) -> float:
+        """How near golden values must come; `default` where a bundle of an earlier release does not say. Raises CheckpointError."""
+        table = self.data.get("tolerance", {})
+        value = table.get(name, default) if isinstance(table, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise CheckpointError(f"tolerance.{name} is missing or no number from 0 to 1", where=MANIFEST, remedy=REMEDY)
+        return float(value)
+
+
+@contextmanager
+def golden_of(directory: Path) -> Iterator[dict[str, Any]]:
+    """The golden values of a bundle, to be looked at inside. Raises CheckpointError where they are not as they were written."""
+    path = inside(directory, GOLDEN)
+    golden = read_json(path)
+    try:
+        yield golden
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"holds no golden values of this bundle: {error!r}"[:300], where=str(path), remedy=REMEDY) from error
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
@@ -78,7 +107,8 @@ def read_manifest(directory: Path) -> Manifest:
     if len(files) > MAX_FILES:
         raise CheckpointError(f"lists {len(files)} files, expected at most {MAX_FILES}", where=str(path))
     for name, graph in graphs.items():
-        if not isinstance(graph, dict) or graph.get("path") not in files:
+        path_of = graph.get("path") if isinstance(graph, dict) else None
+        if not isinstance(path_of, str) or path_of not in files:
             raise CheckpointError(f"graph {name!r} is not among the listed files", where=str(path), remedy=REMEDY)
     return Manifest(data["kind"], str(data.get("name") or directory.name), graphs, files, data)
 

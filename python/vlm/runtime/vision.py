@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm.config.errors import GateFailed, RequestError
 from vlm.runtime.embedder import Form, Picture, normalise
-from vlm.runtime.manifest import GOLDEN, MANIFEST, Manifest, inside, read_json
+from vlm.runtime.manifest import MANIFEST, Manifest, golden_of, inside
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
 from vlm.runtime.session import CPU, open_graph
 
@@ -29,7 +29,7 @@ class VisionBundle:
     def __init__(self, directory: Path, manifest: Manifest, *, threads: int | None, batch_size: int, providers: Sequence[str]) -> None:
         where = str(directory / MANIFEST)
         self.directory, self.manifest, self.name, self.batch_size = directory, manifest, manifest.name, batch_size
-        self.width: int = manifest.require("embedding", "width", int, where)
+        self.width = manifest.count("embedding", "width", where)
         self.classes: tuple[str, ...] = tuple(map(str, manifest.require("head", "classes", list, where)))
         self._sessions = {
             name: open_graph(directory, manifest, name, threads, providers if name != "preprocess" else (CPU,))
@@ -62,16 +62,16 @@ class VisionBundle:
     def self_test(self) -> float:
         """Embed the golden pictures and compare with what the training framework gave: the lowest cosine, of vectors and
         of logits. Raises GateFailed when it is below the bundle's stated tolerance."""
-        golden = read_json(inside(self.directory, GOLDEN))
-        limit = float((self.manifest.data.get("tolerance") or {}).get("cosine", 0.9999))
-        pictures = [str(inside(self.directory, f"golden/{name}")) for name in golden["pictures"]]
-        pairs = [(self.encode_image(pictures), golden["image_embeddings"])]
-        if self.classes:
-            pairs.append((self.classify(pictures), golden["logits"]))
+        limit = self.manifest.tolerance("cosine", 0.9999)
         lowest = 1.0
-        for got, wanted in pairs:
-            cosines = (normalise(got) * normalise(np.asarray(wanted, np.float32))).sum(-1)
-            lowest = min(lowest, float(cosines.min(initial=1.0)))
+        with golden_of(self.directory) as golden:
+            pictures = [str(inside(self.directory, f"golden/{name}")) for name in golden["pictures"]]
+            pairs = [(self.encode_image(pictures), golden["image_embeddings"])]
+            if self.classes:
+                pairs.append((self.classify(pictures), golden["logits"]))
+            for got, wanted in pairs:
+                cosines = (normalise(got) * normalise(np.asarray(wanted, np.float32))).sum(-1)
+                lowest = min(lowest, float(cosines.min(initial=1.0)))
         if not lowest >= limit:
             raise GateFailed(f"the golden vectors are reproduced to cosine {lowest:.6f}, expected {limit}", where=str(self.directory))
         return lowest

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vlm.cli.output import echo_json, echo_result
+from vlm.cli.output import check_writable, echo_json, echo_result
 
 
 @click.command()
@@ -22,6 +22,8 @@ def command(run: Path, output: Path | None, as_json: bool) -> None:
     from vlm.reporting import read_run, write_card, write_report
 
     refuse_bundle(run)
+    if output is not None:
+        check_writable(output)
     path = write_report(run, output)
     write_card(run)
     if as_json:

@@ -36,3 +36,9 @@ def test_json_is_one_object_with_the_runs_numbers(tmp_path, capsys):
 def test_what_is_no_run_is_exit_3(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 3
     assert "is no run" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_directory_is_a_wrong_request(capsys, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+    assert main(["report", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "is a directory, expected a file" in capsys.readouterr().err

@@ -179,7 +179,9 @@ class DataOptions(Options):
     source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, CSV, scenes:, digits: or clips:")
     val: str | None = Field(None, description="evaluation data, an address like source")
     mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
-    where: Where = Field({}, description="samples to keep: field = pattern, or patterns of which one must fit")
+    where: Where = Field(
+        {}, description="training samples to keep: field = pattern, or patterns of which one must fit; val is scored whole"
+    )
     exclude: str | None = Field(None, description="file of keys to leave out of the training data, as vlm data overlap writes it")
     columns: Columns = Columns()
     streams: dict[str, StreamOptions] = Field({}, description="further streams of the batch by name")

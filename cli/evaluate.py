@@ -25,6 +25,7 @@ MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.
 Examples:
   vlm evaluate runs/emoji --task retrieval --data 'data/emoji/val-*.tar'
   vlm evaluate runs/emoji --task zero-shot --labels-from category --template 'a drawing of a {}'
+  vlm evaluate runs/emoji --task zero-shot --labels-from category --descriptors seen.json --descriptor-control random-words
   vlm evaluate bundle --task zero-shot --data photos/ --classes names.txt --none-below 0.4 --json
   vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' --gate 'bits_per_character<=2.5'
   vlm evaluate runs/llava --task vqa --data 'scenes:?n=500&split=val' --control none --gate 'lower:over_none.exact>=1'
@@ -54,8 +55,21 @@ Examples:
     "--template",
     metavar="TEXT",
     multiple=True,
-    help="prompt with {} for the class name; several are averaged",
+    help="prompt with {} for the class name; several are averaged [default: the one that the model has learned, else {}]",
 )
+@click.option("--descriptors", metavar="FILE", help="zero-shot: JSON of class -> what can be seen of it, one prompt each")
+@click.option(
+    "--reduce",
+    type=click.Choice(("embedding-mean", "score-mean", "score-max")),
+    help="zero-shot: how a class's prompts become one score [default: embedding-mean, of descriptors score-mean]",
+)
+@click.option(
+    "--descriptor-control",
+    "control",
+    type=click.Choice(("random-words", "other-class")),
+    help="descriptors that say nothing of their class, to compare with",
+)
+@click.option("--explain", type=click.IntRange(min=0), metavar="N", help="best fitting descriptors that each example keeps")
 @click.option(
     "--none-below",
     type=click.FloatRange(0, 1),
@@ -189,6 +203,10 @@ def _task(given: dict[str, Any]) -> Task:
         "labels_from": given["labels_from"] or None,
         "classes": given["classes"],
         "templates": given["template"] or None,
+        "descriptors": given["descriptors"],
+        "reduce": given["reduce"],
+        "control": given["control"],
+        "explain": given["explain"],
         "none_below": given["none_below"],
         "train": given["train"],
         "prompt": given["prompt"],
@@ -201,6 +219,7 @@ def _task(given: dict[str, Any]) -> Task:
         "max_new_tokens": "--max-new-tokens",
         "questions_from": "--questions-from",
         "templates": "--template",
+        "control": "--descriptor-control",
         "labels_from": "--labels-from",
         "none_below": "--none-below",
     }

@@ -31,26 +31,13 @@ _SHORTEST = 64
 """A block has at least so many places, so that sources do not simply alternate."""
 
 
-class FilteredSource:
-    """The samples of a source that a table of patterns keeps. One that cannot be read is kept, so that it is counted."""
+class PartOfSource:
+    """Some samples of a source, by their places, as a source of its own: same ids, same keys, same reader."""
 
-    def __init__(self, source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> None:
-        reader = open_reader(source.spec(), options.limits)
-        kept: list[int] = []
-        for index in range(len(source)):
-            try:
-                fields = reader.fields(source.recipe(index))
-            except (BadSample, BadPicture):
-                kept.append(index)
-                continue
-            if all(_fits(field_at(fields, path), patterns) for path, patterns in where.items()):
-                kept.append(index)
-        if not kept:
-            asked = ", ".join(f"{name} = {patterns!r}" for name, patterns in where.items())
-            raise DataError(f"none of the {len(source)} samples has {asked}", where="data.where", remedy="see `vlm data inspect`")
+    def __init__(self, source: Source, places: np.ndarray) -> None:
         self.source, self.kind = source, source.kind
-        self._kept = np.asarray(kept, np.int64)
-        self.ids = source.ids[self._kept]
+        self._kept = places
+        self.ids = source.ids[places]
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -69,6 +56,26 @@ class FilteredSource:
 
     def describe(self) -> Mapping[str, Any]:
         return {**self.source.describe(), "samples": len(self), "of": len(self.source)}
+
+
+class FilteredSource(PartOfSource):
+    """The samples of a source that a table of patterns keeps. One that cannot be read is kept, so that it is counted."""
+
+    def __init__(self, source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> None:
+        reader = open_reader(source.spec(), options.limits)
+        kept: list[int] = []
+        for index in range(len(source)):
+            try:
+                fields = reader.fields(source.recipe(index))
+            except (BadSample, BadPicture):
+                kept.append(index)
+                continue
+            if all(_fits(field_at(fields, path), patterns) for path, patterns in where.items()):
+                kept.append(index)
+        if not kept:
+            asked = ", ".join(f"{name} = {patterns!r}" for name, patterns in where.items())
+            raise DataError(f"none of the {len(source)} samples has {asked}", where="data.where", remedy="see `vlm data inspect`")
+        super().__init__(source, np.asarray(kept, np.int64))
 
 
 def _fits(value: Any, patterns: str | Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
 """Descriptors: what can be seen of a class, in words, and the texts they make with its name. Source: dclip.
 
-    red fox, which has a bushy tail        red fox, which is a small wild dog
+    red fox, which has pointed ears        red fox, which is a small wild dog        red fox, which can climb
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Descriptors = dict[str, tuple[str, ...]] | str
 Control = Literal["random-words", "other-class"]
 
 MAX_FILE = 64 * 2**20
-_EXPECTED = 'expected JSON: {"red fox": ["a bushy tail", "has pointed ears"], "crow": ["black feathers"]}'
+_EXPECTED = 'expected JSON: {"red fox": ["has a bushy tail", "pointed ears"], "crow": ["black feathers"]}'
 _WHICH = frozenset("has have is are can may might could often usually typically sometimes lives looks".split())
 _IS = frozenset("a an used made found known covered".split())
 _ALONE = frozenset("which with without in on that".split())
@@ -38,7 +38,7 @@ def read_descriptors(given: Mapping[str, Sequence[str]] | str | os.PathLike[str]
         good = isinstance(phrases, list | tuple) and all(isinstance(one, str) and one.strip() for one in phrases)
         if not good:
             raise DataError(f"descriptors of {label!r} are {phrases!r}, expected a list of texts", where=where, remedy=_EXPECTED)
-        out[str(label)] = tuple(dict.fromkeys(" ".join(one.split()) for one in phrases))
+        out[str(label)] = tuple(" ".join(one.split()) for one in phrases)
     if not out:
         raise DataError("holds no class", where=where, remedy=_EXPECTED)
     return out

@@ -84,7 +84,8 @@ def with_prompt(
     if not isinstance(model, DualEncoder):
         raise RequestError(f"tuning.prompt is for dual encoders, this is a {model.kind} model")
     if model.text.prompt is not None:
-        raise RequestError("this model has learned a prompt already", remedy=f'train that one on: tuning.train = ["{CONTEXT}"], without tuning.prompt')
+        remedy = f'train that one on: tuning.train = ["{CONTEXT}"] instead of tuning.prompt'
+        raise RequestError("this model has learned a prompt already", remedy=remedy)
     learned = prompt_of_options(options, tokenizer, classes)
     longer = tokenizer.with_special(learned.tokens, strip=True)
     ids = [longer.token_to_id(token) for token in learned.tokens]
@@ -95,9 +96,12 @@ def with_prompt(
     shape = ContextOptions(
         length=learned.length, position=learned.position, ending=learned.ending, classes=learned.classes, first_id=first
     )
-    taken, text_length = len(longer.ids([learned.template().replace("{}", "")])[0]), model.options.text.length
-    if taken + 1 > text_length:
-        raise RequestError(f"a prompt of {learned.length} vectors takes {taken} of {text_length} positions", remedy="shorten tuning.prompt.length")
+    taken, text_length = len(longer.ids([learned.template().replace("{}", "a")])[0]), model.options.text.length
+    if taken > text_length:
+        raise RequestError(
+            f"a prompt of {learned.length} vectors takes {taken} of {text_length} positions with a name of one token",
+            remedy="shorten tuning.prompt.length",
+        )
     made = _rebuilt(model, shape, max(0, longer.vocab_size - model.vocabulary.size))
     with torch.no_grad():
         vectors = made.get_parameter(CONTEXT)

@@ -143,6 +143,16 @@ def test_dclip_a_task_of_the_command_line_and_its_control(capsys, clip_model, tm
     path.write_text(json.dumps({name: [f"seen {i}", f"shown {i}"] for i, name in enumerate(shapes)}))
     words = ["--task", "zero-shot", "--labels-from", "category", "--data", "scenes:?n=20&objects=1&split=val", "--descriptors", path]
     plain = said(capsys, "evaluate", clip_model, *words)
-    assert plain["details"]["descriptors"]["control"] is None
-    other = said(capsys, "evaluate", clip_model, *words, "--descriptor-control", "random-words", "--reduce", "score-max")
-    assert other["details"]["descriptors"] == {**plain["details"]["descriptors"], "control": "random-words"}
+    assert plain["details"]["descriptors"] == {"texts": plain["details"]["classes"] * 2, "fewest": 2, "most": 2}
+    other = said(capsys, "evaluate", clip_model, *words, "--control", "names", "--control", "random-words", "--reduce", "score-max")
+    figures = other["metrics"]
+    assert {"names", "over_names", "random-words", "over_random-words"} <= set(figures)
+    for control in ("names", "random-words"):
+        assert figures[f"over_{control}"]["top1"] == pytest.approx(figures["top1"] - figures[control]["top1"], abs=1e-5)
+        assert set(other["intervals"][f"over_{control}"]["top1"]) == {"lower", "upper"}
+    alone = said(capsys, "evaluate", clip_model, *words[:-2], "--reduce", "score-max")
+    assert alone["metrics"]["top1"] == figures["names"]["top1"]
+    capsys.readouterr()
+    assert main(["evaluate", str(clip_model), *map(str, words), "--control", "names"]) == 0
+    assert "names" in capsys.readouterr().out
+    assert main(["evaluate", str(clip_model), *map(str, words), "--control", "shuffled"]) == 2

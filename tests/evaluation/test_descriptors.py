@@ -8,7 +8,7 @@ import pytest
 from vlm.config.errors import DataError
 from vlm.evaluation.classes import classes_of_values
 from vlm.evaluation.zero_shot import ZeroShotOptions, class_scores, explained, prompts_of, zero_shot
-from vlm.runtime.descriptors import controlled, described, descriptors_of, phrase, read_descriptors
+from vlm.runtime.descriptors import controlled_table, described, descriptors_of, phrase, read_descriptors
 
 TABLE = {
     "crow": ("black feathers", "a strong beak", "can fly"),
@@ -125,15 +125,16 @@ def test_files_that_hold_no_descriptors_are_named(tmp_path, content):
 
 
 def test_dclip_controls_say_nothing_of_their_class():
-    words = controlled(TABLE, "random-words", 0)
+    words = controlled_table(TABLE, "random-words", 0)
     known = {word for phrases in TABLE.values() for one in phrases for word in one.split()}
     assert {label: [len(one.split()) for one in own] for label, own in words.items()} == {
         label: [len(one.split()) for one in own] for label, own in TABLE.items()
     }
     assert {word for own in words.values() for one in own for word in one.split()} <= known
-    assert words == controlled(TABLE, "random-words", 0)
-    assert words != controlled(TABLE, "random-words", 1)
-    others = controlled(TABLE, "other-class", 0)
+    assert words == controlled_table(TABLE, "random-words", 0)
+    assert words != controlled_table(TABLE, "random-words", 1)
+    assert controlled_table(TABLE, "names", 0) == {"crow": (), "red_fox": (), "owl": ()}
+    others = controlled_table(TABLE, "other-class", 0)
     assert sorted(others.values()) == sorted(TABLE.values())
     assert all(others[label] != TABLE[label] for label in TABLE)
 
@@ -148,7 +149,7 @@ def test_dclip_a_task_reads_a_file_and_keeps_what_speaks_for_its_answers(materia
     rows = unit(np.array(list(table.values())))
     scores = np.stack([(unit(np.array(images)) @ rows[:2].T).mean(1), unit(np.array(images)) @ rows[2]], 1)
     assert result.metrics["top1"] == 50.0 * ((scores[0, 0] > scores[0, 1]) + (scores[1, 1] > scores[1, 0]))
-    assert result.details["descriptors"] == {"texts": 3, "fewest": 1, "most": 2, "control": None}
+    assert result.details["descriptors"] == {"texts": 3, "fewest": 1, "most": 2}
     for example in result.examples:
         assert len(example["why"]) == 1
         assert example["why"][0]["text"].startswith(example["found"][0]["text"])
@@ -159,5 +160,5 @@ def test_dclip_the_same_table_may_stand_in_a_preset(material):
     options = ZeroShotOptions.model_validate({"labels_from": "label", "descriptors": {"a": ["x"], "b": []}})
     assert options.reduction == "score-mean"
     assert zero_shot(m, options).metrics["top1"] == 100.0
-    with pytest.raises(ValueError, match="control is read only where there are descriptors"):
-        ZeroShotOptions(labels_from="label", control="other-class")
+    with pytest.raises(ValueError, match="controls is read only where there are descriptors"):
+        ZeroShotOptions(labels_from="label", controls=("other-class",))

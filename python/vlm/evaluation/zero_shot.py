@@ -24,12 +24,13 @@ from vlm.evaluation.classes import (
     read_classes,
     true_classes,
 )
+from vlm.evaluation.controlled import MAIN, Figures, controlled, ratio
 from vlm.evaluation.material import Floats, Material, unit
 from vlm.evaluation.ranking import TIE, Integers, first_places
 from vlm.evaluation.result import Result, figures
 from vlm.evaluation.task import Fields, Task, as_fields
 from vlm.evaluation.thumbnail import thumbnails
-from vlm.runtime.descriptors import Control, Descriptors, controlled, described, descriptors_of, read_descriptors
+from vlm.runtime.descriptors import Control, Descriptors, controlled_table, described, descriptors_of, read_descriptors
 from vlm.runtime.embedder import Embedder
 from vlm.runtime.prompt import LearnedPrompt, prompt_of
 
@@ -62,8 +63,8 @@ class ZeroShotOptions(Task):
     descriptors: Descriptors | None = Field(
         None, description="class -> what can be seen of it, a table or a JSON file: one prompt each, as in `crow, which has black feathers`"
     )
-    control: Control | None = Field(
-        None, description="descriptors that say nothing: random-words, or those of another class; what they gain is no knowledge"
+    controls: tuple[Control, ...] = Field(
+        (), description="with descriptors, also measured: names (without any), random-words, other-class (those of another class)"
     )
     explain: int = Field(0, ge=0, description="with descriptors: best fitting ones of its answer that each example keeps")
     none_below: float | None = Field(
@@ -84,20 +85,20 @@ class ZeroShotOptions(Task):
     def _some_classes(self) -> ZeroShotOptions:
         if self.classes is None and self.labels_from is None:
             raise ValueError("zero-shot needs classes: a file (classes) or a data field (labels_from)")
-        self.read_only_where(self.descriptors is not None, "there are descriptors", "control", "explain")
+        self.read_only_where(self.descriptors is not None, "there are descriptors", "controls", "explain")
         return self
 
     @property
     def reduction(self) -> Reduce:
         return self.reduce or ("embedding-mean" if self.descriptors is None else "score-mean")
 
-    @property
-    def table(self) -> dict[str, tuple[str, ...]] | None:
-        """The descriptors, or what controls them. Raises DataError for a file that holds none."""
+    def tables(self, classes: Sequence[ClassEntry]) -> dict[str, dict[str, tuple[str, ...]] | None]:
+        """Descriptors of the classes by arm, the task's own under ''; None: names alone. Raises DataError for a class without any."""
         if self.descriptors is None:
-            return None
-        table = read_descriptors(self.descriptors)
-        return table if self.control is None else controlled(table, self.control, self.seed)
+            return {MAIN: None}
+        given = read_descriptors(self.descriptors)
+        table = {entry.label: descriptors_of(given, entry.label, entry.names) for entry in classes}
+        return {MAIN: table, **{name: controlled_table(table, name, self.seed) for name in self.controls}}
 
     def run(self, material: Material) -> Result:
         return zero_shot(material, self)
@@ -211,9 +212,14 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
     """
     assert material.images is not None
     classes, truth, source = classes_and_truth(material, options)
-    prompts, owner = prompts_of(classes, options.templates, learned=prompt_of(material.embedder), table=options.table)
-    rows = material.embed_texts(prompts)
-    found = classify(material.images, rows, owner, truth, options.reduction, material.embedder)
+    learned, arms = prompt_of(material.embedder), {}
+    for name, table in options.tables(classes).items():
+        texts, belongs = prompts_of(classes, options.templates, learned=learned, table=table)
+        shown = material.embed_texts(texts)
+        ranked = classify(material.images, shown, belongs, truth, options.reduction, material.embedder)
+        arms[name] = ranked.rank[truth >= 0]
+        if name == MAIN:
+            prompts, owner, rows, found = texts, belongs, shown, ranked
     inside = truth >= 0
     concepts = material.concepts()
     rank = found.rank[inside]
@@ -243,7 +249,9 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
     }
     if options.descriptors is not None:
         counts = np.bincount(owner, minlength=len(classes))
-        details["descriptors"] = {"texts": len(prompts), "fewest": int(counts.min()), "most": int(counts.max()), "control": options.control}
+        details["descriptors"] = {"texts": len(prompts), "fewest": int(counts.min()), "most": int(counts.max())}
+        for name, values in zip(("metrics", "intervals"), _beside_controls(arms, [c for c, kept in zip(concepts, inside) if kept], options)):
+            (metrics if name == "metrics" else intervals).update(values)
     if options.none_below is not None:
         extra = _refusals(found, truth, concepts, options)
         for part, values in zip((metrics, intervals), extra):
@@ -260,6 +268,18 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
         if options.examples
         else [],
     )
+
+
+def _beside_controls(
+    arms: Mapping[str, Integers], clusters: Sequence[Any], options: ZeroShotOptions
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(metrics, intervals) of each control, NAME/top1, and of what the descriptors gain over it, over_NAME/top1, paired."""
+    if len(arms) == 1:
+        return {}, {}
+    rows = {name: np.stack([rank <= 1, rank <= 5, np.ones_like(rank, bool)], axis=1).astype(float) for name, rank in arms.items()}
+    top = Figures(("top1", "top5"), lambda sums: ratio(sums[..., :2], sums[..., 2:]), (100.0, 100.0), ((2,), (2,)))
+    both = controlled(rows, top, clusters=clusters, resamples=options.resamples, seed=options.seed)
+    return tuple({name: v for name, v in tree.items() if isinstance(v, dict) and "lower" not in v} for tree in (both.metrics, both.intervals))  # type: ignore[return-value]
 
 
 def _refusals(

@@ -17,7 +17,8 @@ from vlm.runtime.prompt import plain_name
 
 Descriptors = dict[str, tuple[str, ...]] | str
 """Class -> descriptors, or the JSON file that holds such a table."""
-Control = Literal["random-words", "other-class"]
+Control = Literal["names", "random-words", "other-class"]
+"""What descriptors are compared with: names alone, as many random words, the descriptors of another class."""
 
 MAX_FILE = 64 * 2**20
 _EXPECTED = 'expected JSON: {"red fox": ["has a bushy tail", "pointed ears"], "crow": ["black feathers"]}'
@@ -85,12 +86,14 @@ def described(text: str, descriptors: Sequence[str]) -> list[str]:
     return [f"{text}, {phrase(one)}" for one in descriptors] or [text]
 
 
-def controlled(table: Mapping[str, tuple[str, ...]], control: Control, seed: int) -> dict[str, tuple[str, ...]]:
+def controlled_table(table: Mapping[str, tuple[str, ...]], control: Control, seed: int) -> dict[str, tuple[str, ...]]:
     """The table with descriptors that say nothing of their class; seed: of the draw.
 
-    random-words: as many a class and as many words each, drawn from the words of all descriptors. other-class: each class has
+    names: none at all. random-words: as many a class and as many words each, drawn from the words of all descriptors. other-class: each class has
     those of another one.
     """
+    if control == "names":
+        return dict.fromkeys(table, ())
     draw = random.Random(f"descriptors:{seed}")
     if control == "random-words":
         words = sorted({word for phrases in table.values() for one in phrases for word in one.split()})

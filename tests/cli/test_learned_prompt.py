@@ -103,8 +103,8 @@ def test_a_prompted_model_can_be_trained_on(capsys, run, tmp_path):
     again = ["finetune", "coop", "--model", str(run[0]), *words, "data.sampler=!delete"]
     assert main([*again, "--output", str(tmp_path / "refused")]) == 2
     assert "has learned a prompt already" in capsys.readouterr().err
-    on = [*again, "--output", str(tmp_path / "on"), "tuning.prompt=!delete", f'tuning.train=["{CONTEXT}"]', "data.source=scenes:?n=96&objects=1"]
-    assert main(on) == 0
+    on = ["tuning.prompt=!delete", f'tuning.train=["{CONTEXT}"]', "data.source=scenes:?n=96&objects=1"]
+    assert main([*again, "--output", str(tmp_path / "on"), *on]) == 0
     before, after = load_model(run[0]).state_dict(), load_model(tmp_path / "on").state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed <= {CONTEXT}

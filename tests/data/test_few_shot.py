@@ -1,5 +1,6 @@
 """A few samples of each class: exactly k, the same ones for every reader, more shots around fewer ones. Source: coop."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_a_class_that_has_fewer_gives_all_it_has():
 
 def test_more_shots_hold_the_fewer_ones_and_seeds_draw_others():
     drawn = [set(keys(open_split(options(k), "train", 4))) for k in (1, 2, 4, 8)]
-    assert all(one < two for one, two in zip(drawn, drawn[1:]))
+    assert all(one < two for one, two in itertools.pairwise(drawn))
     assert set(keys(open_split(options(8), "train", 5))) != drawn[-1]
     fixed = options(8, sampler={"seed": 4})
     assert set(keys(open_split(fixed, "train", 5))) == drawn[-1]
@@ -80,9 +81,9 @@ def test_an_epoch_has_every_shot_once_and_a_cursor_goes_on_exactly():
     one = loader(table, batch_size=8)
     batches = [next(one) for _ in range(9)]  # 24 samples: three batches an epoch
     for epoch in range(3):
-        names = [name for batch in batches[3 * epoch : 3 * epoch + 3] for name in batch.keys]
-        assert len(set(names)) == 24
-        assert Counter(label for batch in batches[3 * epoch : 3 * epoch + 3] for label in batch["label"].values.tolist()) == dict.fromkeys(range(8), 3)
+        own = batches[3 * epoch : 3 * epoch + 3]
+        assert len({name for batch in own for name in batch.keys}) == 24
+        assert Counter(label for batch in own for label in batch["label"].values.tolist()) == dict.fromkeys(range(8), 3)
     first = loader(table, batch_size=8)
     for _ in range(4):
         next(first)
@@ -100,7 +101,12 @@ def test_a_cursor_of_other_shots_is_refused():
 def test_ranks_share_the_same_shots():
     alone = loader(options(2), batch_size=4)
     wanted = [list(next(alone).keys) for _ in range(6)]
-    shared = Ranks(2).run(lambda rank: [list(next(one).keys) for one in [loader(options(2), batch_size=4, communicator=rank)] for _ in range(6)])
+
+    def read(communicator):
+        own = loader(options(2), batch_size=4, communicator=communicator)
+        return [list(next(own).keys) for _ in range(6)]
+
+    shared = Ranks(2).run(read)
     assert [sorted(a + b) for a, b in zip(*shared)] == [sorted(names) for names in wanted]
 
 

@@ -27,7 +27,7 @@ def scored(table, reduce, seed=0, images=40, width=6):
     texts, owner = prompts_of(entries, None, table=table)
     draw = np.random.default_rng(seed)
     pictures = unit(draw.normal(size=(images, width)))
-    directions = {text: row for text, row in zip(dict.fromkeys(texts), unit(draw.normal(size=(len(texts), width))))}
+    directions = dict(zip(dict.fromkeys(texts), unit(draw.normal(size=(len(texts), width)))))
     rows = np.stack([directions[text] for text in texts])
     return class_scores(pictures, rows, owner, reduce), pictures, rows, owner, texts
 

@@ -84,3 +84,11 @@ def test_dclip_trains_nothing_and_its_claim_compares_descriptors_with_names(mode
     assert claim.arms[0].values == claim.arms[1].values
     assert [claim.metric_of(arm.name) for arm in claim.arms] == ["described.top1", "described.names.top1"]
     assert [gate.metric for gate in claim.options.gates] == ["described.over_random-words.top1", "described.over_other-class.top1"]
+
+
+def test_coop_recomputed_activations_give_the_same_vectors(models, tmp_path):
+    trained = []
+    for name in ("false", "true"):
+        begin(tmp_path / name, "coop", models, *SHORT, f"train.recompute={name}").train()
+        trained.append(load_model(tmp_path / name).state_dict()[CONTEXT])
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-7)

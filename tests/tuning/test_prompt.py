@@ -19,7 +19,8 @@ from vlm.runtime.prompt import LearnedPrompt
 from vlm.training.assembly import choose_trainable
 from vlm.tuning import PromptOptions, TuningOptions, with_prompt
 from vlm.tuning.prompt import CONTEXT
-from vlm.types import Batch, Context as Moment, Labels, Pictures, Role, SingleProcess, TokenIds, Views, VocabularyLayout
+from vlm.types import Batch, Labels, Pictures, Role, SingleProcess, TokenIds, Views, VocabularyLayout
+from vlm.types import Context as Moment
 
 CLASSES = ["red circle", "blue_square", "star", "a long green ring"]
 HAND = "a photo of a {}."

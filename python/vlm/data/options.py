@@ -9,9 +9,16 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
 from vlm.data.streams.number_options import NumberStream, TokenWeights
-from vlm.data.streams.options import ClassTexts, ConversationStream, DiffusionNoise, MaskedPixels, StreamOptions, check_streams
-from vlm.runtime.templates import TEMPLATES
+from vlm.data.streams.options import (
+    ClassTexts,
+    ConversationStream,
+    DiffusionNoise,
+    MaskedPixels,
+    StreamOptions,
+    check_streams,
+)
 from vlm.runtime.pictures import PictureLimits
+from vlm.runtime.templates import TEMPLATES
 
 
 class Columns(Options):

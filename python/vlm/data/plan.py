@@ -22,11 +22,11 @@ from vlm.data.streams.numbers import Marked
 from vlm.data.streams.tables import stream_tables
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.chat import Template
+from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.prompt import LearnedPrompt
 from vlm.runtime.templates import TEMPLATES
-from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiling import Tiling
-from vlm.types.batch import Batch, Pictures
+from vlm.types.batch import Batch, Pictures, Stream
 from vlm.types.random import draw_key
 
 Preprocesses = Preprocess | Mapping[str, Preprocess] | None
@@ -145,10 +145,10 @@ class Plan:
         image = options.image
         self._varies = train and bool(reads.pictures) and (image.augment != "none" or image.flip)
         self._draws_captions = bool(specs[0]["texts"]) and options.captions.kind != "one"
-        self._shared = {
-            name: class_stream(name, table, classes, reads.tokenizer, options.text.length, reads.prompt)
-            for name, table in (options.class_texts if reads.tokenizer is not None else {}).items()
-        }
+        self._shared: dict[str, Stream] = {}
+        if reads.tokenizer is not None:
+            for name, texts in options.class_texts.items():
+                self._shared[name] = class_stream(name, texts, classes, reads.tokenizer, options.text.length, reads.prompt)
         self._drawn = [[*part.conversations, *(part.noises if reads.pictures else ())] for part in tables]
 
     def job(self, index: int, epoch: int) -> Job:

@@ -24,13 +24,21 @@ from vlm.evaluation.classes import (
     read_classes,
     true_classes,
 )
-from vlm.evaluation.controlled import MAIN, Figures, controlled, ratio
+from vlm.evaluation.controlled import MAIN, Controlled, Figures, controlled, ratio
 from vlm.evaluation.material import Floats, Material, unit
 from vlm.evaluation.ranking import TIE, Integers, first_places
 from vlm.evaluation.result import Result, figures
+from vlm.evaluation.table import OVER
 from vlm.evaluation.task import Fields, Task, as_fields
 from vlm.evaluation.thumbnail import thumbnails
-from vlm.runtime.descriptors import Control, Descriptors, controlled_table, described, descriptors_of, read_descriptors
+from vlm.runtime.descriptors import (
+    Control,
+    Descriptors,
+    controlled_table,
+    described,
+    descriptors_of,
+    read_descriptors,
+)
 from vlm.runtime.embedder import Embedder
 from vlm.runtime.prompt import LearnedPrompt, prompt_of
 
@@ -250,8 +258,9 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
     if options.descriptors is not None:
         counts = np.bincount(owner, minlength=len(classes))
         details["descriptors"] = {"texts": len(prompts), "fewest": int(counts.min()), "most": int(counts.max())}
-        for name, values in zip(("metrics", "intervals"), _beside_controls(arms, [c for c, kept in zip(concepts, inside) if kept], options)):
-            (metrics if name == "metrics" else intervals).update(values)
+        beside = _beside_controls(arms, [c for c, kept in zip(concepts, inside) if kept], options)
+        metrics |= beside.metrics
+        intervals |= beside.intervals
     if options.none_below is not None:
         extra = _refusals(found, truth, concepts, options)
         for part, values in zip((metrics, intervals), extra):
@@ -272,14 +281,15 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
 
 def _beside_controls(
     arms: Mapping[str, Integers], clusters: Sequence[Any], options: ZeroShotOptions
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """(metrics, intervals) of each control, NAME/top1, and of what the descriptors gain over it, over_NAME/top1, paired."""
-    if len(arms) == 1:
-        return {}, {}
+) -> Controlled:
+    """Figures of each control, NAME/top1, and what the descriptors gain over it, over_NAME/top1, paired. arms: place of the true
+    class of each sample, the descriptors' own under ''."""
     rows = {name: np.stack([rank <= 1, rank <= 5, np.ones_like(rank, bool)], axis=1).astype(float) for name, rank in arms.items()}
     top = Figures(("top1", "top5"), lambda sums: ratio(sums[..., :2], sums[..., 2:]), (100.0, 100.0), ((2,), (2,)))
     both = controlled(rows, top, clusters=clusters, resamples=options.resamples, seed=options.seed)
-    return tuple({name: v for name, v in tree.items() if isinstance(v, dict) and "lower" not in v} for tree in (both.metrics, both.intervals))  # type: ignore[return-value]
+    names = [head for name in arms if name != MAIN for head in (name, OVER + name)]
+    metrics, intervals = ({name: tree[name] for name in names} for tree in (both.metrics, both.intervals))
+    return Controlled(metrics, intervals, both.clusters)
 
 
 def _refusals(

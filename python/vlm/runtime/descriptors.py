@@ -22,9 +22,11 @@ Control = Literal["names", "random-words", "other-class"]
 
 MAX_FILE = 64 * 2**20
 _EXPECTED = 'expected JSON: {"red fox": ["has a bushy tail", "pointed ears"], "crow": ["black feathers"]}'
-_WHICH = frozenset("has have is are can may might could often usually typically sometimes lives looks".split())
-_IS = frozenset("a an used made found known covered".split())
-_ALONE = frozenset("which with without in on that".split())
+_WHICH = frozenset(
+    ["has", "have", "is", "are", "can", "may", "might", "could", "often", "usually", "typically", "sometimes", "lives", "looks"]
+)
+_IS = frozenset(["a", "an", "used", "made", "found", "known", "covered"])
+_ALONE = frozenset(["which", "with", "without", "in", "on", "that"])
 
 
 def read_descriptors(given: Mapping[str, Sequence[str]] | str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
@@ -51,7 +53,8 @@ def _table(path: Path) -> dict[str, Any]:
             raise DataError(f"larger than {MAX_FILE} bytes", where=str(path))
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot be read as JSON: {getattr(error, 'strerror', None) or error}", where=str(path), remedy=_EXPECTED) from error
+        said = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot be read as JSON: {said}", where=str(path), remedy=_EXPECTED) from error
     if not isinstance(value, dict):
         raise DataError(f"holds {type(value).__name__}", where=str(path), remedy=_EXPECTED)
     return value
@@ -89,8 +92,8 @@ def described(text: str, descriptors: Sequence[str]) -> list[str]:
 def controlled_table(table: Mapping[str, tuple[str, ...]], control: Control, seed: int) -> dict[str, tuple[str, ...]]:
     """The table with descriptors that say nothing of their class; seed: of the draw.
 
-    names: none at all. random-words: as many a class and as many words each, drawn from the words of all descriptors. other-class: each class has
-    those of another one.
+    names: none at all. random-words: as many a class and as many words each, drawn from the words of all descriptors.
+    other-class: each class has those of another one.
     """
     if control == "names":
         return dict.fromkeys(table, ())

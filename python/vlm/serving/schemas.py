@@ -70,7 +70,9 @@ class ClassifyRequest(_Strict):
     image: ImagePart | ImageUrl | str = Field(description="a data URI, or an image_url part")
     labels: list[str] = Field(min_length=1, max_length=MOST)
     template: str | None = Field(
-        default=None, max_length=1000, description="text of a label, {} stands for it; default: the prompt that the model has learned, else {}"
+        default=None,
+        max_length=1000,
+        description="text of a label, {} stands for it; default: the prompt that the model has learned, else {}",
     )
     user: str | None = None
 

@@ -92,7 +92,7 @@ def with_prompt(
     first = ids[0]
     assert first is not None
     if ids != list(range(first, first + len(ids))):
-        raise RequestError("the tokenizer knows some words of a prompt already", remedy="use the tokenizer of the model as it was published")
+        raise RequestError("the tokenizer knows some words of a prompt already", remedy="start from the model as it was before its prompt")
     shape = ContextOptions(
         length=learned.length, position=learned.position, ending=learned.ending, classes=learned.classes, first_id=first
     )

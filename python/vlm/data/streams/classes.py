@@ -42,11 +42,11 @@ def class_stream(
     """
     texts = class_texts(options, classes, prompt)
     rows = [(owner, slot, text) for owner, own in enumerate(texts) for slot, text in enumerate(own)]
-    for (_, _, text), ids in zip(rows, tokenizer.ids([text for _, _, text in rows])):
-        if len(ids) > length:
+    for (_, _, text), row in zip(rows, tokenizer.ids([text for _, _, text in rows])):
+        if len(row) > length:
             shown = text if len(text) <= 60 else f"...{text[-60:]}"
             raise RequestError(
-                f"the text of a class takes {len(ids)} of {length} tokens: {shown!r}",
+                f"the text of a class takes {len(row)} of {length} tokens: {shown!r}",
                 where=f"data.streams.{stream}",
                 remedy="shorten tuning.prompt.length, the template or the name",
             )

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, CLIPTokenizer
 
 from vlm.config.errors import RequestError
 from vlm.data.options import DataOptions
@@ -275,3 +277,37 @@ def test_a_batch_is_cut_with_its_class_texts_whole(tokenizer):
 def test_token_ids_of_class_texts_are_a_stream(tokenizer):
     made, longer = prompted(dual(tokenizer), tokenizer, length=2)
     assert isinstance(texts_of(made, longer), TokenIds)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A tokenizer of CLIP's own kind: lower case, words that end in </w>, eos as padding and the greatest id; its merges make two words."""
+    characters = list(ByteLevel.alphabet())
+    pieces = ["ph", "pho", "phot", "photo</w>", "of</w>"]
+    words = [*characters, *(f"{c}</w>" for c in characters), *pieces, "<|startoftext|>", "<|endoftext|>"]
+    merges = [("p", "h"), ("ph", "o"), ("pho", "t"), ("phot", "o</w>"), ("o", "f</w>")]
+    folder = tmp_path_factory.mktemp("published")
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges).save_pretrained(folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_coop_equals_the_hand_prompt_with_a_published_tokenizer(published, per_class, tmp_path):
+    model = dual(published, length=48, eos_id=published.eos_id)
+    made, longer = prompted(model, published, init={"kind": "text", "text": "a photo of a"}, per_class=per_class)
+    assert made.prompt.length == 4
+    assert longer.vocab_size == published.vocab_size + len(made.prompt.tokens)
+    with torch.no_grad():
+        assert torch.equal(embedded(made, texts_of(made, longer)), embedded(model, texts_of(model, published, HAND)))
+    longer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    said = [made.prompt.text("Star", CLASSES[2]), "A photo of a Star."]
+    assert again.ids(said) == longer.ids(said)
+    assert again.agrees(published)
+
+
+def test_coop_other_libraries_read_the_same_ids(tokenizer, tmp_path):
+    made, longer = prompted(dual(tokenizer), tokenizer, length=3, position="middle")
+    longer.save(tmp_path)
+    texts = [made.prompt.text("red circle"), "a photo of a star."]
+    assert AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"] == longer.ids(texts)

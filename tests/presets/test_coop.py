@@ -1,9 +1,13 @@
 """coop at the size of a test: the words around a name learn, and nothing else moves."""
 
+import json
+
+import pytest
 import torch
 
 from tests.presets.stand_ins import assembled, begin, quiet
 from tests.presets.test_claims import shrunk
+from vlm.config.errors import RequestError
 from vlm.models import load_model
 from vlm.training.preset import load_preset
 from vlm.tuning.prompt import CONTEXT
@@ -92,3 +96,29 @@ def test_coop_recomputed_activations_give_the_same_vectors(models, tmp_path):
         begin(tmp_path / name, "coop", models, *SHORT, f"train.recompute={name}").train()
         trained.append(load_model(tmp_path / name).state_dict()[CONTEXT])
     torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-7)
+
+
+def test_coop_pictures_that_a_cache_keeps_teach_the_same(models, tmp_path):
+    """The picture tower is frozen, so a picture is embedded once, whatever the epochs."""
+    kept = ["data.image.flip=false", "data.sampler.k=1"]
+    cached = [*kept, 'companions.eyes={source="model", cache=true}', "objectives.classification.by=eyes"]
+    trained, losses = [], []
+    for name, settings in (("plain", kept), ("cached", cached)):
+        begin(tmp_path / name, "coop", models, *SHORT, "train.steps=6", *settings).train()
+        trained.append(load_model(tmp_path / name).state_dict()[CONTEXT])
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
+    assert list((tmp_path / "cached" / "cache").rglob("*.safetensors"))
+    with pytest.raises(RequestError, match="draws another crop or side every time"):
+        begin(tmp_path / "flipped", "coop", models, *SHORT, *cached, "data.image.flip=true").train()
+
+
+def test_a_head_of_its_own_reads_kept_pictures(models, tmp_path):
+    kept = ['companions.eyes={source="model", cache=true}', "objectives.classification.by=eyes", "train.steps=2", "evaluation.tasks=[]"]
+    begin(tmp_path / "run", "linear-probe", models, *kept).train()
+    assert list((tmp_path / "run" / "cache").rglob("*.safetensors"))
+    with pytest.raises(RequestError, match=r"needs \[companions.nobody\]"):
+        begin(tmp_path / "other", "linear-probe", models, "objectives.classification.by=nobody", "train.steps=2").train()

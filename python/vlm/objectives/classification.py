@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm.config.options import Options
 from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
-from vlm.types import Batch, Context, Request, Terms, Views
+from vlm.types import Batch, Context, Outputs, Request, Terms, Views
 
 
 class CosineHead(Options):
@@ -42,6 +42,7 @@ class ClassificationOptions(ObjectiveOptions):
     kind: Literal["classification"] = "classification"
     name: str = "classification"
     stream: str = Field("image", description="stream whose embedding is classified")
+    by: str = Field("model", description="who embeds it: model, or a companion, whose embeddings a cache can keep from epoch to epoch")
     head: Literal["own", "model"] | CosineHead = Field(
         "own",
         description="own: a head of the objective, saved beside the model; model: the head of the model itself (model.classes); "
@@ -53,6 +54,7 @@ class ClassificationOptions(ObjectiveOptions):
     @model_validator(mode="after")
     def _own_head(self) -> ClassificationOptions:
         self.read_only_where(self.head == "own", 'head = "own"', "normalise")
+        self.read_only_where(self.head != "model", 'head = "own" or a cosine', "by")
         return self
 
     def build(self, context: BuildContext) -> Classification:
@@ -68,7 +70,10 @@ class ClassificationOptions(ObjectiveOptions):
             if unknown:
                 raise ValueError(f"the model has no class {unknown[0]!r} (model.classes: {', '.join(names) or 'none'})")
             return Classification(self, list(context.classes), 0, [names.index(name) for name in context.classes])
-        return Classification(self, list(context.classes), int(getattr(context.model.options, "embed_dim")))  # noqa: B009
+        if self.by != "model" and self.by not in context.companions:
+            raise ValueError(f"it needs [companions.{self.by}]")
+        seeing = context.model if self.by == "model" else context.companions[self.by]
+        return Classification(self, list(context.classes), int(getattr(seeing.options, "embed_dim")))  # noqa: B009
 
 
 class Classification(Objective):
@@ -87,10 +92,10 @@ class Classification(Objective):
             return
         if isinstance(options.head, CosineHead):
             self.count_of_classes = len(classes)
-            self.requires = tuple(Request.parse(f"model/{stream}.embedding") for stream in (options.stream, options.head.texts))
+            self.requires = tuple(map(Request.parse, (f"{options.by}/{options.stream}.embedding", f"model/{options.head.texts}.embedding")))
             return
         self.classes = classes
-        self.requires = (Request.parse(f"model/{options.stream}.embedding"),)
+        self.requires = (Request.parse(f"{options.by}/{options.stream}.embedding"),)
         self.head = nn.Linear(width, len(classes))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -99,13 +104,13 @@ class Classification(Objective):
         return batch["label"].mask.sum().double()
 
     def forward(self, views: Views, context: Context) -> Terms:
-        view, labels = views[f"model/{self.options.stream}"], context.batch["label"]
+        view, labels = views[f"{self.options.by}/{self.options.stream}"], context.batch["label"]
         known = labels.values.clamp(min=0)
         if self.options.head == "model":
             assert view.logits is not None
             logits, wanted = view.logits.float(), self.columns[known]
         elif isinstance(self.options.head, CosineHead):
-            logits, wanted = self._cosine_logits(views, self.options.head), known
+            logits, wanted = self._cosine_logits(view, views[f"model/{self.options.head.texts}"], self.options.head), known
         else:
             assert view.embedding is not None
             x = view.embedding.to(self.head.weight.dtype)
@@ -119,11 +124,10 @@ class Classification(Objective):
             scalars={"top1": 100 * hits.sum() / labels.mask.sum().clamp(min=1)},
         )
 
-    def _cosine_logits(self, views: Views, head: CosineHead) -> Tensor:
-        """[B, K]: scale * cosine. A bias of the model is the same for every class and left out."""
-        view, texts = views[f"model/{self.options.stream}"], views[f"model/{head.texts}"]
+    def _cosine_logits(self, view: Outputs, texts: Outputs, head: CosineHead) -> Tensor:
+        """[B, K]: the model's scale * cosine. Its bias is the same for every class and left out."""
         assert view.embedding is not None
         assert texts.embedding is not None
-        assert view.log_scale is not None
-        unit = [F.normalize(one.embedding.float(), dim=-1) for one in (view, texts) if one.embedding is not None]
-        return view.log_scale.exp() * head.cosines(unit[0], unit[1], texts.sample_index, self.count_of_classes)
+        assert texts.log_scale is not None
+        x, rows = (F.normalize(embedding.float(), dim=-1) for embedding in (view.embedding, texts.embedding))
+        return texts.log_scale.exp() * head.cosines(x, rows, texts.sample_index, self.count_of_classes)

@@ -9,6 +9,7 @@ from tests.presets.stand_ins import assembled, begin, quiet
 from tests.presets.test_claims import shrunk
 from vlm.config.errors import RequestError
 from vlm.models import load_model
+from vlm.schedules import rate_factor
 from vlm.training.preset import load_preset
 from vlm.tuning.prompt import CONTEXT
 from vlm.types import Role
@@ -73,6 +74,11 @@ def test_coop_and_its_schedule_are_the_published_ones():
     assert (preset.optimizer.kind, preset.optimizer.lr, preset.train.epochs, preset.train.batch_size) == ("sgd", 2e-3, 200, 32)
     assert preset.schedule.warmup_factor * preset.optimizer.lr == 1e-5
     assert preset.tuning.prompt.length == 16
+    run = {"total": 800, "batch_size": 32, "samples": 128}
+    rates = [preset.optimizer.lr * rate_factor(preset.schedule, step, **run) for step in (0, 3, 4, 402, 799)]
+    assert rates[:3] == pytest.approx([1e-5, 1e-5, 2e-3])  # one epoch is four updates
+    assert rates[3] == pytest.approx(1e-3)
+    assert 0 < rates[4] < 1e-7
 
 
 def test_dclip_trains_nothing_and_its_claim_compares_descriptors_with_names(models, tmp_path):

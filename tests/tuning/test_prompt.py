@@ -311,3 +311,16 @@ def test_coop_other_libraries_read_the_same_ids(tokenizer, tmp_path):
     longer.save(tmp_path)
     texts = [made.prompt.text("red circle"), "a photo of a star."]
     assert AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"] == longer.ids(texts)
+
+
+def test_the_loss_is_cross_entropy_over_samples_that_have_a_class(tokenizer):
+    made, longer = prompted(dual(tokenizer), tokenizer, length=2)
+    batch = batch_of(made, longer)
+    labels = batch["label"]
+    known = torch.tensor([True, True, False, True, True, False])
+    some = batch.with_streams({"label": Labels(torch.where(known, labels.values, -1), known, labels.sample_index)})
+    with torch.no_grad():
+        whole, logits = loss_of(made, batch)
+        torch.testing.assert_close(whole, F.cross_entropy(logits, labels.values))
+        part, _ = loss_of(made, some)
+        torch.testing.assert_close(part, F.cross_entropy(logits[known], labels.values[known]))

@@ -25,6 +25,7 @@ MODEL is a run, a model directory in Hugging Face layout, or an exported bundle.
 Examples:
   vlm evaluate runs/emoji --task retrieval --data 'data/emoji/val-*.tar'
   vlm evaluate runs/emoji --task zero-shot --labels-from category --template 'a drawing of a {}'
+  vlm evaluate runs/emoji --task zero-shot --labels-from category --descriptors seen.json --control names --control random-words
   vlm evaluate bundle --task zero-shot --data photos/ --classes names.txt --none-below 0.4 --json
   vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' --gate 'bits_per_character<=2.5'
   vlm evaluate runs/llava --task vqa --data 'scenes:?n=500&split=val' --control none --gate 'lower:over_none.exact>=1'
@@ -54,8 +55,15 @@ Examples:
     "--template",
     metavar="TEXT",
     multiple=True,
-    help="prompt with {} for the class name; several are averaged",
+    help="prompt with {} for the class name; several are averaged [default: the one that the model has learned, else {}]",
 )
+@click.option("--descriptors", metavar="FILE", help="zero-shot: JSON of class -> what can be seen of it, one prompt each")
+@click.option(
+    "--reduce",
+    type=click.Choice(("embedding-mean", "score-mean", "score-max")),
+    help="zero-shot: how a class's prompts become one score [default: embedding-mean, of descriptors score-mean]",
+)
+@click.option("--explain", type=click.IntRange(min=0), metavar="N", help="best fitting descriptors that each example keeps")
 @click.option(
     "--none-below",
     type=click.FloatRange(0, 1),
@@ -72,9 +80,10 @@ Examples:
 @click.option(
     "--control",
     "controls",
-    type=click.Choice(("shuffled", "none", "off")),
+    type=click.Choice(("shuffled", "none", "off", "names", "random-words", "other-class")),
     multiple=True,
-    help="also with another picture or without one; off: neither [default: shuffled and none for caption, vqa and grounding]",
+    help="also with another picture or without one; off: neither [default: shuffled and none for caption, vqa and grounding]; "
+    "of descriptors: names alone, random words, those of another class",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="longest answer in tokens [default: the task's]")
 @click.option("--limit", type=click.IntRange(min=1), help="evaluate a random draw of so many samples")
@@ -189,6 +198,9 @@ def _task(given: dict[str, Any]) -> Task:
         "labels_from": given["labels_from"] or None,
         "classes": given["classes"],
         "templates": given["template"] or None,
+        "descriptors": given["descriptors"],
+        "reduce": given["reduce"],
+        "explain": given["explain"],
         "none_below": given["none_below"],
         "train": given["train"],
         "prompt": given["prompt"],

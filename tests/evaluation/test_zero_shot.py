@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vlm.config.errors import DataError, RequestError
-from vlm.evaluation.classes import classes_of_values, plain_name, read_classes, true_classes
+from vlm.evaluation.classes import classes_of_values, read_classes, true_classes
 from vlm.evaluation.zero_shot import ZeroShotOptions, prompts_of, zero_shot
+from vlm.runtime.prompt import plain_name
 
 
 def options(**kwargs):

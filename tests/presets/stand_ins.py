@@ -53,6 +53,8 @@ def small(key, models, *overrides):
             given.append('model.tokens.pre=[{score={kind="attention-received", layer=-1}, select={kind="top-k", ratio=0.5}}]')
     if preset.data.text.captions is not None:  # a text tower as short as that above
         given.append("data.text.captions=16")
+    if preset.tuning.prompt is not None:  # as short as that text tower
+        given.append("tuning.prompt.length=4")
     given += [f"objectives.{o.name}.layer=2" for o in preset.objectives if o.kind == "sequence-align"]  # the last of two
     if preset.model is None and preset.start.model is None:  # one that is to be given a model
         given.append(f'start.model="{models["clip-tiny"]}"')

@@ -426,3 +426,21 @@ def test_a_vision_language_run_says_how_to_measure_it(tmp_path):
     assert "--task vqa --save" in text
     assert "--task cost" in text
     assert "vlm predict" not in text
+
+
+def test_dclip_what_speaks_for_an_answer_stands_below_it(tmp_path):
+    example = {
+        "direction": "zero-shot",
+        "key": "s:1",
+        "picture": PICTURE,
+        "truth": ["owl"],
+        "rank": 1,
+        "found": [{"text": "owl", "score": 0.5, "right": True}],
+        "why": [{"text": "owl, which has <round> eyes", "score": 0.61}],
+    }
+    plain = {name: value for name, value in example.items() if name != "why"}
+    for one, shown in ((example, True), (plain, False)):
+        run = make(tmp_path / str(shown), results=[{**zero_shot(), "examples": [one]}])
+        html = render(read_run(run))
+        assert ("owl, which has <round> eyes" in "".join(Page(html).text)) == shown
+        assert "<round>" not in html

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vlm.config.errors import DataError
 from vlm.data.endless import Loader
+from vlm.data.few_shot import few_shot
 from vlm.data.mixture import Mixture, open_filtered
 from vlm.data.options import DataOptions
 from vlm.data.packing import PackedLoader
@@ -16,6 +17,7 @@ from vlm.data.sample_loader import SampleLoader
 from vlm.data.sources.base import Source
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.chat import Template
+from vlm.runtime.prompt import LearnedPrompt
 from vlm.runtime.tiling import Tiling
 from vlm.types.communicator import Communicator, SingleProcess
 
@@ -37,6 +39,7 @@ def build_loader(
     tiling: Tiling | None = None,
     tiles_apart: bool = False,
     frames: int | None = None,
+    prompt: LearnedPrompt | None = None,
 ) -> Loader:
     """The loader of a `[data]` table: next(loader) is this rank's share of the next global batch.
 
@@ -49,13 +52,14 @@ def build_loader(
     where `data.text.template` does not say; else plain. tiling: how a picture becomes several rows, each of which takes
     `picture_positions` beside the text that announces it; None: it is one row. tiles_apart: tiles and that text take none,
     thumbnails alone do. frames: most pictures of a sample, for a model that reads them as a clip; None: it reads one.
+    prompt: that the model has learned or is to learn, which class texts are then written with.
     Raises DataError (exit code 3) when data are missing, and from next() when the budget of bad samples is spent.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
     communicator = communicator if communicator is not None else SingleProcess()
-    source = source if source is not None else open_split(options, split)
-    reads = Reads.of(tokenizer, preprocess, picture_positions, template, tiling, tiles_apart, frames)
+    source = source if source is not None else open_split(options, split, seed)
+    reads = Reads.of(tokenizer, preprocess, picture_positions, template, tiling, tiles_apart, frames, prompt)
     talks = [*options.conversations, *(name for part in options.mixture for name in options.of_part(part).conversations)]
     if options.packer is not None and talks:
         return PackedConversations(
@@ -96,10 +100,10 @@ def build_loader(
     )
 
 
-def open_split(options: DataOptions, split: str) -> Source:
-    """The source of `train` (a mixture where the table has one) or `val`, filtered by `where`.
+def open_split(options: DataOptions, split: str, seed: int = 0) -> Source:
+    """The source of `train` (a mixture where the table has one) or `val`, filtered by `where`; of `train`, what the sampler draws.
 
-    Raises DataError when the table names no `val`.
+    seed: of that draw, where the sampler has none of its own. Raises DataError when the table names no `val`.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, expected train or val")
@@ -108,4 +112,5 @@ def open_split(options: DataOptions, split: str) -> Source:
     uri = options.source if split == "train" else options.val
     if uri is None:
         raise DataError("no evaluation data", where="data.val", remedy="set data.val (or pass --val URI)")
-    return open_filtered(uri, options, train=split == "train")
+    source = open_filtered(uri, options, train=split == "train")
+    return few_shot(source, options, seed) if split == "train" and options.sampler is not None else source

@@ -32,13 +32,13 @@ _SHORTEST = 64
 """A block has at least so many places, so that sources do not simply alternate."""
 
 
-class FilteredSource:
-    """Some of the samples of a source: `kept`, indices in ascending order."""
+class PartOfSource:
+    """Some samples of a source, by their places, as a source of its own: same ids, same keys, same reader."""
 
-    def __init__(self, source: Source, kept: Sequence[int]) -> None:
+    def __init__(self, source: Source, places: np.ndarray) -> None:
         self.source, self.kind = source, source.kind
-        self._kept = np.asarray(kept, np.int64)
-        self.ids = source.ids[self._kept]
+        self._kept = places
+        self.ids = source.ids[places]
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -59,7 +59,7 @@ class FilteredSource:
         return {**self.source.describe(), "samples": len(self), "of": len(self.source)}
 
 
-def fitting(source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> FilteredSource:
+def fitting(source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> PartOfSource:
     """The samples that a table of patterns keeps. One that cannot be read is kept, so that it is counted."""
     reader = open_reader(source.spec(), options.limits)
     kept: list[int] = []
@@ -74,15 +74,15 @@ def fitting(source: Source, where: Mapping[str, str | Sequence[str]], options: D
     if not kept:
         asked = ", ".join(f"{name} = {patterns!r}" for name, patterns in where.items())
         raise DataError(f"none of the {len(source)} samples has {asked}", where="data.where", remedy="see `vlm data inspect`")
-    return FilteredSource(source, kept)
+    return PartOfSource(source, np.asarray(kept, np.int64))
 
 
-def without(source: Source, keys: Collection[str]) -> FilteredSource:
+def without(source: Source, keys: Collection[str]) -> PartOfSource:
     """The samples whose keys are not among these. Raises DataError when none is left."""
     kept = [index for index in range(len(source)) if source.key(index) not in keys]
     if not kept:
         raise DataError(f"all of the {len(source)} samples are excluded", where="data.exclude")
-    return FilteredSource(source, kept)
+    return PartOfSource(source, np.asarray(kept, np.int64))
 
 
 def excluded_keys(path: str) -> frozenset[str]:

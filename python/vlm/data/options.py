@@ -9,9 +9,16 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
 from vlm.data.streams.number_options import NumberStream, TokenWeights
-from vlm.data.streams.options import ConversationStream, DiffusionNoise, MaskedPixels, StreamOptions, check_streams
-from vlm.runtime.templates import TEMPLATES
+from vlm.data.streams.options import (
+    ClassTexts,
+    ConversationStream,
+    DiffusionNoise,
+    MaskedPixels,
+    StreamOptions,
+    check_streams,
+)
 from vlm.runtime.pictures import PictureLimits
+from vlm.runtime.templates import TEMPLATES
 
 
 class Columns(Options):
@@ -146,6 +153,17 @@ class ConcatPacker(Options):
 Packer = Annotated[DocumentPacker | ConcatPacker, Field(discriminator="kind")]
 
 
+class FewShot(Options):
+    """The same few samples of each class in every epoch; all of a class that has fewer. Source: coop."""
+
+    kind: Literal["few-shot"] = "few-shot"
+    k: int = Field(16, ge=1, le=1_000_000, description="samples of a class, of data.label; fewer shots are a part of more")
+    seed: int | None = Field(None, ge=0, description="of the draw; none: train.seed")
+
+
+Sampler = Annotated[FewShot, Field()]
+
+
 class BadSamples(Options):
     """What happens to a sample that cannot be used: it is counted and named, and past the budget the run stops."""
 
@@ -191,6 +209,7 @@ class DataOptions(Options):
     label: str | None = Field(
         None, description="field whose distinct values over the training data are the classes: stream label"
     )
+    sampler: Sampler | None = Field(None, description="which samples of the training data are learned from; none: all")
     image: ImageOptions = ImageOptions()
     text: TextOptions = TextOptions()
     captions: Captions = OneCaption()
@@ -212,6 +231,10 @@ class DataOptions(Options):
             raise ValueError("source and mixture are two ways to say the same; leave one out")
         if self.packer is not None and self.text.length != TextOptions().length:
             raise ValueError("text.length is not read beside a packer, which has its own: leave it out, and set packer.length")
+        if self.sampler is not None and (self.label is None or self.mixture):
+            raise ValueError("sampler: a few samples of each class want label, the field with a sample's class, and one source, no mixture")
+        if self.class_texts and self.label is None:
+            raise ValueError(f"streams.{next(iter(self.class_texts))}: texts of classes want label, the field with a sample's class")
         tables = [self, *(self.of_part(name) for name in self.mixture)]
         for table in tables:
             table.check_streams()
@@ -284,6 +307,10 @@ class DataOptions(Options):
     @property
     def weights(self) -> dict[str, TokenWeights]:
         return {name: s for name, s in self.streams.items() if isinstance(s, TokenWeights)}
+
+    @property
+    def class_texts(self) -> dict[str, ClassTexts]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, ClassTexts)}
 
     @property
     def columns_read(self) -> set[str]:

@@ -16,15 +16,17 @@ from vlm.data.masks import with_squares
 from vlm.data.mixture import part_of, parts_of
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
+from vlm.data.streams.classes import class_stream
 from vlm.data.streams.encode import ConversationEncoder, EncodedRow, encoded_or_reason
 from vlm.data.streams.numbers import Marked
 from vlm.data.streams.tables import stream_tables
 from vlm.data.tokenizer import Tokenizer
 from vlm.runtime.chat import Template
-from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.prompt import LearnedPrompt
+from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.tiling import Tiling
-from vlm.types.batch import Batch, Pictures
+from vlm.types.batch import Batch, Pictures, Stream
 from vlm.types.random import draw_key
 
 Preprocesses = Preprocess | Mapping[str, Preprocess] | None
@@ -41,7 +43,7 @@ def by_stream(preprocess: Preprocesses) -> dict[str, Preprocess]:
 class Reads:
     """What a model reads: its tokenizer, the preprocessing of each picture stream, positions of a row of pictures,
     template, how pictures are cut into such rows (None: a picture is one), whether tiles take no position, and how
-    many pictures of a sample it reads as a clip (None: a picture is read by itself)."""
+    many pictures of a sample it reads as a clip (None: a picture is read by itself), and the prompt that it has learned."""
 
     tokenizer: Tokenizer | None
     pictures: Mapping[str, Preprocess]
@@ -50,6 +52,7 @@ class Reads:
     tiling: Tiling | None = None
     tiles_apart: bool = False
     frames: int | None = None
+    prompt: LearnedPrompt | None = None
 
     @classmethod
     def of(
@@ -61,12 +64,13 @@ class Reads:
         tiling: Tiling | None = None,
         tiles_apart: bool = False,
         frames: int | None = None,
+        prompt: LearnedPrompt | None = None,
     ) -> Reads:
         pictures = by_stream(preprocess)
         wrong = sorted(name for name in pictures if name != "image" and not name.startswith("image."))
         if wrong or (pictures and "image" not in pictures):
             raise DataError(f"picture streams {', '.join(pictures)}: expected image, and image.NAME for further towers")
-        return cls(tokenizer, pictures, picture_positions, template, tiling if pictures else None, tiles_apart, frames)
+        return cls(tokenizer, pictures, picture_positions, template, tiling if pictures else None, tiles_apart, frames, prompt)
 
 
 class Plan:
@@ -141,6 +145,10 @@ class Plan:
         image = options.image
         self._varies = train and bool(reads.pictures) and (image.augment != "none" or image.flip)
         self._draws_captions = bool(specs[0]["texts"]) and options.captions.kind != "one"
+        self._shared: dict[str, Stream] = {}
+        if reads.tokenizer is not None:
+            for name, texts in options.class_texts.items():
+                self._shared[name] = class_stream(name, texts, classes, reads.tokenizer, options.text.length, reads.prompt)
         self._drawn = [[*part.conversations, *(part.noises if reads.pictures else ())] for part in tables]
 
     def job(self, index: int, epoch: int) -> Job:
@@ -169,6 +177,8 @@ class Plan:
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         batch = collate(rows, self.reads.tokenizer, self.shape)
+        if self._shared:
+            batch = replace(batch, shared={**batch.shared, **self._shared})
         hidden = {}
         for name, table in self._masks.items():
             pictures = batch[table.of]

@@ -169,10 +169,13 @@ class Tokenizer:
         value = self._config.get("model_max_length")
         return int(value) if isinstance(value, int | float) and 0 < value < 1_000_000 else None
 
-    def with_special(self, tokens: Sequence[str]) -> Tokenizer:
-        """A tokenizer that has these special tokens too: the missing ones get the next ids, all others keep theirs."""
+    def with_special(self, tokens: Sequence[str], *, strip: bool = False) -> Tokenizer:
+        """A tokenizer that has these special tokens too: the missing ones get the next ids, all others keep theirs.
+
+        strip: white space before such a token belongs to it.
+        """
         core = tokenizers.Tokenizer.from_str(self._core.to_str())
-        core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens])
+        core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False, lstrip=strip) for token in tokens])
         named = [_content(token) for token in self._config.get("additional_special_tokens") or ()]
         config = {**self._config}
         if more := [*named, *(token for token in dict.fromkeys(tokens) if token not in named)]:

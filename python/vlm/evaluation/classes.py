@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config.errors import DataError, RequestError
+from vlm.runtime.prompt import class_names
 
 MAX_FILE = 64 * 2**20
 MAX_CLASSES = 1_000_000
@@ -33,22 +34,9 @@ class ClassEntry:
     members: frozenset[str] = frozenset()
 
 
-def plain_name(label: str) -> str:
-    """`vehicles/fire_truck` -> `fire truck`: the last part of a path, with - and _ as spaces."""
-    last = [part for part in label.split("/") if part.strip()]
-    text = (last[-1] if last else label).replace("_", " ").replace("-", " ")
-    return " ".join(text.split()) or label
-
-
 def classes_of_values(values: Sequence[str]) -> list[ClassEntry]:
     """One class a distinct value, in order. Where two values share a plain name, both are named in full."""
-    distinct = sorted(set(values))
-    names = {value: plain_name(value) for value in distinct}
-    often = Counter(names.values())
-    for value, name in names.items():
-        if often[name] > 1:
-            names[value] = " ".join(value.replace("/", " ").replace("_", " ").split())
-    return [ClassEntry(value, (names[value],)) for value in distinct]
+    return [ClassEntry(value, (name,)) for value, name in class_names(sorted(set(values))).items()]
 
 
 def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:

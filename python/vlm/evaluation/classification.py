@@ -9,11 +9,12 @@ from pydantic import Field
 
 from vlm.config.errors import DataError
 from vlm.evaluation.bootstrap import bootstrap
-from vlm.evaluation.classes import LABEL_FIELDS, ClassEntry, label_of, labelled_field, plain_name
+from vlm.evaluation.classes import LABEL_FIELDS, ClassEntry, label_of, labelled_field
 from vlm.evaluation.material import Material
 from vlm.evaluation.result import Result, figures
 from vlm.evaluation.task import Fields, Needs, Task, as_fields
 from vlm.evaluation.zero_shot import confused_of, confusion_of, per_class_of
+from vlm.runtime.prompt import plain_name
 
 
 class ClassificationTaskOptions(Task):

@@ -61,6 +61,7 @@ class TorchEmbedder:
         self.bias = 0.0 if bias is None else float(bias.detach())
         self.form: Form = "softmax" if bias is None else "sigmoid"
         self.length: int = model.options.text.length  # type: ignore[attr-defined]
+        self.prompt = model.prompt
 
     def _embed(self, stream: Any) -> Floats:
         with evaluating(self.model) as device:

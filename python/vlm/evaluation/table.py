@@ -13,7 +13,7 @@ PERCENT = ("retrieval", "zero-shot", "linear-probe", "text-probe", "classificati
 COUNTS = frozenset({"mentions", "objects_named", "margin", "divergence"})
 """Figures of such tasks in a unit of their own: objects a caption, nats an answer, nats a token."""
 
-CONTROLS = ("shuffled", "none")
+CONTROLS = ("shuffled", "none", "names", "random-words", "other-class")
 OVER = "over_"
 """Before the name of a control: the figure less the control's."""
 

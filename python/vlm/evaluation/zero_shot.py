@@ -6,7 +6,7 @@ siglip (sigmoid scores), filip and dclip (mean or greatest score over prompts).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,12 +24,23 @@ from vlm.evaluation.classes import (
     read_classes,
     true_classes,
 )
+from vlm.evaluation.controlled import MAIN, Controlled, Figures, controlled, ratio
 from vlm.evaluation.material import Floats, Material, unit
 from vlm.evaluation.ranking import TIE, Integers, first_places
 from vlm.evaluation.result import Result, figures
+from vlm.evaluation.table import OVER
 from vlm.evaluation.task import Fields, Task, as_fields
 from vlm.evaluation.thumbnail import thumbnails
+from vlm.runtime.descriptors import (
+    Control,
+    Descriptors,
+    controlled_table,
+    described,
+    descriptors_of,
+    read_descriptors,
+)
 from vlm.runtime.embedder import Embedder
+from vlm.runtime.prompt import LearnedPrompt, prompt_of
 
 PLAIN = "{}"
 Reduce = Literal["embedding-mean", "score-mean", "score-max"]
@@ -49,18 +60,29 @@ class ZeroShotOptions(Task):
         None,
         description="data field that holds a sample's class, or several: the first one that the data has",
     )
-    templates: tuple[str, ...] = Field(
-        (PLAIN,), min_length=1, description='prompts, for example "a photo of a {}."'
+    templates: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description='prompts, for example "a photo of a {}."; default: the one that the model has learned, else the name alone',
     )
-    reduce: Reduce = Field("embedding-mean", description="how a class's prompts become one score")
+    reduce: Reduce | None = Field(
+        None, description="how a class's prompts become one score; default: embedding-mean, of descriptors score-mean"
+    )
+    descriptors: Descriptors | None = Field(
+        None, description="class -> what can be seen of it, a table or a JSON file: one prompt each, as in `crow, which has black feathers`"
+    )
+    controls: tuple[Control, ...] = Field(
+        (), description="with descriptors, also measured: names (without any), random-words, other-class (those of another class)"
+    )
+    explain: int = Field(0, ge=0, description="with descriptors: best fitting ones of its answer that each example keeps")
     none_below: float | None = Field(
         None, ge=0, le=1, description='below this probability the answer is "none of these"'
     )
 
     @field_validator("templates")
     @classmethod
-    def _one_place(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for template in value:
+    def _one_place(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for template in value or ():
             if template.count("{}") != 1:
                 raise ValueError(
                     f"template {template!r} must hold {{}} exactly once, where the class name goes"
@@ -71,20 +93,46 @@ class ZeroShotOptions(Task):
     def _some_classes(self) -> ZeroShotOptions:
         if self.classes is None and self.labels_from is None:
             raise ValueError("zero-shot needs classes: a file (classes) or a data field (labels_from)")
+        self.read_only_where(self.descriptors is not None, "there are descriptors", "controls", "explain")
         return self
+
+    @property
+    def reduction(self) -> Reduce:
+        return self.reduce or ("embedding-mean" if self.descriptors is None else "score-mean")
+
+    def tables(self, classes: Sequence[ClassEntry]) -> dict[str, dict[str, tuple[str, ...]] | None]:
+        """Descriptors of the classes by arm, the task's own under ''; None: names alone. Raises DataError for a class without any."""
+        if self.descriptors is None:
+            return {MAIN: None}
+        given = read_descriptors(self.descriptors)
+        table = {entry.label: descriptors_of(given, entry.label, entry.names) for entry in classes}
+        return {MAIN: table, **{name: controlled_table(table, name, self.seed) for name in self.controls}}
 
     def run(self, material: Material) -> Result:
         return zero_shot(material, self)
 
 
-def prompts_of(classes: Sequence[ClassEntry], templates: Sequence[str]) -> tuple[list[str], Integers]:
-    """Every class's prompts, templates x names, and the class of each [P]."""
+def prompts_of(
+    classes: Sequence[ClassEntry],
+    templates: Sequence[str] | None,
+    *,
+    learned: LearnedPrompt | None = None,
+    table: Mapping[str, tuple[str, ...]] | None = None,
+) -> tuple[list[str], Integers]:
+    """Every class's prompts, templates x names x descriptors, and the class of each [P].
+
+    learned: the model's own prompt, where there are no templates. table: descriptors. Raises DataError for a class without an
+    entry there, RequestError for one that a prompt of each class does not have.
+    """
     prompts, owner = [], []
     for number, entry in enumerate(classes):
-        for template in entry.templates or templates:
+        own = entry.templates or templates
+        for template in own or (PLAIN,):
             for name in entry.names:
-                prompts.append(template.replace("{}", name, 1))
-                owner.append(number)
+                text = learned.text(name, entry.label) if not own and learned is not None else template.replace("{}", name, 1)
+                texts = [text] if table is None else described(text, descriptors_of(table, entry.label, entry.names))
+                prompts += texts
+                owner += [number] * len(texts)
     return prompts, np.array(owner, dtype=np.int64)
 
 
@@ -98,6 +146,17 @@ def class_scores(images: Floats, prompts: Floats, owner: Integers, reduce: Reduc
     if reduce == "score-mean":
         return np.add.reduceat(scores, starts, axis=1) / counts
     return np.maximum.reduceat(scores, starts, axis=1)
+
+
+def explained(
+    image: Floats, prompts: Floats, owner: Integers, texts: Sequence[str], chosen: int, count: int | None = None
+) -> list[dict[str, Any]]:
+    """The prompts of one class with their cosine to a picture [E], best first: what speaks for it. With `score-mean` the mean of
+    all of them is the class's score."""
+    own = np.flatnonzero(owner == chosen)
+    cosines = prompts[own] @ image
+    order = np.argsort(-cosines, kind="stable")[:count].tolist()
+    return [{"text": texts[own[i]], "score": float(cosines[i])} for i in order]
 
 
 @dataclass(frozen=True)
@@ -161,9 +220,14 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
     """
     assert material.images is not None
     classes, truth, source = classes_and_truth(material, options)
-    prompts, owner = prompts_of(classes, options.templates)
-    rows = material.embed_texts(prompts)
-    found = classify(material.images, rows, owner, truth, options.reduce, material.embedder)
+    learned, arms = prompt_of(material.embedder), {}
+    for name, table in options.tables(classes).items():
+        texts, belongs = prompts_of(classes, options.templates, learned=learned, table=table)
+        shown = material.embed_texts(texts)
+        ranked = classify(material.images, shown, belongs, truth, options.reduction, material.embedder)
+        arms[name] = ranked.rank[truth >= 0]
+        if name == MAIN:
+            prompts, owner, rows, found = texts, belongs, shown, ranked
     inside = truth >= 0
     concepts = material.concepts()
     rank = found.rank[inside]
@@ -191,6 +255,12 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
         "confused": confused_of(classes, truth, found.answer),
         "confusion": confusion_of(classes, truth, found.answer),
     }
+    if options.descriptors is not None:
+        counts = np.bincount(owner, minlength=len(classes))
+        details["descriptors"] = {"texts": len(prompts), "fewest": int(counts.min()), "most": int(counts.max())}
+        beside = _beside_controls(arms, [c for c, kept in zip(concepts, inside) if kept], options)
+        metrics |= beside.metrics
+        intervals |= beside.intervals
     if options.none_below is not None:
         extra = _refusals(found, truth, concepts, options)
         for part, values in zip((metrics, intervals), extra):
@@ -203,10 +273,23 @@ def zero_shot(material: Material, options: ZeroShotOptions) -> Result:
         intervals=intervals,
         chance=chance,
         details=details,
-        examples=_examples(material, classes, truth, found, (rows, owner), options)
+        examples=_examples(material, classes, truth, found, (rows, owner), prompts, options)
         if options.examples
         else [],
     )
+
+
+def _beside_controls(
+    arms: Mapping[str, Integers], clusters: Sequence[Any], options: ZeroShotOptions
+) -> Controlled:
+    """Figures of each control, NAME/top1, and what the descriptors gain over it, over_NAME/top1, paired. arms: place of the true
+    class of each sample, the descriptors' own under ''."""
+    rows = {name: np.stack([rank <= 1, rank <= 5, np.ones_like(rank, bool)], axis=1).astype(float) for name, rank in arms.items()}
+    top = Figures(("top1", "top5"), lambda sums: ratio(sums[..., :2], sums[..., 2:]), (100.0, 100.0), ((2,), (2,)))
+    both = controlled(rows, top, clusters=clusters, resamples=options.resamples, seed=options.seed)
+    names = [head for name in arms if name != MAIN for head in (name, OVER + name)]
+    metrics, intervals = ({name: tree[name] for name in names} for tree in (both.metrics, both.intervals))
+    return Controlled(metrics, intervals, both.clusters)
 
 
 def _refusals(
@@ -289,13 +372,14 @@ def _examples(
     truth: Integers,
     found: Classified,
     prompts: tuple[Floats, Integers],
+    texts: Sequence[str],
     options: ZeroShotOptions,
 ) -> list[dict[str, Any]]:
     """The first samples of a seeded shuffle, whatever their outcome, with the classes they lie nearest to."""
     assert material.images is not None
     chosen = np.random.default_rng([options.seed, 2]).permutation(len(material))[: options.examples].tolist()
     small = thumbnails(material.pictures(chosen))
-    scores = class_scores(material.images[chosen], *prompts, options.reduce)
+    scores = class_scores(material.images[chosen], *prompts, options.reduction)
     best = first_places(scores, _SHOWN)
     out = []
     for row, i in enumerate(chosen):
@@ -314,4 +398,6 @@ def _examples(
                 "found": answers,
             }
         )
+        if options.explain:
+            out[-1]["why"] = explained(material.images[i], *prompts, texts, int(best[row, 0]), options.explain)
     return out

@@ -205,6 +205,8 @@ def _describe_dual(source: Source, preprocess: Preprocess) -> dict[str, Any]:
     with torch.no_grad():
         width = int(vision.module(*vision.inputs.values()).shape[-1])
         log_scale, bias = source.model.temperature()
+    learned = source.model.prompt
+    prompt = {} if learned is None else {"prompt": learned.to_json()}
     return {
         "embedding": {
             "width": width,
@@ -213,7 +215,7 @@ def _describe_dual(source: Source, preprocess: Preprocess) -> dict[str, Any]:
             "form": "softmax" if bias is None else "sigmoid",
         },
         "picture": {"size": preprocess.size, "resize": preprocess.resize, "interpolation": preprocess.interpolation},
-        "text": _describe_text(source) | {"fixed_length": 1 not in text.dynamic.get("input_ids", {})},
+        "text": _describe_text(source) | {"fixed_length": 1 not in text.dynamic.get("input_ids", {})} | prompt,
     }
 
 
@@ -241,6 +243,9 @@ def _check_dual(source: Source, preprocess: Preprocess, folder: Path) -> list[Ch
     ours, theirs = bundle.encode_image(drawn), _torch_images(source, preprocess, drawn)
     checks += [compare("picture", f"{p.width} x {p.height}", a[None], b[None]) for p, a, b in zip(drawn, ours, theirs)]
     texts = [*GOLDEN_TEXTS, "", "a very long text " * 200, "Grüße, 你好 🙂"]
+    learned = source.model.prompt
+    texts += [learned.text("red circle")] if learned is not None and not learned.classes else []
+    texts += [learned.text(label, label) for label in learned.classes[:2]] if learned is not None else []
     _check_ids(source, bundle.tokenizer.rows(texts), texts, bundle.tokenizer.length)
     wanted = _torch_texts(source, texts)
     checks += [compare("text", repr(t[:40]), a[None], b[None]) for t, a, b in zip(texts, bundle.encode_text(texts), wanted)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlm.config.errors import CheckpointError, RequestError
 from vlm.config.options import Options
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.prompt import LearnedPrompt
 from vlm.runtime.tiling import Tiling
 from vlm.types import Batch, Outputs, VocabularyLayout
 from vlm.types.export import ExportPart
@@ -115,6 +116,11 @@ class Model(nn.Module):
     def tiles_apart(self) -> bool:
         """Whether tiles and their tags have no position in a row of text, so that thumbnails alone have."""
         return False
+
+    @property
+    def prompt(self) -> LearnedPrompt | None:
+        """The prompt that it has learned for class names; None for a model without one."""
+        return None
 
     def export_parts(self) -> dict[str, ExportPart]:
         """The graphs that a bundle of this model has."""

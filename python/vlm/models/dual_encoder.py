@@ -19,6 +19,7 @@ from vlm.models.towers import TextTowerOptions, TextTransformer
 from vlm.models.video import VideoTower
 from vlm.models.vision_towers import VisionTowerOptions, build_tower
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.prompt import LearnedPrompt
 from vlm.types import Batch, Outputs, Pictures, TokenIds, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted, layers_of
@@ -129,6 +130,11 @@ class DualEncoder(Model):
     @property
     def frames(self) -> int | None:
         return self.vision.video.frames if isinstance(self.vision, VideoTower) else None
+
+    @property
+    def prompt(self) -> LearnedPrompt | None:
+        shape = self.options.text.prompt
+        return None if shape is None else shape.learned
 
     def _pictures(self, stream: Pictures, fields: frozenset[str]) -> Outputs:
         if isinstance(self.vision, VideoTower):

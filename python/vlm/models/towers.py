@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlm.config.options import Options
 from vlm.layers import Activation, Attention, FeedForward, Trunk, TrunkOptions
+from vlm.models.context import Context, ContextOptions
 from vlm.models.merging import Merged, run_merging
 from vlm.tokens import MergePlan, TowerMergeOptions
 
@@ -91,6 +92,7 @@ class TextOptions(TowerOptions):
     pool: Literal["eos", "last", "mean", "cls"] = Field("eos", description="how tokens become one vector")
     projection_bias: bool = Field(False, description="bias in the projection to the embedding")
     eos_id: int | None = Field(None, description="id at which pool = eos reads; default: the tokenizer's")
+    prompt: ContextOptions | None = Field(None, description="learned vectors at its input; written by tuning.prompt")
 
 
 TextTowerOptions = Annotated[TextOptions, Field()]
@@ -196,6 +198,7 @@ class TextTransformer(nn.Module):
             raise ValueError('pool = "eos" needs eos_id, from the preset or the tokenizer')
         self.options = options
         self.tokens = nn.Embedding(options.vocab_size, options.width)
+        self.prompt = None if options.prompt is None else Context(options.prompt, options.width, options.eos_id)
         self.position = nn.Parameter(torch.randn(options.length, options.width) * 0.01)
         self.trunk = Trunk(options.trunk())
         self.post_norm = nn.LayerNorm(options.width, eps=options.norm_eps)
@@ -208,13 +211,19 @@ class TextTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """ids [B, T], mask [B, T] or None -> (tokens after the final norm [B, T, C], pooled [B, C], hidden)."""
         options = self.options
-        x = self.tokens(ids) + self.position[: ids.shape[1]]
+        x = self.embedded(ids) + self.position[: ids.shape[1]]
         causal = options.attention == "causal"
         # Right padding is invisible to a causal tower up to the token it pools at, so no mask is needed there.
         key_mask = mask if (not causal and options.mask_padding) else None
         x, hidden = self.trunk(x, causal=causal, key_mask=key_mask, collect=collect)
         x = self.post_norm(x)
-        return x, self.pooled(x, ids, mask), hidden
+        return x, self.pooled(x, ids if self.prompt is None else self.prompt.without(ids), mask), hidden
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, C], before positions are added: the vectors of ids, and of a learned prompt where it stands."""
+        if self.prompt is None:
+            return self.tokens(ids)
+        return self.prompt(self.tokens(self.prompt.without(ids)), ids)
 
     def pooled(self, x: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
         """One vector a row, [B, C]."""

@@ -152,10 +152,11 @@ def _pictures_to_texts(example: Stored) -> str:
             f"<span class=words>{tick}{escape(str(hit['text']))}</span><small>{score:.2f}</small></li>"
         )
     truth = " / ".join(str(t) for t in example.get("truth") or ()) or "none of the classes"
+    why = "".join(f"<li>{escape(str(one['text']))} <small>{float(one['score']):.2f}</small></li>" for one in example.get("why") or ())
     return (
         f'<article class="example sideways">{_picture(example.get("picture"), truth)}<div>'
         f"<header><span>{escape(truth)}</span>{_place(int(example['rank']))}</header>"
-        f'<ol class="answers">{"".join(rows)}</ol></div></article>'
+        f'<ol class="answers">{"".join(rows)}</ol>{f"<p>what speaks for it</p><ul>{why}</ul>" if why else ""}</div></article>'
     )
 
 

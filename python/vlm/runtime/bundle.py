@@ -17,6 +17,7 @@ from vlm.runtime.embedder import Form, Picture, normalise, scores
 from vlm.runtime.language import LanguageBundle
 from vlm.runtime.manifest import MANIFEST, Manifest, golden_of, inside, read_manifest, verify_files
 from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb
+from vlm.runtime.prompt import LearnedPrompt
 from vlm.runtime.session import CPU, open_graph
 from vlm.runtime.tokens import BundleTokenizer
 from vlm.runtime.vision import VisionBundle
@@ -44,6 +45,7 @@ class Bundle:
             length=manifest.count("text", "length", where),
             fixed=manifest.require("text", "fixed_length", bool, where),
         )
+        self.prompt = LearnedPrompt.from_json((manifest.data.get("text") or {}).get("prompt"), where)
         self._sessions = {
             name: open_graph(directory, manifest, name, threads, providers if name != "preprocess" else (CPU,))
             for name in ("preprocess", "vision", "text")

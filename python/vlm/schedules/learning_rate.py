@@ -1,4 +1,4 @@
-"""Learning-rate schedules as a factor of the base rate. Sources: clip, cpt-simple."""
+"""Learning-rate schedules as a factor of the base rate. Sources: clip, cpt-simple, coop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from vlm.schedules.duration import Duration, in_steps
 
 
 class LearningRateOptions(Options):
-    """Warm-up from 0, then a shape down to a floor."""
+    """Warm-up from 0 or at a constant rate, then a shape down to a floor."""
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Duration = Field("5%", description="linear rise from 0: steps, share, epochs or samples")
+    warmup_factor: float | None = Field(
+        None, ge=0, le=1, description="share of the base rate that the whole warm-up has; none: it rises from 0"
+    )
     floor: float = Field(0.0, ge=0, le=1, description="final rate as a share of the base rate")
 
     @model_validator(mode="after")
@@ -28,7 +31,7 @@ def rate_factor(options: LearningRateOptions, step: int, total: int, *, batch_si
     """Factor for update `step` (0-based) of `total`. The first update of a warm-up has 1 / warm-up."""
     warmup = in_steps(options.warmup, total=total, batch_size=batch_size, samples=samples)
     if step < warmup:
-        return (step + 1) / warmup
+        return (step + 1) / warmup if options.warmup_factor is None else options.warmup_factor
     if options.kind == "constant":
         return 1.0
     done = (step - warmup) / max(1, total - warmup)

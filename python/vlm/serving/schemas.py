@@ -76,7 +76,11 @@ class ClassifyRequest(Body):
     model: str | None = None
     image: ImagePart | ImageUrl | str = Field(description="a data URI, or an image_url part")
     labels: list[str] = Field(min_length=1, max_length=MOST)
-    template: str = Field(default="{}", max_length=1000, description="text of a label, {} stands for it")
+    template: str | None = Field(
+        default=None,
+        max_length=1000,
+        description="text of a label, {} stands for it; default: the prompt that the model has learned, else {}",
+    )
     user: str | None = None
 
 

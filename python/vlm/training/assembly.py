@@ -12,23 +12,24 @@ from vlm.models import Model
 from vlm.objectives import BuildContext
 from vlm.training.preset import Stage
 from vlm.tuning import TuningOptions, plain_name, trainable
+from vlm.tuning.prompt import CONTEXT
 
 OBJECTIVES = "objectives."
 """How the names of objectives' parameters begin in patterns."""
 
 
 def choose_trainable(model: Model, tuning: TuningOptions) -> None:
-    """requires_grad by the patterns; with LoRA only adapters that `freeze` spares (and what `train` names besides) learn."""
+    """requires_grad by the patterns; with LoRA or a learned prompt only what these add and `freeze` spares (and what `train`
+    names besides) learns."""
     plain = {name: plain_name(name) for name, _ in model.named_parameters()}
     freeze = [pattern for pattern in tuning.freeze if not pattern.startswith(OBJECTIVES)]
     chosen = set(trainable([n for n in plain.values() if ".lora_" not in n], tuning.train, freeze))
+    adds = tuning.lora is not None or tuning.prompt is not None
+    named = set() if adds and tuning.train == ("*",) else chosen
     for name, parameter in model.named_parameters():
-        if tuning.lora is None:
-            parameter.requires_grad_(plain[name] in chosen)
-        else:
-            everything = tuning.train == ("*",)
-            adapter = ".lora_" in name and not any(fnmatchcase(name, pattern) for pattern in freeze)
-            parameter.requires_grad_(adapter or (not everything and plain[name] in chosen))
+        added = ".lora_" in name or (tuning.prompt is not None and name == CONTEXT)
+        spared = added and not any(fnmatchcase(name, pattern) for pattern in freeze)
+        parameter.requires_grad_(spared or plain[name] in named)
 
 
 def freeze_objectives(objectives: nn.ModuleDict, tuning: TuningOptions) -> None:

@@ -199,6 +199,7 @@ class Preset(StageSettings):
 
 ONCE = (
     "model", "start", "tokenizer", "scale.processes", "scale.threads", "train.keep", "train.tensorboard",
+    "tuning.prompt",
 )
 """What all stages of a run share: the model goes on from stage to stage, in the same processes, logs and checkpoints."""
 

@@ -51,6 +51,7 @@ def loader_of(
         tiles_apart=model.tiles_apart,
         frames=model.frames,
         template=template_of(model, data),
+        prompt=model.prompt,
         quarantine=quarantine if communicator.rank == 0 else None,
     )
 

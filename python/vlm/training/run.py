@@ -207,7 +207,7 @@ class Run:
             self._check_evaluations(model, cursor.stage)
         choose_trainable(model, tuning)
         model.set_recompute(stage.train.recompute)
-        source = open_split(stage.data, "train")
+        source = open_split(stage.data, "train", seed)
         address = ", ".join(stage.data.mixture) or stage.data.source
         self.note(f"data: {address} is {source.kind}, {len(source)} samples")
         loader = self._loader(stage, model, source)

@@ -9,12 +9,14 @@ import torch
 
 from vlm.config.errors import RequestError, VlmError
 from vlm.data.loader import open_split
+from vlm.data.texts import field_values
 from vlm.data.tokenizer import Tokenizer
 from vlm.data.tokenizer_options import build_tokenizer
 from vlm.models import Model, load_model
 from vlm.models.directory import find_model_directory
 from vlm.training.directory import Note, RunDirectory
 from vlm.training.preset import Stage
+from vlm.tuning import with_prompt
 from vlm.types import Communicator, VocabularyLayout
 from vlm.types.random import draw_key
 
@@ -35,7 +37,7 @@ class Start:
         own = self.directory.architecture
         if not (own / "vlm.json").is_file():
             if self.communicator.rank == 0:
-                tokenizer, model = self._design(stage)
+                tokenizer, model = self._prompted(stage, *self._design(stage))
                 self.directory.write_architecture(model, tokenizer, model.preprocess())
             self.communicator.barrier()
         return Tokenizer.load(own) if (own / "tokenizer.json").is_file() else None
@@ -50,6 +52,8 @@ class Start:
         parts = self._parts(stage, weights=True)
         if stage.start.model is not None:
             model = load_model(stage.start.model, changes=stage.start.settings)
+            # The tokenizer has the prompt's tokens already, and with them nothing that the prompt begins with is other.
+            model = self._prompted(stage, tokenizer, model)[1]
         else:
             options = self._options(stage, parts)
             torch.manual_seed(draw_key(stage.train.seed, "init"))
@@ -58,6 +62,21 @@ class Start:
             with _named(stage, name):
                 model.take_part(name, source)
         return model
+
+    def _prompted(self, stage: Stage, tokenizer: Tokenizer | None, model: Model) -> tuple[Tokenizer | None, Model]:
+        """Tokenizer and model with a learned prompt, where the stage has one, begun anew. Raises RequestError where none can be."""
+        options = stage.tuning.prompt
+        if options is None:
+            return tokenizer, model
+        if stage.start.model is None or tokenizer is None:
+            raise RequestError("tuning.prompt learns the words of a trained dual encoder", remedy="give --model DIR, or set start.model")
+        classes: list[str] = []
+        if options.per_class:
+            if stage.data.label is None:
+                raise RequestError("tuning.prompt.per_class: whose vectors?", remedy="set data.label, the field with a sample's class")
+            classes = field_values(open_split(stage.data, "train", stage.train.seed), stage.data, stage.data.label)
+        prompted, longer = with_prompt(model, tokenizer, options, classes, seed=draw_key(stage.train.seed, "prompt"))
+        return longer, prompted
 
     def _design(self, stage: Stage) -> tuple[Tokenizer | None, Model]:
         """Tokenizer and architecture, from the model to start from or from the preset and the parts that it names."""

@@ -16,6 +16,7 @@ from vlm.tuning.lora import (
     merged_state,
     plain_name,
 )
+from vlm.tuning.prompt import PromptOptions, with_prompt
 
 
 class TuningOptions(Options):
@@ -25,10 +26,12 @@ class TuningOptions(Options):
     freeze: tuple[str, ...] = Field((), description="parameters taken out of `train` again")
     rates: tuple[RatePattern, ...] = Field((), description="learning-rate factors by pattern, the last match counts")
     lora: LoraOptions | None = Field(None, description="low-rank adapters; all other weights of their modules are frozen")
+    prompt: PromptOptions | None = Field(None, description="a learned prompt at the text input; all other weights are frozen")
 
 
 __all__ = [
     "LoraOptions",
+    "PromptOptions",
     "RatePattern",
     "TuningOptions",
     "adapters_off",
@@ -39,4 +42,5 @@ __all__ = [
     "merged_state",
     "plain_name",
     "trainable",
+    "with_prompt",
 ]

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
 from vlm.data.streams.number_options import NumberStream, TokenWeights
+from vlm.runtime.descriptors import Descriptors
 
 
 class Literally(Options):
@@ -167,17 +168,47 @@ class MaskedPixels(Options):
     ratio: float = Field(0.6, gt=0, le=1, description="share of the squares that is hidden, rounded up")
 
 
+class ClassTexts(Options):
+    """A text or several of every class of `data.label`: rows that belong to the run and not to a sample. Sources: coop, dclip.
+
+    `sample_index` of a row is its class, `slot` which of the class's texts it is.
+    """
+
+    kind: Literal["classes"] = "classes"
+    template: str | None = Field(
+        None, description="text of a class, {} stands for its name; default: the prompt that the model learns, else the name"
+    )
+    descriptors: Descriptors | None = Field(
+        None, description="class -> what can be seen of it, a table or a JSON file: one text each, in place of the name alone"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ClassTexts:
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ValueError(f"template {self.template!r} must hold {{}} exactly once, where the class name goes")
+        return self
+
+
 StreamOptions = Annotated[
     ConversationStream
     | DiffusionNoise
     | MaskedPixels
     | NumberStream
-    | TokenWeights,
+    | TokenWeights
+    | ClassTexts,
     Field(discriminator="kind"),
 ]
 
 
-def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | MaskedPixels | NumberStream | TokenWeights]) -> None:
+def _plainly(stream: ConversationStream | NumberStream | TokenWeights | ClassTexts) -> str:
+    if isinstance(stream, ClassTexts):
+        return "texts of classes"
+    return "a conversation" if isinstance(stream, ConversationStream) else "numbers"
+
+
+def check_streams(
+    streams: dict[str, ConversationStream | DiffusionNoise | MaskedPixels | NumberStream | TokenWeights | ClassTexts],
+) -> None:
     """Names fit their kinds and what they refer to exists. Raises ValueError."""
     for name, stream in streams.items():
         picture = name == "image" or name.startswith("image.")
@@ -187,10 +218,10 @@ def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | Maske
             if stream.of in streams:
                 raise ValueError(f"streams.{name}: of = {stream.of!r} is itself made from another stream")
             continue
-        numbers = isinstance(stream, NumberStream | TokenWeights)
+        numbers = isinstance(stream, NumberStream | TokenWeights | ClassTexts)
         if picture or name in ("", "group", "label", *(("text",) if numbers else ())):
-            raise ValueError(f"streams.{name}: {'numbers' if numbers else 'a conversation'} cannot have this name")
-        if isinstance(stream, NumberStream | TokenWeights):
+            raise ValueError(f"streams.{name}: {_plainly(stream)} cannot have this name")
+        if isinstance(stream, NumberStream | TokenWeights | ClassTexts):
             continue
         if stream.corruption is not None:
             other = streams.get(stream.corruption.of)

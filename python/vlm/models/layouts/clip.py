@@ -55,6 +55,7 @@ class ClipLayout(PublishedLayout):
             and not options.vision.patch_bias
             and options.vision.pool == "cls"
             and options.vision.merge is None
+            and options.text.prompt is None
             and options.text.attention == "causal"
             and options.text.pool == "eos"
             and not options.text.projection_bias

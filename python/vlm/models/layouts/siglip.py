@@ -63,6 +63,7 @@ class SiglipLayout(PublishedLayout):
             and options.vision.patch_bias
             and options.vision.pool == "attention"
             and options.vision.merge is None
+            and options.text.prompt is None
             and options.text.attention == "bidirectional"
             and not options.text.mask_padding
             and options.text.pool == "last"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from vlm.config.errors import RequestError
 from vlm.runtime.embedder import probabilities, scores
+from vlm.runtime.prompt import LearnedPrompt, prompt_of
 from vlm.serving.engine import Engine
 from vlm.serving.errors import ApiError
 from vlm.serving.inputs import image_item, text_item
@@ -28,13 +30,14 @@ def router(engine: Engine) -> APIRouter:
         check_model(engine, body.model)
         if len(body.labels) > engine.settings.max_labels:
             raise ApiError(400, f"labels: {len(body.labels)}, at most {engine.settings.max_labels}", code="too_many_labels", param="labels")
-        if "{}" not in body.template:
+        learned = prompt_of(engine.embedder)
+        if body.template is not None and "{}" not in body.template:
             raise ApiError(400, "template: expected {} where the label goes", code="template", param="template")
         items = [image_item(_url(body.image), engine.settings, "image")]
         for i, label in enumerate(body.labels):
             if not label:
                 raise ApiError(400, f"labels.{i}: the text is empty", code="empty_text", param=f"labels.{i}")
-            items.append(text_item(body.template.replace("{}", label), engine.settings, f"labels.{i}"))
+            items.append(text_item(_text(label, body.template, learned, f"labels.{i}"), engine.settings, f"labels.{i}"))
         rows = await engine.embed(items, request)
         values = scores(engine.embedder, rows[:1], rows[1:])
         chances = probabilities(values, engine.embedder.form)[0]
@@ -43,6 +46,16 @@ def router(engine: Engine) -> APIRouter:
         return ClassifyResponse(model=engine.name, form=engine.embedder.form, data=data)
 
     return routes
+
+
+def _text(label: str, template: str | None, learned: LearnedPrompt | None, param: str) -> str:
+    """The label by the template, else by the prompt that the model has learned. Raises ApiError for a class that it has not."""
+    if template is not None or learned is None:
+        return (template or "{}").replace("{}", label)
+    try:
+        return learned.text(label)
+    except RequestError as error:
+        raise ApiError(400, f"{param}: {error.message}", code="unknown_class", param=param) from error
 
 
 def _url(image: ImagePart | ImageUrl | str) -> str:

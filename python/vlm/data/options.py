@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
 from vlm.data.streams.number_options import NumberStream, TokenWeights
-from vlm.data.streams.options import ConversationStream, DiffusionNoise, MaskedPixels, StreamOptions, check_streams
+from vlm.data.streams.options import ConversationStream, DiffusionNoise, MaskedPixels, SceneGraphSwap, StreamOptions, check_streams
 from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.pictures import PictureLimits
 
@@ -228,6 +228,8 @@ class DataOptions(Options):
             self.image.augment != "none" or self.image.flip
         ):
             raise ValueError("boxes as text need pictures as they are: image.augment none and no flip")
+        if self.swaps and (self.packer is not None or (self.conversations and self.text.captions is None)):
+            raise ValueError(f"streams.{next(iter(self.swaps))}: there are no captions beside conversations (text.captions) or documents")
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -277,6 +279,10 @@ class DataOptions(Options):
     @property
     def numbers(self) -> dict[str, NumberStream]:
         return {name: s for name, s in self.streams.items() if isinstance(s, NumberStream)}
+
+    @property
+    def swaps(self) -> dict[str, SceneGraphSwap]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, SceneGraphSwap)}
 
     @property
     def weights(self) -> dict[str, TokenWeights]:

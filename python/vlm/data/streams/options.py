@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
+from vlm.data.scene_swap import SwapMode
 from vlm.data.streams.number_options import NumberStream, TokenWeights
 
 
@@ -167,17 +169,35 @@ class MaskedPixels(Options):
     ratio: float = Field(0.6, gt=0, le=1, description="share of the squares that is hidden, rounded up")
 
 
+class SceneGraphSwap(Options):
+    """The captions of `text` made wrong by one exchange, drawn for each caption and epoch: the two objects of a relation, or an
+    attribute of two objects. A caption that has nothing to exchange has no row. Source: structure-clip.
+    """
+
+    kind: Literal["scene-graph-swap"] = "scene-graph-swap"
+    of: Literal["text"] = Field("text", description="stream of captions that are made wrong")
+    modes: tuple[SwapMode, ...] = Field(
+        ("relation", "attribute"),
+        min_length=1,
+        description="what may be exchanged; the mode is drawn among those that the caption allows",
+    )
+
+
 StreamOptions = Annotated[
     ConversationStream
     | DiffusionNoise
     | MaskedPixels
     | NumberStream
+    | SceneGraphSwap
     | TokenWeights,
     Field(discriminator="kind"),
 ]
 
 
-def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | MaskedPixels | NumberStream | TokenWeights]) -> None:
+AnyStream = ConversationStream | DiffusionNoise | MaskedPixels | NumberStream | SceneGraphSwap | TokenWeights
+
+
+def check_streams(streams: Mapping[str, AnyStream]) -> None:
     """Names fit their kinds and what they refer to exists. Raises ValueError."""
     for name, stream in streams.items():
         picture = name == "image" or name.startswith("image.")
@@ -188,6 +208,10 @@ def check_streams(streams: dict[str, ConversationStream | DiffusionNoise | Maske
                 raise ValueError(f"streams.{name}: of = {stream.of!r} is itself made from another stream")
             continue
         numbers = isinstance(stream, NumberStream | TokenWeights)
+        if isinstance(stream, SceneGraphSwap):
+            if picture or name in ("", "group", "label", "text"):
+                raise ValueError(f"streams.{name}: captions made wrong cannot have this name; text.negative is a usual one")
+            continue
         if picture or name in ("", "group", "label", *(("text",) if numbers else ())):
             raise ValueError(f"streams.{name}: {'numbers' if numbers else 'a conversation'} cannot have this name")
         if isinstance(stream, NumberStream | TokenWeights):

@@ -10,7 +10,7 @@ from vlm.workflows.carve import Carving
 from vlm.workflows.reproduce.claim import claim_of
 from vlm.workflows.reproduce.unit import Unit, train_unit
 
-KEYS = ("limber", "infmllm", "povid", "llava-kd", "debias-lvlm", "sugar")
+KEYS = ("limber", "infmllm", "povid", "llava-kd", "debias-lvlm", "sugar", "structure-clip")
 PART = Carving(("concept",), 0.5, held_out=False)
 
 

@@ -26,6 +26,7 @@ SIGNATURES = {
     "xclip": "clips: frames that exchange messages",
     "lora-tiny": "adapters on a dual encoder",
     "sugar": "two inputs compared over the update, with a teacher of both streams, beside adapters",
+    "structure-clip": "parts with knowledge beside them, captions made wrong, losses of both scopes",
     "linear-probe": "a head on a frozen tower",
     "swin-v2": "pictures alone: hidden squares, then classes of the model's own",
 }

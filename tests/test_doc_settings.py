@@ -17,6 +17,7 @@ OVER = {
     "data": "clip-tiny",
     "reproduce": "siglip-tiny",
     "weights": "clip-tiny",
+    "compositional": "clip-tiny",
 }
 """Page -> the preset that its pieces are laid over."""
 OTHERWISE = {("token-reduction", "[model.vision"): "clip-tiny", ("weights", '"token-weights"'): "pyramiddrop"}

@@ -73,8 +73,8 @@ def test_what_the_texts_alone_tell_shows_with_another_picture(material):
 def test_ties_count_against_the_model(material):
     same = Vectors()
     m = material(np.eye(6)[:5], TEXTS, table=same)
-    for text in [*TEXTS, *(one.text for text in TEXTS for one in swaps(text))]:
-        same[text] = [1, 1, 1, 1, 1, 1]
+    for said in [*TEXTS, *(one.text for true in TEXTS for one in swaps(true))]:
+        same[said] = [1, 1, 1, 1, 1, 1]
     assert compositional(m, CompositionalOptions(resamples=100)).metrics["accuracy"] == 0.0
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.task import Task
 
 TASKS = (
-    "retrieval", "zero-shot", "linear-probe", "classification", "perplexity", "text-probe",
+    "retrieval", "compositional", "zero-shot", "linear-probe", "classification", "perplexity", "text-probe",
     "caption", "vqa", "grounding", "hallucination", "preference", "cost",
 )  # fmt: skip
 
@@ -27,6 +27,7 @@ Examples:
   vlm evaluate runs/emoji --task zero-shot --labels-from category --template 'a drawing of a {}'
   vlm evaluate runs/emoji --task zero-shot --labels-from category --descriptors seen.json --control names --control random-words
   vlm evaluate bundle --task zero-shot --data photos/ --classes names.txt --none-below 0.4 --json
+  vlm evaluate runs/emoji --task compositional --data 'scenes:?n=1000&split=test' --text-from captions
   vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' --gate 'bits_per_character<=2.5'
   vlm evaluate runs/llava --task vqa --data 'scenes:?n=500&split=val' --control none --gate 'lower:over_none.exact>=1'
   vlm evaluate runs/lm --task perplexity --data 'text/*.jsonl.gz' model.length=4096 model.attention.kind=hierarchical
@@ -77,6 +78,17 @@ Examples:
 @click.option(
     "--questions-from", metavar="FIELD", help="vqa: field with the list of a sample's questions [default: questions]"
 )
+@click.option(
+    "--mode",
+    "modes",
+    type=click.Choice(("relation", "attribute")),
+    multiple=True,
+    help="compositional: what is exchanged in a caption to make it wrong [default: both]",
+)
+@click.option(
+    "--wrong-from", metavar="FIELD", multiple=True, help="compositional: field with a wrong caption [default: captions are made wrong]"
+)
+@click.option("--pairs-from", metavar="FIELD", help="compositional: field that two samples share which are a pair (Winoground)")
 @click.option(
     "--control",
     "controls",
@@ -205,11 +217,17 @@ def _task(given: dict[str, Any]) -> Task:
         "train": given["train"],
         "prompt": given["prompt"],
         "questions_from": given["questions_from"],
+        "modes": given["modes"] or None,
+        "wrong_from": given["wrong_from"] or None,
+        "pairs_from": given["pairs_from"],
         "controls": _controls(given["controls"]),
         "max_new_tokens": given["max_new_tokens"],
     }
     options = {
         "controls": "--control",
+        "modes": "--mode",
+        "wrong_from": "--wrong-from",
+        "pairs_from": "--pairs-from",
         "max_new_tokens": "--max-new-tokens",
         "questions_from": "--questions-from",
         "templates": "--template",

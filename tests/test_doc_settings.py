@@ -18,6 +18,7 @@ OVER = {
     "reproduce": "siglip-tiny",
     "weights": "clip-tiny",
     "classes": "coop",
+    "compositional": "clip-tiny",
 }
 """Page -> the preset that its pieces are laid over."""
 OTHERWISE = {("token-reduction", "[model.vision"): "clip-tiny", ("weights", '"token-weights"'): "pyramiddrop"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vlm.data import open_source
-from vlm.data.corruption import _KIND, _OPPOSITE, RULES, SHAPES, corrupt, nouns_of
+from vlm.data.corruption import _OPPOSITE, KIND_OF, RULES, SHAPES, corrupt, nouns_of
 
 CAPTIONS = [
     "a red circle above a blue square",
@@ -51,7 +51,7 @@ def test_povid_exactly_one_thing_of_the_kind_is_wrong(rule):
         assert one.lower().strip(".,") in before
         assert two.lower().strip(".,") in after
         if rule == "attribute":
-            assert _KIND[before] is _KIND[after]
+            assert KIND_OF[before] is KIND_OF[after]
             assert after not in text.lower().split()
         elif rule == "object":
             assert (before in SHAPES) == (after in SHAPES)

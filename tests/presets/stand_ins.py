@@ -45,7 +45,8 @@ def small(key, models, *overrides):
     if preset.data.val is not None:
         given.append(f'data.val="{few(preset.data.val).replace("96", "12")}&split=val"')
     if preset.model is not None:
-        given += SMALL["video" if clips else preset.model.kind]
+        brought = getattr(preset.model, "text_part", None) in preset.start.parts  # a part that brings its tokenizer
+        given += [text for text in SMALL["video" if clips else preset.model.kind] if not (brought and text.startswith("tokenizer."))]
         tokens = getattr(preset.model, "tokens", None)
         if tokens is not None and tokens.keep is not None:  # a language model of two layers has one place to drop
             given.append('model.tokens.keep={kind="stages", layers=[1], ratios=[0.5]}')

@@ -1,16 +1,17 @@
 """Claims of the methods at the size of a test: both arms train, and their tasks give every figure that is judged."""
 
 import json
+import tomllib
 
 import pytest
 
-from tests.presets.stand_ins import quiet
+from tests.presets.stand_ins import TEXT, VISION, quiet
 from vlm.config.load import merge_tables
 from vlm.workflows.carve import Carving
 from vlm.workflows.reproduce.claim import claim_of
 from vlm.workflows.reproduce.unit import Unit, train_unit
 
-KEYS = ("limber", "infmllm", "povid", "llava-kd", "debias-lvlm", "sugar")
+KEYS = ("limber", "infmllm", "povid", "llava-kd", "debias-lvlm", "sugar", "structure-clip")
 PART = Carving(("concept",), 0.5, held_out=False)
 
 
@@ -23,6 +24,8 @@ def shrunk(values):
     merged = merge_tables(values, {**settings, **({"stages": stages} if stages else {})})
     if "captions" in merged["data"].get("text", {}):  # no longer than the teacher's stand-in reads
         merged["data"]["text"]["captions"] = 16
+    if merged["model"]["kind"] == "dual-encoder" and merged["start"].get("parts"):  # as large as the stand-in that it starts from
+        merged["model"] |= tomllib.loads(f"embed_dim = 24\nvision = {VISION}\ntext = {TEXT}")
     text = json.dumps(merged).replace("scenes:?n=40000", "scenes:?n=96")
     return json.loads(text.replace('"layer": 4', '"layer": 2'))  # the last one of a stand-in
 

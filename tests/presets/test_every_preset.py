@@ -27,6 +27,7 @@ SIGNATURES = {
     "lora-tiny": "adapters on a dual encoder",
     "sugar": "two inputs compared over the update, with a teacher of both streams, beside adapters",
     "coop": "a learned prompt, texts of classes, a few samples of each",
+    "structure-clip": "parts with knowledge beside them, captions made wrong, losses of both scopes",
     "linear-probe": "a head on a frozen tower",
     "swin-v2": "pictures alone: hidden squares, then classes of the model's own",
 }

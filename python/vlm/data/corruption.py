@@ -39,9 +39,10 @@ _OPPOSITE = {**_BACK, "under": "on", **RELATIONS}
 _RELATION = re.compile(
     r"\b(?:" + "|".join(sorted(map(re.escape, _OPPOSITE), key=len, reverse=True)) + r")\b", re.IGNORECASE
 )
-_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-_KIND = {word: kind for kind in ATTRIBUTES for word in kind}
-_ENDS = frozenset(
+WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
+KIND_OF = {word: kind for kind in ATTRIBUTES for word in kind}
+"""Word -> the words of its kind."""
+ENDS = frozenset(
     "a an the of in on at to from by with without and or but is are was were has have be been being it its this that there "  # noqa: SIM905
     "above below behind under over near left right top bottom middle front into out inside outside beside between "
     "who which whose while as for not no only some any his her their he she they we you i my your our what how many".split()
@@ -76,15 +77,15 @@ def _heads(text: str) -> list[tuple[str, int]]:
     """(word in lower case, where it starts) of the last word of each noun phrase."""
     out: list[tuple[str, int]] = []
     for sentence in re.finditer(r"[^.!?;,:\n]+", text):
-        words = [(m.group().lower(), m.start() + sentence.start()) for m in _WORD.finditer(sentence.group())]
+        words = [(m.group().lower(), m.start() + sentence.start()) for m in WORD.finditer(sentence.group())]
         inside, head = True, None
         for word, start in [*words, ("the", -1)]:
-            if word in _ENDS:
+            if word in ENDS:
                 if head is not None:
                     out.append(head)
                 inside, head = word in ("a", "an", "the") or (inside and head is None), None
             elif inside:
-                head = (word, start) if word not in _KIND and len(word) > 2 else None
+                head = (word, start) if word not in KIND_OF and len(word) > 2 else None
         # A phrase that an unknown word ends has that word as its head; one that ends in an adjective has none.
     return out
 
@@ -106,7 +107,7 @@ def corrupt(text: str, rules: Sequence[str], key: int, nouns: Sequence[str] = ()
         if places:
             start, stop, choices = places[int(generator.integers(len(places)))]
             chosen = choices[int(generator.integers(len(choices)))]
-            return Corrupted(_replaced(text, start, stop, chosen), rule, text[start:stop], chosen)
+            return Corrupted(replaced(text, start, stop, chosen), rule, text[start:stop], chosen)
     return None
 
 
@@ -116,10 +117,10 @@ Place = tuple[int, int, Sequence[str]]
 
 def _objects(text: str, nouns: Sequence[str]) -> list[Place]:
     """Nouns of the text with the nouns that the text does not hold; shapes are exchanged for shapes."""
-    held = {m.group().lower() for m in _WORD.finditer(text)}
+    held = {m.group().lower() for m in WORD.finditer(text)}
     known = set(nouns)
     out: list[Place] = []
-    for match in _WORD.finditer(text):
+    for match in WORD.finditer(text):
         word = match.group().lower()
         if word in SHAPES:
             choices = [shape for shape in SHAPES if shape not in held]
@@ -138,11 +139,11 @@ def _unlike(one: str, two: str) -> bool:
 
 
 def _attributes(text: str) -> list[Place]:
-    held = {m.group().lower() for m in _WORD.finditer(text)}
+    held = {m.group().lower() for m in WORD.finditer(text)}
     out: list[Place] = []
-    for match in _WORD.finditer(text):
+    for match in WORD.finditer(text):
         word = match.group().lower()
-        kind = _KIND.get(word)
+        kind = KIND_OF.get(word)
         if kind is not None:
             same = next((group for group in SAME if word in group), frozenset({word}))
             choices = [other for other in kind if other not in held and other not in same]
@@ -155,7 +156,7 @@ def _relations(text: str) -> list[Place]:
     return [(m.start(), m.end(), [_OPPOSITE[m.group().lower()]]) for m in _RELATION.finditer(text)]
 
 
-def _replaced(text: str, start: int, stop: int, new: str) -> str:
+def replaced(text: str, start: int, stop: int, new: str) -> str:
     """The text with a part replaced: a capital stays one, an article before it agrees with the new sound."""
     if text[start].isupper():
         new = new[0].upper() + new[1:]

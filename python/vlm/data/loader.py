@@ -40,6 +40,7 @@ def build_loader(
     tiles_apart: bool = False,
     frames: int | None = None,
     prompt: LearnedPrompt | None = None,
+    triples: tuple[int, int] | None = None,
 ) -> Loader:
     """The loader of a `[data]` table: next(loader) is this rank's share of the next global batch.
 
@@ -52,14 +53,15 @@ def build_loader(
     where `data.text.template` does not say; else plain. tiling: how a picture becomes several rows, each of which takes
     `picture_positions` beside the text that announces it; None: it is one row. tiles_apart: tiles and that text take none,
     thumbnails alone do. frames: most pictures of a sample, for a model that reads them as a clip; None: it reads one.
-    prompt: that the model has learned or is to learn, which class texts are then written with.
+    prompt: that the model has learned or is to learn, which class texts are then written with. triples: how many triples of a
+    caption are rows beside it, and of how many tokens a part; None: none.
     Raises DataError (exit code 3) when data are missing, and from next() when the budget of bad samples is spent.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
     communicator = communicator if communicator is not None else SingleProcess()
     source = source if source is not None else open_split(options, split, seed)
-    reads = Reads.of(tokenizer, preprocess, picture_positions, template, tiling, tiles_apart, frames, prompt)
+    reads = Reads.of(tokenizer, preprocess, picture_positions, template, tiling, tiles_apart, frames, prompt, triples)
     talks = [*options.conversations, *(name for part in options.mixture for name in options.of_part(part).conversations)]
     if options.packer is not None and talks:
         return PackedConversations(

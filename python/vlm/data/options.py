@@ -14,6 +14,7 @@ from vlm.data.streams.options import (
     ConversationStream,
     DiffusionNoise,
     MaskedPixels,
+    SceneGraphSwap,
     StreamOptions,
     check_streams,
 )
@@ -254,6 +255,8 @@ class DataOptions(Options):
             self.image.augment != "none" or self.image.flip
         ):
             raise ValueError("boxes as text need pictures as they are: image.augment none and no flip")
+        if self.swaps and (self.packer is not None or (self.conversations and self.text.captions is None)):
+            raise ValueError(f"streams.{next(iter(self.swaps))}: there are no captions beside conversations (text.captions) or documents")
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -303,6 +306,10 @@ class DataOptions(Options):
     @property
     def numbers(self) -> dict[str, NumberStream]:
         return {name: s for name, s in self.streams.items() if isinstance(s, NumberStream)}
+
+    @property
+    def swaps(self) -> dict[str, SceneGraphSwap]:
+        return {name: s for name, s in self.streams.items() if isinstance(s, SceneGraphSwap)}
 
     @property
     def weights(self) -> dict[str, TokenWeights]:

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vlm.config.errors import DataError
-from vlm.data.collate import Row, Shape, collate
+from vlm.data.collate import Row, Shape, collate, text_stream
 from vlm.data.decode import Decoded, Job
 from vlm.data.masks import with_squares
 from vlm.data.mixture import part_of, parts_of
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.streams.classes import class_stream
+from vlm.data.streams.graphs import made_wrong, with_triples
 from vlm.data.streams.encode import ConversationEncoder, EncodedRow, encoded_or_reason
 from vlm.data.streams.numbers import Marked
 from vlm.data.streams.tables import stream_tables
@@ -26,7 +27,7 @@ from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.prompt import LearnedPrompt
 from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.tiling import Tiling
-from vlm.types.batch import Batch, Pictures, Stream
+from vlm.types.batch import Batch, Pictures, Stream, TokenIds
 from vlm.types.random import draw_key
 
 Preprocesses = Preprocess | Mapping[str, Preprocess] | None
@@ -42,8 +43,9 @@ def by_stream(preprocess: Preprocesses) -> dict[str, Preprocess]:
 @dataclass(frozen=True)
 class Reads:
     """What a model reads: its tokenizer, the preprocessing of each picture stream, positions of a row of pictures,
-    template, how pictures are cut into such rows (None: a picture is one), whether tiles take no position, and how
-    many pictures of a sample it reads as a clip (None: a picture is read by itself), and the prompt that it has learned."""
+    template, how pictures are cut into such rows (None: a picture is one), whether tiles take no position, how
+    many pictures of a sample it reads as a clip (None: a picture is read by itself), the prompt that it has learned, and how
+    many triples of a text, of how many tokens a part (None: none)."""
 
     tokenizer: Tokenizer | None
     pictures: Mapping[str, Preprocess]
@@ -53,6 +55,7 @@ class Reads:
     tiles_apart: bool = False
     frames: int | None = None
     prompt: LearnedPrompt | None = None
+    triples: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -65,12 +68,15 @@ class Reads:
         tiles_apart: bool = False,
         frames: int | None = None,
         prompt: LearnedPrompt | None = None,
+        triples: tuple[int, int] | None = None,
     ) -> Reads:
         pictures = by_stream(preprocess)
         wrong = sorted(name for name in pictures if name != "image" and not name.startswith("image."))
         if wrong or (pictures and "image" not in pictures):
             raise DataError(f"picture streams {', '.join(pictures)}: expected image, and image.NAME for further towers")
-        return cls(tokenizer, pictures, picture_positions, template, tiling if pictures else None, tiles_apart, frames, prompt)
+        return cls(
+            tokenizer, pictures, picture_positions, template, tiling if pictures else None, tiles_apart, frames, prompt, triples,
+        )  # fmt: skip
 
 
 class Plan:
@@ -137,6 +143,7 @@ class Plan:
             numbers={name: each == "caption" for name, each in numbers.items() if each == "sample" or captions},
             weights=self.weights,
         )
+        self._swaps = {name: table for part in tables for name, table in part.swaps.items()} if captions else {}
         specs = [
             decoder_spec(own, part, reads, captions, bool(self.conversations), train=train, extra=extra, classes=classes)
             for own, part in parts
@@ -185,7 +192,26 @@ class Plan:
             assert isinstance(pictures, Pictures)
             keys = [draw_key(self.seed, "stream", name, row.draw, row.epoch) for row in rows]
             hidden[name] = with_squares(pictures, keys, table.patch, table.ratio)
-        return batch.with_streams(hidden) if hidden else batch
+        return batch.with_streams({**hidden, **self._of_graphs(rows, batch)})
+
+    def _of_graphs(self, rows: Sequence[Row], batch: Batch) -> dict[str, Stream]:
+        """What the scene graphs of captions give: streams of captions made wrong, and `text` with its triples."""
+        tokenizer, length = self.reads.tokenizer, self.shape.length
+        if tokenizer is None or length is None:
+            return {}
+        out: dict[str, Stream] = {}
+        for name, table in self._swaps.items():
+            wrong = [
+                [made_wrong(text, table, self.seed, name, row.draw, row.epoch, k) for k, text in enumerate(row.decoded.texts)]
+                for row in rows
+            ]
+            out[name] = text_stream(tokenizer, wrong, length)
+        if self.reads.triples is not None:
+            text = batch["text"]
+            assert isinstance(text, TokenIds)
+            said = [one for row in rows for one in row.decoded.texts if one is not None]
+            out["text"] = with_triples(text, said, tokenizer, *self.reads.triples)
+        return out
 
 
 def decoder_spec(

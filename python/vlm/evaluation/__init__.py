@@ -11,6 +11,7 @@ from vlm.config.options import Options
 from vlm.evaluation.agreement import AgreementOptions
 from vlm.evaluation.caption import CaptionOptions
 from vlm.evaluation.classification import ClassificationTaskOptions
+from vlm.evaluation.compositional import CompositionalOptions
 from vlm.evaluation.cost import CostOptions
 from vlm.evaluation.grounding import GroundingOptions
 from vlm.evaluation.hallucination import HallucinationOptions
@@ -27,6 +28,7 @@ from vlm.schedules.duration import Duration
 
 TaskOptions = Annotated[
     RetrievalOptions
+    | CompositionalOptions
     | ZeroShotOptions
     | LinearProbeOptions
     | ClassificationTaskOptions
@@ -65,6 +67,7 @@ __all__ = [
     "AgreementOptions",
     "CaptionOptions",
     "ClassificationTaskOptions",
+    "CompositionalOptions",
     "CostOptions",
     "EvaluationOptions",
     "GroundingOptions",

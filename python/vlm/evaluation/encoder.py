@@ -96,6 +96,10 @@ class TorchEmbedder:
             part = list(texts[start : start + self.batch])
             ids, mask = self.tokenizer.encode(part, self.length)
             stream = TokenIds(torch.from_numpy(ids), torch.from_numpy(mask), torch.arange(len(part)))
+            if self.model.triples is not None:  # each text by its own scene graph
+                from vlm.data.streams.graphs import with_triples
+
+                stream = with_triples(stream, part, self.tokenizer, *self.model.triples)
             parts.append(self._embed(stream))
         return _unit_rows(parts)
 

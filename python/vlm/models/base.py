@@ -103,6 +103,11 @@ class Model(nn.Module):
         return None
 
     @property
+    def triples(self) -> tuple[int, int] | None:
+        """Triples of a text that are read beside it, and tokens of each of their parts; None: the text alone is read."""
+        return None
+
+    @property
     def picture_positions(self) -> int | None:
         """Positions that one row of pictures takes in a row of text; None for a model that expands none."""
         return None

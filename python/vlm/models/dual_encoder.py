@@ -13,8 +13,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vlm.config.errors import RequestError
 from vlm.config.options import Options
 from vlm.models.base import Model, PixelNorm, refuse_clips
+from vlm.models.knowledge import KnowledgeEncoder, KnowledgeOptions
 from vlm.models.towers import TextTowerOptions, TextTransformer
 from vlm.models.video import VideoTower
 from vlm.models.vision_towers import VisionTowerOptions, build_tower
@@ -54,6 +56,12 @@ class DualEncoderOptions(Options):
     vision: VisionTowerOptions
     text: TextTowerOptions
     pictures: PictureOptions = PictureOptions()
+    knowledge: KnowledgeOptions | None = Field(None, description="an embedding of a text's triples, added to that of the text; none: off")
+
+    @property
+    def text_part(self) -> str:
+        """Name of the part whose tokenizer a run takes when it starts from parts."""
+        return "text"
 
     @property
     def text_length(self) -> int:
@@ -84,7 +92,11 @@ class DualEncoderOptions(Options):
 
 
 class DualEncoder(Model):
-    """Pictures and token rows to one space. Streams are told apart by type, not by name."""
+    """Pictures and token rows to one space. Streams are told apart by type, not by name.
+
+    With `knowledge`, a text whose stream has triples is embedded with them, and `statistics["plain"]` is its embedding without; one
+    without triples is embedded by its words alone.
+    """
 
     kind: ClassVar[str] = "dual-encoder"
     offers: ClassVar[dict[str, frozenset[str]]] = {
@@ -99,6 +111,8 @@ class DualEncoder(Model):
         self.pixel_norm = PixelNorm(options.pictures.mean, options.pictures.std)
         self.vision = build_tower(options.vision, options.embed_dim, project=options.project_vision)
         self.text = TextTransformer(options.text, options.embed_dim)
+        known = options.knowledge
+        self.knowledge = None if known is None else KnowledgeEncoder(known, options.text, options.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(options.log_scale))
         self.bias = None if options.bias is None else nn.Parameter(torch.tensor(options.bias))
 
@@ -136,6 +150,11 @@ class DualEncoder(Model):
         shape = self.options.text.prompt
         return None if shape is None else shape.learned
 
+    @property
+    def triples(self) -> tuple[int, int] | None:
+        known = self.options.knowledge
+        return None if known is None else (known.triples, known.tokens)
+
     def _pictures(self, stream: Pictures, fields: frozenset[str]) -> Outputs:
         if isinstance(self.vision, VideoTower):
             seen = self.vision.outputs(stream, self.pixel_norm(stream.values), fields)
@@ -159,10 +178,18 @@ class DualEncoder(Model):
             used = int(mask.any(0).sum()) if mask.numel() else 0
             ids, mask = ids[:, : max(used, 1)], mask[:, : max(used, 1)]
         x, pooled, hidden = self.text(ids, mask, layers_of(fields))
+        embedding, statistics = None, {}
+        if "embedding" in fields:
+            embedding = self.text.projection(pooled)
+            if self.knowledge is not None and stream.triples is not None and stream.triple_mask is not None:
+                statistics = {"plain": embedding}  # losses may want the text without its knowledge
+                known = self.knowledge(self.text.tokens(stream.triples), stream.triple_mask)
+                embedding = self.knowledge.add(embedding, known)
         return Outputs(
             sample_index=stream.sample_index,
             mask=stream.mask.any(1),
-            embedding=self.text.projection(pooled) if "embedding" in fields else None,
+            embedding=embedding,
+            statistics=statistics,
             tokens=self.text.projection(x) if "tokens" in fields else None,
             token_mask=mask if "tokens" in fields else None,
             hidden=hidden,
@@ -172,6 +199,11 @@ class DualEncoder(Model):
 
     def export_parts(self) -> dict[str, ExportPart]:
         refuse_clips(self)
+        if self.knowledge is not None:
+            raise RequestError(
+                "a model with knowledge has no bundle: its triples come from a parser that no graph holds",
+                remedy="keep the model directory: every command reads it",
+            )
         size, length = self.options.vision.image_size, self.options.text.length
         # The picture after normalisation is what the vision graph takes; the preprocessing graph makes it.
         pixels = torch.rand(2, 3, size, size)

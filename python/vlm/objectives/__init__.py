@@ -11,6 +11,7 @@ from vlm.objectives.distill import DistillOptions
 from vlm.objectives.keep_ratio import KeepRatioOptions
 from vlm.objectives.masked_pixels import MaskedPixelsOptions
 from vlm.objectives.preference import PreferenceOptions
+from vlm.objectives.ranking import RankingOptions
 from vlm.objectives.replaced_token import ReplacedTokenOptions
 from vlm.objectives.sequence_align import SequenceAlignOptions
 from vlm.objectives.token_ce import TokenCrossEntropyOptions
@@ -22,6 +23,7 @@ AnyObjective = Annotated[
     | KeepRatioOptions
     | MaskedPixelsOptions
     | PreferenceOptions
+    | RankingOptions
     | ReplacedTokenOptions
     | SequenceAlignOptions
     | TokenCrossEntropyOptions,
@@ -39,6 +41,7 @@ __all__ = [
     "Objective",
     "ObjectiveOptions",
     "PreferenceOptions",
+    "RankingOptions",
     "ReplacedTokenOptions",
     "SequenceAlignOptions",
     "TokenCrossEntropyOptions",

@@ -50,6 +50,7 @@ def loader_of(
         tiling=model.tiling,
         tiles_apart=model.tiles_apart,
         frames=model.frames,
+        triples=model.triples,
         template=template_of(model, data),
         prompt=model.prompt,
         quarantine=quarantine if communicator.rank == 0 else None,

@@ -92,6 +92,8 @@ class TokenIds(Stream):
     supervised: [n, T] bool, true where the token is a prediction target; None: all valid tokens.
     target: [n, T] int64, what a position should be where that is not its own id (masked tokens); None: the ids.
     role: [n, T] int64 of `Role`; None: all context.
+    triples, triple_mask: [n, K, 3, L] ids and validity of head, relation and tail of what each text says (its scene graph); None: not
+    looked at.
     """
 
     segment: Tensor | None = None
@@ -99,6 +101,8 @@ class TokenIds(Stream):
     supervised: Tensor | None = None
     target: Tensor | None = None
     role: Tensor | None = None
+    triples: Tensor | None = None
+    triple_mask: Tensor | None = None
     value_dims: ClassVar[int | None] = 2
     mask_dims: ClassVar[int] = 2
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from vlm.config.options import Options
+from vlm.data.scene_swap import SwapMode
 from vlm.data.streams.number_options import NumberStream, TokenWeights
 from vlm.runtime.descriptors import Descriptors
 
@@ -189,15 +191,33 @@ class ClassTexts(Options):
         return self
 
 
+class SceneGraphSwap(Options):
+    """The captions of `text` made wrong by one exchange, drawn for each caption and epoch: the two objects of a relation, or an
+    attribute of two objects. A caption that has nothing to exchange has no row. Source: structure-clip.
+    """
+
+    kind: Literal["scene-graph-swap"] = "scene-graph-swap"
+    of: Literal["text"] = Field("text", description="stream of captions that are made wrong")
+    modes: tuple[SwapMode, ...] = Field(
+        ("relation", "attribute"),
+        min_length=1,
+        description="what may be exchanged; the mode is drawn among those that the caption allows",
+    )
+
+
 StreamOptions = Annotated[
     ConversationStream
     | DiffusionNoise
     | MaskedPixels
     | NumberStream
+    | SceneGraphSwap
     | TokenWeights
     | ClassTexts,
     Field(discriminator="kind"),
 ]
+
+
+AnyStream = ConversationStream | DiffusionNoise | MaskedPixels | NumberStream | SceneGraphSwap | TokenWeights | ClassTexts
 
 
 def _plainly(stream: ConversationStream | NumberStream | TokenWeights | ClassTexts) -> str:
@@ -206,9 +226,7 @@ def _plainly(stream: ConversationStream | NumberStream | TokenWeights | ClassTex
     return "a conversation" if isinstance(stream, ConversationStream) else "numbers"
 
 
-def check_streams(
-    streams: dict[str, ConversationStream | DiffusionNoise | MaskedPixels | NumberStream | TokenWeights | ClassTexts],
-) -> None:
+def check_streams(streams: Mapping[str, AnyStream]) -> None:
     """Names fit their kinds and what they refer to exists. Raises ValueError."""
     for name, stream in streams.items():
         picture = name == "image" or name.startswith("image.")
@@ -219,6 +237,10 @@ def check_streams(
                 raise ValueError(f"streams.{name}: of = {stream.of!r} is itself made from another stream")
             continue
         numbers = isinstance(stream, NumberStream | TokenWeights | ClassTexts)
+        if isinstance(stream, SceneGraphSwap):
+            if picture or name in ("", "group", "label", "text"):
+                raise ValueError(f"streams.{name}: captions made wrong cannot have this name; text.negative is a usual one")
+            continue
         if picture or name in ("", "group", "label", *(("text",) if numbers else ())):
             raise ValueError(f"streams.{name}: {_plainly(stream)} cannot have this name")
         if isinstance(stream, NumberStream | TokenWeights | ClassTexts):

@@ -47,6 +47,7 @@ class ClipLayout(PublishedLayout):
     def expresses(self, options: Options) -> bool:
         return (
             isinstance(options, DualEncoderOptions)
+            and options.knowledge is None
             and isinstance(options.vision, VitOptions)
             and options.bias is None
             and options.project_vision

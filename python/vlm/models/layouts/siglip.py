@@ -55,6 +55,7 @@ class SiglipLayout(PublishedLayout):
     def expresses(self, options: Options) -> bool:
         return (
             isinstance(options, DualEncoderOptions)
+            and options.knowledge is None
             and isinstance(options.vision, VitOptions)
             and options.bias is not None
             and not options.project_vision

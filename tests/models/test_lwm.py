@@ -15,7 +15,8 @@ KINDS = pytest.mark.parametrize("attention", [None, WINDOWED], ids=["plain", "wi
 
 def loss_and_gradients(model, options, batch):
     objective = options.build(BuildContext(model, {}))
-    terms = objective(Views({"model/text": model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]}), Context(batch, SingleProcess()))
+    view = model.encode(batch, {"text": frozenset({"vocabulary"})})["text"]
+    terms = objective(Views({"model/text": view}), Context(batch, SingleProcess()))
     loss = terms.total() / terms.weights.sum()
     return loss, torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
 

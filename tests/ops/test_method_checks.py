@@ -124,24 +124,39 @@ def test_core_siglip_and_core_infonce_without_noise_are_the_plain_losses_bit_for
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [6144, pytest.param(32768, marks=pytest.mark.long)])
-def test_core_infonce_memory_does_not_grow_with_all_pairs(size: int) -> None:
-    """All logits of 6144 pairs are 144 MiB, of 32768 pairs 4 GiB; measured in a process of its own: what the peak grows by."""
+def growth(setting: str, step: str, warm: str, real: str) -> float:
+    """MiB by which the peak of a process of its own grows between a small step and the real one."""
     script = f"""
 import resource, torch
 from vlm import ops
 torch.set_num_threads(1)
-def step(n):
+{setting}
+{step}
+step({warm})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step({real})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+
+
+def test_core_ce_memory_is_that_of_a_chunk_and_not_of_all_logits() -> None:
+    """1024 rows of 131072 ids are 512 MiB of logits; a chunk of 2^25 is 128, the table and its gradients 8 each."""
+    step = """def step(n):
+    hidden, labels = torch.randn(n, 16, requires_grad=True), torch.arange(n) * 100
+    ops.linear_cross_entropy(hidden, weight, labels, reduction="mean").loss.backward()"""
+    assert growth("weight = torch.randn(131072, 16, requires_grad=True)", step, "1", "1024") < 220
+
+
+@pytest.mark.parametrize("size", [6144, pytest.param(32768, marks=pytest.mark.long)])
+def test_core_infonce_memory_does_not_grow_with_all_pairs(size: int) -> None:
+    """All logits of 6144 pairs are 144 MiB, of 32768 pairs 4 GiB; measured in a process of its own: what the peak grows by."""
+    step = """def step(n):
     x, y = torch.randn(n, 64, requires_grad=True), torch.randn(n, 64, requires_grad=True)
     with ops.backend("native"):
         rows, columns = ops.contrastive_softmax(x, y, torch.zeros(()))
-    (rows.sum() + columns.sum()).backward()
-step(8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step({size})
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-    grown = float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    (rows.sum() + columns.sum()).backward()"""
+    grown = growth("", step, "8", str(size))
     assert grown < (30 if size < 10000 else 100)
 
 

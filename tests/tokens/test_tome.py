@@ -94,14 +94,15 @@ def test_core_tome_some_duplicated_patches_need_the_log_of_their_size():
     """Three of eight pairs of patches are alike and become one each: later blocks see sizes of 2 and of 1."""
     plain, merging = encoder(class_token=False, pool="mean").vision, encoder(merge(3), class_token=False, pool="mean").vision
     picture = torch.rand(2, 3, 4, 8, 4, 8)
-    picture[:, :, 0, :, 1], picture[:, :, 2, :, 1], picture[:, :, 3, :, 3] = picture[:, :, 0, :, 0], picture[:, :, 2, :, 0], picture[:, :, 3, :, 2]
+    for row, column in ((0, 0), (2, 0), (3, 2)):
+        picture[:, :, row, :, column + 1] = picture[:, :, row, :, column]
     for tower in (plain, merging):
         for first in (0, 8, 14):  # the places of those patches are alike too
             tower.position[first + 1] = tower.position[first]
     x = plain.stem(picture.flatten(4, 5).flatten(2, 3))
     whole = plain.trunk(x)[0]
     for proportional in (True, False):
-        run = run_merging(merging.trunk, merging.stem(picture.flatten(4, 5).flatten(2, 3)), MergePlan((3, 0, 0, 0), 0, "size", proportional, True))
+        run = run_merging(merging.trunk, x, MergePlan((3, 0, 0, 0), 0, "size", proportional, True))
         assert torch.allclose(run.x, whole, atol=1e-5) is proportional
 
 

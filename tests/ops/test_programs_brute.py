@@ -207,7 +207,9 @@ def check_attention(c: Drawn, dtype: torch.dtype, backend: ops.Backend) -> None:
     empty = [torch.zeros(0), torch.zeros(0), *(torch.zeros_like(t) for t in inputs)]  # a gradient that nothing hangs on may be left out
     for name, one, want, zero in zip(names, got, run(exact, inputs, "torch", torch.float64), empty, strict=True):
         one, want = (t if t.numel() or name in ("out", "lse") else zero for t in (one, want))
-        near(name, one, want, 1e-10 if backend == "torch" else DTYPES[dtype])
+        # In backward the rounded output is subtracted from the products of a whole row: a bias that sums over rows sees it most.
+        wide = 4 if dtype != torch.float32 and name.startswith("d") else 1
+        near(name, one, want, 1e-10 if backend == "torch" else wide * DTYPES[dtype])
 
 
 @given(c=calls)

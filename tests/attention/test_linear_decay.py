@@ -30,6 +30,13 @@ def test_core_transnormer_only_the_first_layer_has_lrpe_unless_told():
     assert [layer for layer in range(3) if any("theta" in name for name, _ in LinearDecayOptions().build(shape(layer)).named_parameters())] == [0]
 
 
+def test_core_transnormer_lrpe_starts_over_all_channels_of_the_heads():
+    """10000^(-2 r / C) with r over all C = H d of them, whatever the width of the model."""
+    for width in (8, 24):
+        theta = LinearDecayOptions().build(MixerShape(width=width, heads=2, kv_heads=2, head_width=4, layer=0, depth=3, norm_eps=1e-6)).theta
+        assert torch.allclose(theta.flatten(), 10000.0 ** (-2 * torch.arange(8) / 8))
+
+
 def test_slopes_of_both_kinds():
     assert slopes_of("alibi", 4) == [0.25, 0.0625, 0.015625, 0.00390625]
     assert slopes_of("alibi", 3) == pytest.approx([2**-4, 2**-8, 2**-2])

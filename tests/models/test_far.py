@@ -22,13 +22,14 @@ from vlm.models.language import LanguageOptions, layout_of
 SIZES = [5, 1, 31, 17]
 FEW = dict(kind="hierarchical", k=4, block_q=4, block_k=1, window=3, sinks=1)
 EVERY = dict(kind="hierarchical", k=100, block_q=4, block_k=2, window=3, sinks=1)
+SHARED = FEW | dict(refresh=3)
 MEMORY = dict(kind="block-memory", n_init=2, n_local=6, block=2, topk=1, representatives=1, chunk=3)
 ABSOLUTE = MEMORY | dict(topk=100, far="absolute")
 WINDOW = dict(kind="windowed", window=4, sinks=2)
-KINDS = pytest.mark.parametrize("attention", [FEW, EVERY, MEMORY, ABSOLUTE, WINDOW],
-                                ids=["few", "every", "memory", "absolute", "window"])  # fmt: skip
-EXACT = pytest.mark.parametrize("attention", [EVERY, ABSOLUTE, dict(kind="exact"), dict(kind="windowed", window=64)],
-                                ids=["core_hip", "core_infllm", "plain", "wide window"])  # fmt: skip
+KINDS = pytest.mark.parametrize("attention", [FEW, SHARED, EVERY, MEMORY, ABSOLUTE, WINDOW],
+                                ids=["few", "shared", "every", "memory", "absolute", "window"])  # fmt: skip
+EXACT = pytest.mark.parametrize("attention", [EVERY, EVERY | dict(refresh=3), ABSOLUTE, dict(kind="exact"), dict(kind="windowed", window=64)],
+                                ids=["core_hip", "core_hip shared", "core_infllm", "plain", "wide window"])  # fmt: skip
 
 
 @EXACT
@@ -208,5 +209,6 @@ def test_keys_that_a_query_sees_are_no_more_than_said():
     blocks, _ = select_hierarchical(q, q, budget=12, block_q=8, block_k=4, window=5, sinks=3)
     assert int(blocks.count.max()) * 4 <= seen_keys(options, 200) < 200
     assert seen_keys(options, 7) == 7
+    assert seen_keys(options.model_copy(update={"refresh": 5}), 200) == seen_keys(options, 200) + 4
     assert seen_keys(WindowedOptions(window=4, sinks=2), 100) == 6
     assert seen_keys(None, 100) == seen_keys(WindowedOptions(), 100) == 100

@@ -132,23 +132,24 @@ def test_core_filip_doubled_tokens_leave_both_means(backend: ops.Backend) -> Non
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_core_filip_memory_is_far_below_the_token_scores() -> None:
-    """[B, B, T, U] floats would be 105 MB here. Measured in a process of its own: what the peak grows by."""
+@pytest.mark.parametrize(("batch", "patches", "words", "width"), [(224, 32, 16, 64), (256, 64, 32, 32)])
+def test_core_filip_and_filip_memory_is_far_below_the_token_scores(batch: int, patches: int, words: int, width: int) -> None:
+    """[B, B, T, U] floats would be 98 and 512 MiB here. Measured in a process of its own: what the peak grows by."""
     import subprocess
     import sys
 
-    script = """
+    script = f"""
 import resource, torch
 from vlm import ops
 torch.set_num_threads(1)
 def step(b):
-    v, w = torch.randn(b, 32, 64, requires_grad=True), torch.randn(b, 16, 64, requires_grad=True)
+    v, w = torch.randn(b, {patches}, {width}, requires_grad=True), torch.randn(b, {words}, {width}, requires_grad=True)
     with ops.backend("native"):
         rows, columns = ops.late_interaction(v, w)
     (rows.sum() + columns.sum()).backward()
 step(8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(224)
+step({batch})
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     grown = float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)

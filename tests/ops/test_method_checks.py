@@ -124,24 +124,39 @@ def test_core_siglip_and_core_infonce_without_noise_are_the_plain_losses_bit_for
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [6144, pytest.param(32768, marks=pytest.mark.long)])
-def test_core_infonce_memory_does_not_grow_with_all_pairs(size: int) -> None:
-    """All logits of 6144 pairs are 144 MiB, of 32768 pairs 4 GiB; measured in a process of its own: what the peak grows by."""
+def growth(setting: str, step: str, warm: str, real: str) -> float:
+    """MiB by which the peak of a process of its own grows between a small step and the real one."""
     script = f"""
 import resource, torch
 from vlm import ops
 torch.set_num_threads(1)
-def step(n):
+{setting}
+{step}
+step({warm})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step({real})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+
+
+def test_core_ce_memory_is_that_of_a_chunk_and_not_of_all_logits() -> None:
+    """1024 rows of 131072 ids are 512 MiB of logits; a chunk of 2^25 is 128, the table and its gradients 8 each."""
+    step = """def step(n):
+    hidden, labels = torch.randn(n, 16, requires_grad=True), torch.arange(n) * 100
+    ops.linear_cross_entropy(hidden, weight, labels, reduction="mean").loss.backward()"""
+    assert growth("weight = torch.randn(131072, 16, requires_grad=True)", step, "1", "1024") < 220
+
+
+@pytest.mark.parametrize("size", [6144, pytest.param(32768, marks=pytest.mark.long)])
+def test_core_infonce_memory_does_not_grow_with_all_pairs(size: int) -> None:
+    """All logits of 6144 pairs are 144 MiB, of 32768 pairs 4 GiB; measured in a process of its own: what the peak grows by."""
+    step = """def step(n):
     x, y = torch.randn(n, 64, requires_grad=True), torch.randn(n, 64, requires_grad=True)
     with ops.backend("native"):
         rows, columns = ops.contrastive_softmax(x, y, torch.zeros(()))
-    (rows.sum() + columns.sum()).backward()
-step(8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step({size})
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-    grown = float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    (rows.sum() + columns.sum()).backward()"""
+    grown = growth("", step, "8", str(size))
     assert grown < (30 if size < 10000 else 100)
 
 
@@ -164,3 +179,89 @@ def test_hip_keys_that_no_query_of_the_block_sees_are_not_scored(backend: ops.Ba
                                                     representative=representative)  # type: ignore[arg-type]
             found.append(blocks.index[0, 0, block])
         assert torch.equal(*found)
+
+
+# ---- core-tome
+
+
+@both
+@pytest.mark.parametrize("order", ["sources-first", "position"])
+def test_core_tome_tokens_of_unequal_numbers_of_copies_attend_as_the_copies_do(backend: ops.Backend, order: ops.MatchOrder) -> None:
+    """Of 9 tokens three are there twice and one four times: sizes differ, so the logarithm of the size is needed."""
+    distinct = torch.nn.functional.normalize(torch.randn(1, 9, 16), dim=-1)
+    copies = distinct.repeat_interleave(torch.tensor([2, 2, 4, 2, 1, 1, 1, 1, 1]), 1)
+    x, sizes = copies, None
+    with ops.backend(backend):
+        for r in (5, 1):  # pairs first; of the four copies then the two that are left
+            x, sizes = ops.merge_tokens(x, sizes, ops.bipartite_match(x, r, 0, order="position" if r == 5 else order))
+        assert sizes is not None
+        assert sorted(sizes[0].tolist()) == [1, 1, 1, 1, 1, 2, 2, 2, 4]
+        q = 4 * torch.randn(1, 1, 11, 16)
+        whole = ops.attention(q, copies[:, None], copies[:, None])
+        for bias in (ops.KeyBias(sizes.log()), sizes.log()[:, None, None]):
+            assert error(ops.attention(q, x[:, None], x[:, None], bias=bias), whole) < 1e-5
+        assert error(ops.attention(q, x[:, None], x[:, None]), whole) > 1e-2
+
+
+# ---- filip
+
+
+@both
+def test_filip_a_patch_many_times_leaves_the_scores_of_words_bit_for_bit(backend: ops.Backend) -> None:
+    v, w = (torch.nn.functional.normalize(torch.randn(5, n, 16), dim=-1) for n in (13, 7))
+    for times in (2, 5):
+        with ops.backend(backend):
+            words = ops.late_interaction(v, w)[1]
+            more = ops.late_interaction(torch.cat([v, v[:, 3:4].expand(-1, times - 1, -1)], 1), w)[1]
+        if backend == "native":
+            assert torch.equal(more, words)
+        torch.testing.assert_close(more, words, rtol=1e-6, atol=1e-7)  # torch multiplies another shape in another order
+
+
+def test_filip_the_gradient_is_that_of_the_best_pairs_and_of_finite_differences() -> None:
+    v, w = (torch.nn.functional.normalize(torch.randn(3, n, 6, dtype=torch.float64), dim=-1).requires_grad_() for n in (5, 4))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [1, 1, 0, 0]], dtype=torch.bool)
+    zi, zt = torch.randn(2, 3, 3, dtype=torch.float64)
+
+    def value(v: Tensor, w: Tensor) -> Tensor:
+        rows, columns = ops.late_interaction(v, w, mask_w=mask)
+        return (zi * rows).sum() + (zt * columns).sum()
+
+    assert torch.autograd.gradcheck(value, (v, w))
+    got = torch.autograd.grad(value(v, w), (v, w))
+    with ops.backend("native"):
+        native = torch.autograd.grad(value(v.float(), w.float()), (v, w))
+    want = [torch.zeros_like(v), torch.zeros_like(w)]
+    with torch.no_grad():
+        for i in range(3):
+            for j in range(3):
+                s = (v[i] @ w[j].T).masked_fill(~mask[j], -math.inf)
+                for a in range(5):
+                    b = int(s[a].argmax())
+                    want[0][i, a] += zi[i, j] / 5 * w[j, b]
+                    want[1][j, b] += zi[i, j] / 5 * v[i, a]
+                for b in mask[j].nonzero()[:, 0].tolist():
+                    a = int(s[:, b].argmax())
+                    want[0][i, a] += zt[i, j] / int(mask[j].sum()) * w[j, b]
+                    want[1][j, b] += zt[i, j] / int(mask[j].sum()) * v[i, a]
+    for one, other, exact in zip(got, native, want):
+        assert error(one, exact) < 1e-12
+        assert error(other, exact) < 1e-5
+
+
+# ---- tokenunify
+
+
+@both
+def test_tokenunify_what_stands_at_a_place_has_no_gradient_of_what_comes_after(backend: ops.Backend) -> None:
+    """The causal backbones: the output at 20 of 33 positions, by chunks of 8."""
+    x, delta, b, c = (torch.randn(1, 33, n, requires_grad=True) for n in (5, 5, 4, 4))
+    q, k, v = (torch.randn(1, 2, 33, n, requires_grad=True) for n in (4, 4, 6))
+    with ops.backend(backend):
+        scanned = ops.ssm_scan(x, delta, -torch.rand(5, 4), b, c, torch.rand(5))[0]
+        decayed = ops.linear_decay(q, k, v, -torch.rand(2), chunk=8)[0]
+        attended = ops.attention(q, k, v, causal=True)
+    for value, inputs, at in ((scanned[:, 20], (x, delta, b, c), 1), (decayed[:, :, 20], (q, k, v), 2), (attended[:, :, 20], (q, k, v), 2)):
+        for gradient in torch.autograd.grad(value.square().sum(), inputs, retain_graph=True):
+            assert (gradient.narrow(at, 21, 12) == 0).all()
+            assert gradient.narrow(at, 0, 21).abs().sum() > 0

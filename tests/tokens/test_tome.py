@@ -90,6 +90,23 @@ def test_core_tome_duplicated_patches_give_what_the_unmerged_tower_gives():
 
 
 @torch.no_grad()
+def test_core_tome_some_duplicated_patches_need_the_log_of_their_size():
+    """Three of eight pairs of patches are alike and become one each: later blocks see sizes of 2 and of 1."""
+    plain, merging = encoder(class_token=False, pool="mean").vision, encoder(merge(3), class_token=False, pool="mean").vision
+    picture = torch.rand(2, 3, 4, 8, 4, 8)
+    for row, column in ((0, 0), (2, 0), (3, 2)):
+        picture[:, :, row, :, column + 1] = picture[:, :, row, :, column]
+    for tower in (plain, merging):
+        for first in (0, 8, 14):  # the places of those patches are alike too
+            tower.position[first + 1] = tower.position[first]
+    x = plain.stem(picture.flatten(4, 5).flatten(2, 3))
+    whole = plain.trunk(x)[0]
+    for proportional in (True, False):
+        run = run_merging(merging.trunk, x, MergePlan((3, 0, 0, 0), 0, "size", proportional, True))
+        assert torch.allclose(run.x, whole, atol=1e-5) is proportional
+
+
+@torch.no_grad()
 def test_core_tome_mean_and_attention_pooling_weigh_by_size():
     for pool in ("mean", "attention"):
         tower = encoder(merge(5), class_token=False, pool=pool).vision

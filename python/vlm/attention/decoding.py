@@ -72,8 +72,9 @@ def sees_all(options: AnyDecoderAttention | None) -> bool:
 def seen_keys(options: AnyDecoderAttention | None, keys: int) -> int:
     """Of `keys` keys up to a query, those that it attends at most; searching for them is not counted."""
     if isinstance(options, HierarchicalOptions):
-        # Windows and choices are whole blocks, for a whole block of queries.
-        return min(keys, options.k + options.window + options.sinks + options.block_q + 2 * options.block_k)
+        # Windows and choices are whole blocks, for a whole block of queries; what was written since a choice is seen too.
+        near = options.window + options.block_q + options.refresh - 1
+        return min(keys, options.k + options.sinks + near + 2 * options.block_k)
     if isinstance(options, BlockMemoryOptions):
         # What left the window and forms no block yet is seen too.
         return min(keys, options.n_init + options.n_local + options.topk * options.block + options.block + options.chunk)

@@ -91,7 +91,7 @@ class LinearDecay(nn.Module):
         self.theta = None
         if shape.layer in options.lrpe:
             place = torch.arange(inner, dtype=torch.float32).view(shape.heads, shape.head_width)
-            self.theta = nn.Parameter(10000.0 ** (-2.0 * place / shape.width))
+            self.theta = nn.Parameter(10000.0 ** (-2.0 * place / inner))
         for linear in (self.q, self.k, self.v, self.gate):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=shape.width**-0.5)

@@ -8,7 +8,7 @@ Sources: hip, infllm.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor
 
 from vlm.attention import TrunkAttentionOptions, sees_all
 from vlm.attention.block_memory import BlockMemory, BlockMemoryOptions, MemoryState
+from vlm.attention.hierarchical import Choice, HierarchicalAttention
 from vlm.layers import Block, Trunk
 from vlm.models.cache import DecoderCache, LayerCache, appended_positions, is_packed, position_after
 from vlm.types import Layout
 
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q [B, H, N, D], k [B, G, M, D], v [B, G, M, V] -> [B, H, N, V]; the queries are the last N places."""
+Mix = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+"""q [B, H, N, D], k [B, G, M, D], v [B, G, M, V] of the rows named -> [B, H, N, V]; the queries are the last N places."""
+Choices = list[Choice | None]
+"""What every row has chosen at one layer."""
 
 
 @dataclass
@@ -47,6 +50,21 @@ class MemoryCache:
     def bytes(self) -> int:
         """Bytes of the stores, scores and representatives; blocks held beside the store are not counted."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+@dataclass
+class ChosenCache(DecoderCache):
+    """Keys and values with what the last token written chose of them: choices by layer, then by row."""
+
+    choices: list[Choices] = field(default_factory=list)
+
+    def rows(self, index: Tensor) -> ChosenCache:
+        """The rows `index` [m] int64: kept, repeated or reordered (beam search)."""
+        kept, places = super().rows(index), index.tolist()
+        return ChosenCache(kept.layers, kept.next_position, kept.cross, [[layer[row] for row in places] for layer in self.choices])
+
+    def tensors(self) -> list[Tensor]:
+        return super().tensors() + [choice.index for layer in self.choices for choice in layer if choice is not None]
 
 
 FarCache = DecoderCache | MemoryCache
@@ -85,30 +103,52 @@ def read_far(
         x, states = _remember(trunk, memory, x, layout, None if cache is None else cache.states, hidden, collect)
         return x, position, hidden, MemoryCache(states, following) if cache is not None or keep_cache else None
     assert cache is None or isinstance(cache, DecoderCache)
-    x, layers = _choose(trunk, options.build(), x, layout, position, None if cache is None else cache.layers, hidden, collect)
-    return x, position, hidden, DecoderCache(layers, following) if cache is not None or keep_cache else None
+    x, after = _choose(trunk, options.build(), x, layout, position, cache, hidden, collect)
+    after.next_position = following
+    return x, position, hidden, after if cache is not None or keep_cache else None
+
+
+class _Steps:
+    """Mixes the queries of one layer; where choices are kept, by what their rows chose before: after, what the next token may
+    read by, or nothing."""
+
+    def __init__(self, attention: Any, before: Choices | None) -> None:
+        self.attention = attention
+        self.after = None if before is None else list(before)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int]) -> Tensor:
+        if self.after is None:
+            return self.attention(q, k, v)
+        mixed, choice = self.attention.step(q, k, v, Choice.joined([self.after[row] for row in rows]))
+        for at, row in enumerate(rows):
+            self.after[row] = None if choice is None else choice.row(at)
+        return mixed
 
 
 def _choose(
-    trunk: Trunk, mix: Mix, x: Tensor, layout: Layout, position: Tensor, kept: Sequence[LayerCache] | None,
+    trunk: Trunk, attention: Any, x: Tensor, layout: Layout, position: Tensor, cache: DecoderCache | None,
     hidden: dict[int, Tensor], collect: Collection[int],
-) -> tuple[Tensor, list[LayerCache]]:
-    """Every layer keeps all keys, rotated, and its queries choose among them."""
+) -> tuple[Tensor, DecoderCache]:
+    """Every layer keeps all keys, rotated, and its queries choose among them; tokens that are written may share a choice."""
     rotary = trunk.rotary(position)
-    mask = layout.mask if kept is None else torch.cat([kept[0].mask, layout.mask], 1)
+    mask = layout.mask if cache is None else torch.cat([cache.layers[0].mask, layout.mask], 1)
     whole = bool(mask.all()) and not bool((layout.segment > 0).any())
     runs = None if whole else _runs(layout, mask)
-    layers = []
-    for layer, block in enumerate(trunk.blocks, start=1):
+    shares = cache is not None and isinstance(attention, HierarchicalAttention) and attention.options.refresh > 1
+    layers, choices = [], []
+    for layer, block in enumerate(trunk.blocks):
         assert isinstance(block, Block)
         q, keys, values = block.project(x, rotary)
-        own = LayerCache(keys, values, mask) if kept is None else kept[layer - 1].grown(keys, values, mask)
+        own = LayerCache(keys, values, mask) if cache is None else cache.layers[layer].grown(keys, values, mask)
         layers.append(own)
-        mixed = mix(q, own.keys, own.values) if runs is None else _by_run(mix, runs, q, own.keys, own.values)
+        steps = _Steps(attention, cache.choices[layer] if isinstance(cache, ChosenCache) else [None] * len(x) if shares else None)
+        mixed = steps(q, own.keys, own.values, range(len(x))) if runs is None else _by_run(steps, runs, q, own.keys, own.values)
         x = block.finish(x, mixed)
-        if layer in collect:
-            hidden[layer] = x
-    return x, layers
+        if steps.after is not None:
+            choices.append(steps.after)
+        if layer + 1 in collect:
+            hidden[layer + 1] = x
+    return x, ChosenCache(layers, position, choices=choices) if choices else DecoderCache(layers, position)
 
 
 def _remember(
@@ -156,6 +196,6 @@ def _by_run(mix: Mix, runs: Sequence[Run], q: Tensor, k: Tensor, v: Tensor) -> T
     """As `mix`, each run by itself; places of no run get 0."""
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     for row, places, seen in runs:
-        mixed = mix(q[row : row + 1, :, places], k[row : row + 1, :, seen], v[row : row + 1, :, seen])
+        mixed = mix(q[row : row + 1, :, places], k[row : row + 1, :, seen], v[row : row + 1, :, seen], [row])
         out[row, places] = mixed[0].transpose(0, 1).to(out.dtype)
     return out.transpose(1, 2)

@@ -40,7 +40,7 @@ class Bias:
     def _distance(self, shape: MaskShape, alignment: Alignment) -> Tensor:
         """d of each relative position, [N + M - 1]: N - 1 + offset first, 1 - M + offset last."""
         offset = shape.keys - shape.queries if alignment == "bottom-right" else 0
-        return shape.queries - 1 + offset - torch.arange(shape.queries + shape.keys - 1, device=shape.device)
+        return shape.queries + offset - torch.arange(shape.queries + shape.keys, device=shape.device)[1:]  # nothing at all has none
 
 
 @dataclass(frozen=True, eq=False)

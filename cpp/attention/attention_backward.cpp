@@ -30,6 +30,7 @@ struct Plan {
   uint8_t* dq_touched;                 // [chunks, batch, query_heads, query blocks]: whether that part was written
   float* relative_parts;               // [batch, query_heads, chunks, relative], if wanted
   int64_t relative;                    // numbers of a head
+  const float *top, *log_sum;          // of each row, instead of lse; null = lse is exact enough
 
   Plan(const AttentionBackward& c, int threads)
       : call(c), p(c.problem), masks(c.problem), lengths(c.problem, threads), group(p.query_heads / p.key_heads) {
@@ -44,6 +45,7 @@ struct Plan {
     width = round_up(larger(p.width, 1), W);
     value_width = round_up(larger(p.value_width, 1), W);
     column_sums = dq_parts = relative_parts = nullptr;
+    top = log_sum = nullptr;
     dq_touched = nullptr;
     relative = call.drelative == nullptr ? 0 : relative_length(p);
   }
@@ -70,7 +72,7 @@ struct Worker {
   float *weights, *gradients;                // score tiles P and dS, [TILE_QUERIES, LDS]
   float *weight_columns, *gradient_columns;  // the same of the whole block as left operands, where those are copies
   float *gradient_rows;
-  float *lse, *delta;                        // [BLOCK_QUERIES]
+  float *lse, *rest, *delta;                 // [BLOCK_QUERIES]; P = 2^(score - lse - rest)
   float *slope;                              // [BC], derivative of the cap
   float *row_factor;                         // [BLOCK_QUERIES], for the cosine
   uint8_t* packed;                           // [chunk tiles]
@@ -101,6 +103,7 @@ struct Worker {
     take(&to.gradient_columns, tile_columns_room(BLOCK_QUERIES));
     take(&to.gradient_rows, tile_rows_room(BLOCK_QUERIES));
     take(&to.lse, BLOCK_QUERIES);
+    take(&to.rest, BLOCK_QUERIES);
     take(&to.delta, BLOCK_QUERIES);
     take(&to.slope, BC);
     take(&to.row_factor, BLOCK_QUERIES);
@@ -153,7 +156,13 @@ void load_queries(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t i0, in
              load_first(out + r * c.out.row_stride + e, p.value_width - e);
     w.delta[r] = sum_lanes(sum) - (c.dlse == nullptr ? 0.0f : c.dlse[at + r]);
     w.lse[r] = c.lse[at + r] == -infinity ? infinity : c.lse[at + r] * log2_e;
-    if (c.lse[at + r] == -infinity) w.delta[r] = 0.0f;
+    w.rest[r] = 0.0f;
+    if (c.lse[at + r] == -infinity) {
+      w.delta[r] = 0.0f;
+    } else if (s.top != nullptr) {
+      w.lse[r] = s.top[at + r];
+      w.rest[r] = s.log_sum[at + r];
+    }
   }
 }
 
@@ -208,10 +217,10 @@ void score_group(const Plan& s, Worker& w, const AttentionProgram& program, Cove
     const int64_t i = i0 + g + r, padded = round_up(n, W);
     float *row = weights + seen.first, *slope = gradients + seen.first;
     finish_scores(row, n, bias_row(p.bias, b, h, i, j), program, group, i, j, w.slope);
-    const vf lse = splat(w.lse[g + r]), delta = splat(w.delta[g + r]);
+    const vf lse = splat(w.lse[g + r]), rest = splat(w.rest[g + r]), delta = splat(w.delta[g + r]);
     if (program.drop_below == 0) {
       for (int64_t c = 0; c < padded; c += W) {
-        const vf weight = exp2(load(row + c) - lse);
+        const vf weight = exp2(load(row + c) - lse - rest);
         store(row + c, weight);
         store(slope + c, weight * (load(slope + c) - delta));
       }
@@ -219,7 +228,7 @@ void score_group(const Plan& s, Worker& w, const AttentionProgram& program, Cove
       const uint32_t key = row_key(program.drop_key, i);
       for (int64_t c = 0; c < padded; c += W) {
         const vi kept = kept_lanes(key, j + c, program.drop_below);
-        const vf weight = exp2(load(row + c) - lse), factor = select(kept, splat(program.drop_scale), vf{});
+        const vf weight = exp2(load(row + c) - lse - rest), factor = select(kept, splat(program.drop_scale), vf{});
         store(row + c, weight * factor);
         store(slope + c, weight * (load(slope + c) * factor - delta));
       }
@@ -418,6 +427,18 @@ void attention_backward(const AttentionBackward& call, int threads) {
   Scratch columns(plan.column_room()), parts(plan.chunks > 1 ? plan.chunks * plan.part_room() : 0);
   plan.column_sums = columns.data;
   plan.dq_parts = parts.data;
+  const int64_t lse_count = p.batch * p.query_heads * p.queries;
+  const bool split = needs_split(p, call.lse);
+  Scratch halves(split ? 3 * lse_count : 0);
+  if (split) {
+    AttentionForward again{p, call.dq, halves.data};
+    again.problem.value_width = 0;  // writes no output
+    again.top = halves.data + lse_count;
+    again.log_sum = halves.data + 2 * lse_count;
+    VLM_LEVEL::attention_forward(again, threads);
+    plan.top = again.top;
+    plan.log_sum = again.log_sum;
+  }
   Scratch touched(plan.chunks > 1 ? plan.touched_room() : 0), relative(plan.relative_room());
   plan.dq_touched = reinterpret_cast<uint8_t*>(touched.data);
   if (call.drelative != nullptr) plan.relative_parts = relative.data;

@@ -165,7 +165,11 @@ void run_block(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t block) {
     for (int64_t e = 0; e < p.value_width; e += W)
       store_first(out + r * s.call.out.row_stride + e, load(w.out + r * s.out_stride + e) * inverse,
                   p.value_width - e);
-    lse[r] = empty ? -infinity : (w.top[r] + __builtin_log2f(w.sum[r])) * ln_2;
+    const float log_sum = empty ? 0.0f : __builtin_log2f(w.sum[r]);
+    lse[r] = empty ? -infinity : (w.top[r] + log_sum) * ln_2;
+    if (s.call.top == nullptr) continue;
+    s.call.top[lse - s.call.lse + r] = w.top[r];
+    s.call.log_sum[lse - s.call.lse + r] = log_sum;
   }
 }
 

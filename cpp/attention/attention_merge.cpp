@@ -24,16 +24,25 @@ VLM_INLINE Row row_of(const Call& c, int64_t at) {
 VLM_INLINE const float* row_at(const Heads& t, const Row& r) { return head_of(t, r.b, r.h) + r.i * t.row_stride; }
 VLM_INLINE float* row_at(const MutableHeads& t, const Row& r) { return head_of(t, r.b, r.h) + r.i * t.row_stride; }
 
+// The greatest lse of a row (NaN if there is one), and the sum of exp(lse - top): merged they lose the sum where lse is large.
+struct Together {
+  float top, sum;
+};
+template <class Call>
+VLM_INLINE Together together(const Call& c, int64_t at) {
+  Together of{-infinity, 0.0f};
+  for (int64_t p = 0; p < c.parts; ++p) {
+    const float lse = c.lses[p][at];
+    of.top = lse > of.top || lse != lse ? lse : of.top;  // NaN stays
+  }
+  for (int64_t p = 0; p < c.parts && of.top != -infinity; ++p) of.sum += __builtin_expf(c.lses[p][at] - of.top);
+  return of;
+}
+
 void merge_row(const AttentionMerge& c, const Row& row) {
   const int64_t at = row.lse;
   float* out = row_at(c.out, row);
-  float top = -infinity;
-  for (int64_t p = 0; p < c.parts; ++p) {
-    const float lse = c.lses[p][at];
-    top = lse > top || lse != lse ? lse : top;  // NaN stays
-  }
-  float sum = 0.0f;
-  for (int64_t p = 0; p < c.parts && top != -infinity; ++p) sum += __builtin_expf(c.lses[p][at] - top);
+  const auto [top, sum] = together(c, at);
   const bool empty = top == -infinity;
   c.lse[at] = empty ? -infinity : top + __builtin_logf(sum);
   bool first = true;
@@ -53,8 +62,9 @@ void merge_row(const AttentionMerge& c, const Row& row) {
 void split_row(const AttentionMergeBackward& c, const Row& row) {
   const int64_t at = row.lse;
   const float *out = row_at(c.out, row), *dout = row_at(c.dout, row);
+  const auto [top, sum] = together(c, at);
   for (int64_t p = 0; p < c.parts; ++p) {
-    const float weight = c.lse[at] == -infinity ? 0.0f : __builtin_expf(c.lses[p][at] - c.lse[at]);
+    const float weight = top == -infinity ? 0.0f : __builtin_expf(c.lses[p][at] - top) / sum;
     float* to = row_at(c.douts[p], row);
     if (weight == 0.0f) {
       for (int64_t e = 0; e < c.width; e += W) store_first(to + e, vf{}, c.width - e);

@@ -64,7 +64,7 @@ VLM_INLINE void stream(const float* scores, int64_t n, int64_t j0, bool want_bes
   if (tile_top > before) {
     if (before != -infinity) {
       const float fade = __builtin_exp2f(before - tile_top);
-      row.drift = fade * (row.drift + row.sum * (before - tile_top));
+      row.drift = fade == 0.0f ? 0.0f : fade * (row.drift + row.sum * (before - tile_top));  // 0 * -inf is not 0
       row.sum *= fade;
     }
     row.top = tile_top;
@@ -129,6 +129,10 @@ void run_block(const StatisticsPlan& s, StatisticsWorker& w, int64_t b, int64_t 
     const bool empty = row.top == -infinity;
     const float log_sum = empty ? 0.0f : __builtin_log2f(row.sum);
     s.call.lse[at + r] = empty ? -infinity : (row.top + log_sum) * ln_2;
+    if (s.call.top != nullptr) {
+      s.call.top[at + r] = row.top;
+      s.call.log_sum[at + r] = log_sum;
+    }
     if (s.call.entropy != nullptr) {
       const float entropy = empty ? 0.0f : (log_sum - row.drift / row.sum) * ln_2;
       s.call.entropy[at + r] = entropy < 0.0f ? 0.0f : entropy;

@@ -16,6 +16,7 @@ struct Plan {
   const AttentionProblem& p;
   KeyMasks masks;
   int64_t group;
+  const float *top = nullptr, *log_sum = nullptr;  // of each row, instead of lse; null = lse is exact enough
   explicit Plan(const AttentionColumnSums& c)
       : call(c), p(c.problem), masks(c.problem), group(p.query_heads / p.key_heads) {}
 };
@@ -46,7 +47,7 @@ struct Worker {
 struct ActiveRows {
   int count;
   int row[MR];
-  float weight[MR], lse[MR];
+  float weight[MR], lse[MR], rest[MR];  // P = 2^(score - lse - rest)
 };
 
 ActiveRows active_rows(const Plan& s, int64_t head, int64_t i0, int64_t height) {
@@ -58,7 +59,8 @@ ActiveRows active_rows(const Plan& s, int64_t head, int64_t i0, int64_t height) 
     if (weight == 0.0f || lse == -infinity) continue;
     active.row[active.count] = static_cast<int>(r);
     active.weight[active.count] = weight;
-    active.lse[active.count] = lse * log2_e;
+    active.lse[active.count] = s.top == nullptr ? lse * log2_e : s.top[at];
+    active.rest[active.count] = s.top == nullptr ? 0.0f : s.log_sum[at];
     ++active.count;
   }
   return active;
@@ -97,7 +99,7 @@ void sum_tile(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t tile) {
       for (int64_t c = 0; c < n; c += W) {
         vf sum{};
         for (int a = 0; a < active.count; ++a)
-          sum += exp2(load(w.scores + active.row[a] * LDS + c) - active.lse[a]) * active.weight[a];
+          sum += exp2(load(w.scores + active.row[a] * LDS + c) - active.lse[a] - active.rest[a]) * active.weight[a];
         store(w.part + c, load(w.part + c) + sum);
       }
     }
@@ -110,8 +112,19 @@ void sum_tile(const Plan& s, Worker& w, int64_t b, int64_t h, int64_t tile) {
 }  // namespace
 
 void attention_column_sums(const AttentionColumnSums& call, int threads) {
-  const Plan plan(call);
+  Plan plan(call);
   const AttentionProblem& p = plan.p;
+  const int64_t lse_count = p.batch * p.query_heads * p.queries;
+  const bool split = needs_split(p, call.lse);
+  Scratch halves(split ? 3 * lse_count : 0);
+  if (split) {
+    AttentionRowStatistics again{p, halves.data, nullptr, nullptr};
+    again.top = halves.data + lse_count;
+    again.log_sum = halves.data + 2 * lse_count;
+    VLM_LEVEL::attention_row_statistics(again, threads);
+    plan.top = again.top;
+    plan.log_sum = again.log_sum;
+  }
   threads = useful_threads(p, threads);
   const int64_t tiles = plan.masks.tiles, total = p.batch * p.query_heads * tiles;
   const int64_t grain = larger(1, smaller(tiles, (total + 4 * threads - 1) / (4 * threads)));

@@ -2,6 +2,8 @@
 // Per-level code.
 #pragma once
 
+#include <cfloat>
+
 #include "core/kernel_table.hpp"
 #include "core/parallel_for.hpp"
 #include "core/random.hpp"
@@ -162,17 +164,38 @@ static void cap_scores(float* scores, int64_t n, float cap, float* slope) {
   }
 }
 
+// A bias in units of log 2. A finite one stays finite, for only -inf removes a pair: below -2.36e38 it would not.
+VLM_INLINE vf in_log_2(vf bias) {
+  const vf lowest = splat(-FLT_MAX), scaled = bias * log2_e;
+  return select((bias >= lowest) & (scaled < lowest), lowest, scaled);
+}
+VLM_INLINE float in_log_2(float bias) {
+  const float scaled = bias * log2_e;
+  return bias >= -FLT_MAX && scaled < -FLT_MAX ? -FLT_MAX : scaled;
+}
+
+// Rows of a greater lse are given as two numbers, top and log of the sum: the second is lost in the last bits of one.
+constexpr float largest_whole_lse = 1024.0f;
+
+VLM_INLINE bool needs_split(const AttentionProblem& p, const float* lse) {
+  for (int64_t i = 0; i < p.batch * p.query_heads * p.queries; ++i) {
+    const float size = __builtin_fabsf(lse[i]);
+    if (size > largest_whole_lse && size != infinity) return true;
+  }
+  return false;
+}
+
 // Finish one row of a score tile in units of log 2: cap it, add the biases, remove pairs, set what lies beyond `n` to
 // -inf. `slope` gets the derivative of the cap, if there is one.
 VLM_INLINE void finish_scores(float* scores, int64_t n, const float* bias, const AttentionProgram& program, Cover cover,
                               int64_t i, int64_t j0, float* slope = nullptr) {
   if (program.softcap != 0.0f) cap_scores(scores, n, program.softcap, slope);
   if (bias != nullptr)
-    for (int64_t c = 0; c < n; c += W) store(scores + c, load(scores + c) + load_first(bias + c, n - c) * log2_e);
+    for (int64_t c = 0; c < n; c += W) store(scores + c, load(scores + c) + in_log_2(load_first(bias + c, n - c)));
   if (program.relative != nullptr)
     program.walk_relative(i, j0, n, [&](int64_t column, int64_t at, int64_t count) {
       const float* from = program.relative + at;
-      for (int64_t c = 0; c < count; ++c) scores[column + c] += from[c] * log2_e;
+      for (int64_t c = 0; c < count; ++c) scores[column + c] += in_log_2(from[c]);
     });
   if (cover == Cover::partial) program.remove(scores, i, j0, n);
   for (int64_t c = n; c < round_up(n, W); ++c) scores[c] = -infinity;

@@ -11,13 +11,39 @@ constexpr int64_t GROUP = 8;                       // column samples whose token
 
 VLM_INLINE int64_t kept(const TokenList& list, int64_t sample) { return list.first[sample + 1] - list.first[sample]; }
 
-// Whether any kept token of the sample is not finite.
-bool is_broken(const TokenList& list, int64_t sample, int64_t E) {
+bool is_broken_token(const TokenList& list, int64_t t, int64_t E) {
   vf sum{};
-  for (int64_t t = list.first[sample]; t < list.first[sample + 1]; ++t)
-    for (int64_t e = 0; e < E; e += W) sum += load_first(list.data + list.source[t] + e, E - e) * 0.0f;
+  for (int64_t e = 0; e < E; e += W) sum += load_first(list.data + list.source[t] + e, E - e) * 0.0f;
   return !(sum_lanes(sum) == 0.0f);
 }
+
+// The first kept token of the sample that is not finite, counted from its first kept one; -1 if there is none.
+int64_t first_broken(const TokenList& list, int64_t sample, int64_t E) {
+  for (int64_t t = list.first[sample]; t < list.first[sample + 1]; ++t)
+    if (is_broken_token(list, t, E)) return t - list.first[sample];
+  return -1;
+}
+
+// Where the maxima of broken samples lie: NaN is the greatest, the first of equals wins. The sweep passes NaN over.
+struct BrokenTokens {
+  Scratch row_memory, column_memory;  // first_broken of every sample
+  int32_t *row, *column;
+  bool any = false;
+
+  BrokenTokens(const TokenList& rows, const TokenList& columns, int64_t E)
+      : row_memory(rows.samples), column_memory(columns.samples) {
+    row = find(rows, E, row_memory);
+    column = find(columns, E, column_memory);
+  }
+  int32_t* find(const TokenList& list, int64_t E, const Scratch& memory) {
+    int32_t* to = reinterpret_cast<int32_t*>(memory.data);
+    for (int64_t sample = 0; sample < list.samples; ++sample) {
+      to[sample] = static_cast<int32_t>(first_broken(list, sample, E));
+      any = any || to[sample] >= 0;
+    }
+    return to;
+  }
+};
 
 // to += factor * from
 VLM_INLINE void add_scaled(float* to, const float* from, float factor, int64_t E) {
@@ -59,6 +85,19 @@ struct Gradients {
   const uint16_t *row_best, *column_best;
   int64_t from;  // first row sample of the block
   int64_t E;
+  const BrokenTokens& broken;
+
+  // The place in column sample j that matches token r of row sample i best, and the other way round.
+  int64_t row_place(int64_t i, int64_t r, int64_t j) const {
+    if (broken.any && broken.row[i] >= 0 && is_broken_token(rows, r, E)) return 0;
+    if (broken.any && broken.column[j] >= 0) return broken.column[j];
+    return row_places(r)[j];
+  }
+  int64_t column_place(int64_t i, int64_t c, int64_t j) const {
+    if (broken.any && broken.column[j] >= 0 && is_broken_token(columns, c, E)) return 0;
+    if (broken.any && broken.row[i] >= 0) return broken.row[i];
+    return column_places(i)[c];
+  }
 
   float row_factor(int64_t i, int64_t j) const {
     const float g = call.row_gradient[i * columns.samples + j];
@@ -81,11 +120,10 @@ struct Gradients {
       const int64_t j1 = smaller(j0 + GROUP, columns.samples);
       if (call.row_gradient != nullptr)
         for (int64_t r = rows.first[i]; r < rows.first[i + 1]; ++r) {
-          const uint16_t* places = row_places(r);
           int64_t count = 0;
           for (int64_t j = j0; j < j1; ++j) {
             if (kept(columns, j) == 0) continue;
-            sources[count] = column_token(columns.first[j] + places[j]);
+            sources[count] = column_token(columns.first[j] + row_place(i, r, j));
             factors[count++] = row_factor(i, j);
           }
           add_rows(call.drows + rows.position[r] * E, sources, factors, count, E);
@@ -94,7 +132,7 @@ struct Gradients {
         for (int64_t j = j0; j < j1; ++j) {
           const float factor = column_factor(i, j);
           for (int64_t c = columns.first[j]; c < columns.first[j + 1]; ++c) {
-            const int64_t r = rows.first[i] + column_places(i)[c];
+            const int64_t r = rows.first[i] + column_place(i, c, j);
             add_scaled(call.drows + rows.position[r] * E, column_token(c), factor, E);
           }
         }
@@ -112,7 +150,7 @@ struct Gradients {
           int64_t count = 0;
           for (int64_t i = i0; i < i1; ++i) {
             if (kept(rows, i) == 0) continue;
-            sources[count] = row_token(rows.first[i] + column_places(i)[c]);
+            sources[count] = row_token(rows.first[i] + column_place(i, c, j));
             factors[count++] = column_factor(i, j);
           }
           add_rows(call.dcolumns + columns.position[c] * E, sources, factors, count, E);
@@ -121,7 +159,7 @@ struct Gradients {
         for (int64_t i = i0; i < i1; ++i) {
           const float factor = row_factor(i, j);
           for (int64_t r = rows.first[i]; r < rows.first[i + 1]; ++r) {
-            const int64_t c = columns.first[j] + row_places(r)[j];
+            const int64_t c = columns.first[j] + row_place(i, r, j);
             add_scaled(call.dcolumns + columns.position[c] * E, row_token(r), factor, E);
           }
         }
@@ -149,16 +187,14 @@ void late_forward(const LateForward& call, const TokenList& rows, const TokenLis
   else
     late_sweep<true>(rows, columns, E, 0, R,
                      {call.row_values, call.column_values, call.found, call.found + rows.count * C}, threads);
-  Scratch broken(C);
-  for (int64_t j = 0; j < C; ++j) broken.data[j] = is_broken(columns, j, E) ? __builtin_nanf("") : 0.0f;
+  const BrokenTokens broken(rows, columns, E);
   parallel_for(R, 1, threads, [&](int64_t i, int64_t, int) {
-    const float row_broken = is_broken(rows, i, E) ? __builtin_nanf("") : 0.0f;
     const int64_t row_count = kept(rows, i);
     for (int64_t j = 0; j < C; ++j) {
       const int64_t column_count = kept(columns, j);
       if (row_count == 0 || column_count == 0) continue;
       float *row = call.row_values + i * C + j, *column = call.column_values + i * C + j;
-      const float shift = row_broken + broken.data[j];
+      const float shift = broken.row[i] >= 0 || broken.column[j] >= 0 ? __builtin_nanf("") : 0.0f;
       *row = (mean ? *row / static_cast<float>(row_count) : *row) + shift;
       *column = (mean ? *column / static_cast<float>(column_count) : *column) + shift;
     }
@@ -177,11 +213,12 @@ void late_backward(const LateBackward& call, const TokenList& rows, const TokenL
   uint16_t* own = reinterpret_cast<uint16_t*>(found.data);
   const uint16_t* row_best = known ? call.found : own;
   const uint16_t* column_best = row_best + (known ? rows.count : block * rows.longest) * C;
+  const BrokenTokens broken(rows, columns, E);
   for (int64_t from = 0; from < R; from += block) {
     const int64_t to = smaller(from + block, R);
     if (!known)
       late_sweep<true>(rows, columns, E, from, to, {nullptr, nullptr, own, own + block * rows.longest * C}, threads);
-    const Gradients gradients{call, rows, columns, row_best, column_best, from, E};
+    const Gradients gradients{call, rows, columns, row_best, column_best, from, E, broken};
     if (call.drows != nullptr)
       parallel_for(to - from, 1, threads, [&](int64_t i, int64_t, int) { gradients.row_sample(from + i); });
     if (call.dcolumns != nullptr)

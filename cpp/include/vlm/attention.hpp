@@ -8,6 +8,9 @@
 // of a key removed by key_mask is never read into a sum, so that NaN there cannot leak. A row without an allowed key:
 // output 0, lse -inf, no gradient. lse_i = log sum_j exp(s_ij), natural logarithm.
 //
+// A bias of -inf removes its pair; a finite one never does, however low: where a row has no other, it is averaged over
+// such pairs. Below -2.36e38 (-FLT_MAX in units of log 2) it counts as that number, so does lse.
+//
 // With `temperature` the product is that of unit vectors: scale * temperature_h * cos(q_i, k_j), where a vector shorter
 // than 1e-12 is divided by 1e-12.
 //
@@ -61,6 +64,8 @@ struct AttentionForward {
   AttentionProblem problem;
   MutableHeads out;
   float* lse;  // [batch, query_heads, queries], contiguous
+  float* top = nullptr;      // of the same extents, or null: the greatest logit of each row in units of log 2 ...
+  float* log_sum = nullptr;  // ... and the logarithm, to base 2, of the sum of 2^(logit - top); with `top`
 };
 
 struct AttentionBackward {

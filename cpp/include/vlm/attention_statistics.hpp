@@ -14,6 +14,7 @@
 //                   with L_p = -inf is empty and its O_p is not read. Backward: w_p = exp(L_p - L), dO_p = w_p dO,
 //                   dL_p = w_p (dL + <dO, O_p - O>).
 //
+// An lse beyond 1024 has too few bits left for P: column sums then make the row's own again from the problem.
 // Numerics: float32; column sums are added in three levels (14 or 6 rows, 16 such groups, all). Work is cut by shape
 // alone, every output has one writer: bits do not depend on the number of threads.
 // Memory of a thread: column sums hold one head's packed queries, row statistics one head's packed keys, rows one
@@ -39,6 +40,8 @@ struct AttentionRowStatistics {
   float* lse;      // [batch, query_heads, queries], contiguous
   float* entropy;  // the same, or null if not wanted
   int64_t* best;   // the same, or null if not wanted
+  float* top = nullptr;      // as in AttentionForward
+  float* log_sum = nullptr;
 };
 
 struct AttentionRows {

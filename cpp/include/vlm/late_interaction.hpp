@@ -6,7 +6,8 @@
 // A pair of which one side keeps no token has the values 0 and gives no gradient. Removed tokens are never read. A kept
 // token that is not finite makes all values of its sample NaN.
 //
-// Backward: the gradient of a maximum goes to its first maximiser. The maximisers are what the forward found, or, where
+// Backward: the gradient of a maximum goes to its first maximiser, as which a product with a token that is not finite
+// counts: what meets it gets a gradient that is not finite. The maximisers are what the forward found, or, where
 // it was not told to keep them, computed again for a block of row samples at a time. Then dv is summed row sample by
 // row sample and dw column sample by column sample: no atomics.
 // Numerics: float32 products and sums. The work is cut by shape and masks alone, so the bits of the result do not

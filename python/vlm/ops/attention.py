@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm.ops.attention_bias import AnyBias, lowered
+from vlm.ops.attention_bias import AnyBias, lowered, narrowed
 from vlm.ops.attention_native import cuda_attends, native_attention
-from vlm.ops.attention_reference import attention_reference
-from vlm.ops.backend import use_native
+from vlm.ops.attention_reference import attention_reference, default_scale
+from vlm.ops.backend import under_autocast, use_native
 from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.masks import Alignment, Atom, MaskProgram, MaskShape, key_mask_of
 
@@ -67,8 +67,10 @@ def attention(
         Masked keys may hold anything, NaN included.
     mask: atoms of `vlm.ops.masks` that must hold beside `causal` and `key_mask`; tiles that they empty cost nothing.
     bias: added to the scaled logits: a tensor broadcastable to [B, H, N, M], where -inf removes a pair, or a bias by
-        position of `vlm.ops.attention_bias`, which needs no such tensor.
-    scale: 1/sqrt(D) by default (1 for the cosine).
+        position of `vlm.ops.attention_bias`, which needs no such tensor. A finite bias, however low, removes nothing: a
+        query whose keys all have `torch.finfo(dtype).min` averages over them. Use `key_mask` or -inf for an empty row.
+        The native core takes what is below -2.36e38 for that number, and then gives it for lse.
+    scale: 1/sqrt(D) by default (1 for the cosine, and where D is 0).
     softcap: logits become softcap * tanh(logits / softcap), before the bias; must be positive.
     score: "dot" is scale * <q, k>; "cosine" is temperature_h * cos(q, k) with a positive `temperature` [H] or [1],
         clamped to `max_temperature` (no gradient beyond it).
@@ -80,7 +82,7 @@ def attention(
     On a GPU without the compiled kernels, and for what they do not take (docs/kernels/cuda.md), plain torch computes.
     Raises ValueError on shapes or dtypes that do not fit. Source: core-exact-attention, swin-v2 for the cosine.
     """
-    q, k, v = _under_autocast(q, k, v)
+    q, k, v = under_autocast(q, k, v)
     key_mask = _check(q, k, v, alignment, key_mask, bias)
     softcap, dropout = _options(softcap, score, temperature, dropout)
     if temperature is not None:
@@ -107,7 +109,7 @@ def attention(
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     pairs, relative = lowered(bias, shape, grids=cuda_kernels_of(q) is None)
     if pairs is not None:
-        pairs = pairs.float()
+        pairs = narrowed(pairs, torch.float32)
         if pairs.shape[3] != k.shape[2]:  # one number for all keys: the kernel wants a contiguous last axis
             pairs = pairs.expand(-1, -1, -1, k.shape[2]).contiguous()
     more: dict[str, object] = {}
@@ -117,7 +119,7 @@ def attention(
             key_mask = padding if key_mask is None else key_mask & padding
         more["mask"] = mask.lower(shape)
     if relative is not None:
-        more |= {"relative": relative.values.float(), "grid": relative.grid}
+        more |= {"relative": narrowed(relative.values, torch.float32), "grid": relative.grid}
     if temperature is not None:
         more["temperature"] = temperature.float()
     if softcap:
@@ -128,8 +130,8 @@ def attention(
     dtype = q.dtype
     if dtype != torch.bfloat16:  # bfloat16 is the operator's business
         q, k, v = q.float(), k.float(), v.float()
-    out, lse = native_attention(q, k, v, key_mask, pairs, q.shape[3] ** -0.5 if scale is None else scale, causal, offset,
-                                **more)  # type: ignore[arg-type]
+    out, lse = native_attention(q, k, v, key_mask, pairs, default_scale(q.shape[3]) if scale is None else scale, causal,
+                                offset, **more)  # type: ignore[arg-type]
     out = out.to(dtype)
     return (out, lse) if return_lse else out
 
@@ -159,14 +161,6 @@ def _torch_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     queries is not repaid. Only asked where torch's own kernel needs no mask tensor."""
     products = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
     return products < 4_000_000 or q.shape[2] < 8
-
-
-def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What autocast does with torch's own attention: bring q, k, v to its type (float64 stays)."""
-    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
-        return q, k, v
-    narrow = torch.get_autocast_dtype(q.device.type)
-    return q.to(narrow), k.to(narrow), v.to(narrow)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, alignment: str, key_mask: Tensor | None,

@@ -151,6 +151,14 @@ class KeyBias:
 AnyBias = Tensor | Bias | KeyBias
 
 
+def narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in another type. A finite number that the type cannot hold becomes its lowest: only -inf removes a pair."""
+    lowest = torch.finfo(dtype).min
+    if torch.finfo(bias.dtype).min >= lowest:
+        return bias.to(dtype)
+    return torch.where(bias == -torch.inf, bias, bias.clamp(min=lowest)).to(dtype)
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """The slopes of ALiBi: a geometric series from 2^(-8/H), float32 [H]; for other counts than powers of two, the
     series of the next lower one filled up with every second number of the next higher one."""

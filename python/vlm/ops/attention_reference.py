@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.ops.attention_bias import AnyBias, written_out
+from vlm.ops.attention_bias import AnyBias, narrowed, written_out
 from vlm.ops.attention_random import kept_pairs
 from vlm.ops.masks import MaskProgram, MaskShape
+
+
+def default_scale(width: int) -> float:
+    """1/sqrt(D); vectors of width 0 have products of 0 whatever they are multiplied by."""
+    return width**-0.5 if width else 1.0
 
 
 def allowed_pairs(
@@ -49,7 +54,7 @@ def attention_reference(
 
     q [B, H, N, D], k [B, G, M, D], v [B, G, M, V] -> [B, H, N, V], and lse [B, H, N] if asked for.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q.shape[-1]) if scale is None else scale
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     added = written_out(bias, shape)
     if mask is not None:
@@ -86,7 +91,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, bias: Tensor | 
         mask = allow | ~alive  # an empty row attends everywhere, and is zeroed below, so that no NaN arises
     else:
         removed = torch.full((), -torch.inf, dtype=q.dtype, device=q.device)
-        mask = bias.to(q.dtype)
+        mask = narrowed(bias, q.dtype)
         mask = mask if allow is None else torch.where(allow, mask, removed)
         alive = (mask != -torch.inf).any(-1, keepdim=True)
         mask = torch.where(alive, mask, torch.zeros((), dtype=q.dtype, device=q.device))
@@ -106,7 +111,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, bias: Tenso
         logits = softcap * torch.tanh(logits / softcap)
     removed = torch.full((), -torch.inf, dtype=work, device=q.device)
     if bias is not None:
-        wide = bias.to(work)
+        wide = narrowed(bias, work)
         logits = logits + (wide if allow is None else torch.where(allow, wide, torch.zeros_like(removed)))
     if allow is not None:
         logits = torch.where(allow, logits, removed)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vlm.ops.cuda_core import cuda_kernels_of
 
@@ -64,6 +65,29 @@ def native_takes(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES) for t in tensors)
 
 
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does with the inputs of torch's own attention: brings them to its type (float64 stays)."""
+    first = tensors[0]
+    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64 or not first.is_floating_point():
+        return tensors
+    narrow = torch.get_autocast_dtype(first.device.type)
+    return tuple(t.to(narrow) for t in tensors)
+
+
+def _in_a_transform() -> bool:
+    """Whether derivatives are asked for otherwise than by a backward: `torch.func.grad` has no rule for our operators, and
+    forward mode would quietly take their derivative for 0. The twins have both (where torch has). `vmap` works on either."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack()
+    return stack is not None and any(layer.key() in _DERIVING for layer in stack)
+
+
+_DERIVING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+
 def always() -> bool:
     """For `cuda` of `use_native`: the kernels take whatever the operator takes."""
     return True
@@ -83,6 +107,10 @@ def use_native(*tensors: Tensor | None, prefer_torch: bool = False, cuda: Callab
         takes = cuda is not None and len({t.device for t in given}) == 1 and all(t.dtype in _NATIVE_DTYPES for t in given) and cuda()
     else:
         takes = NATIVE_AVAILABLE and native_takes(*tensors)
+    if takes and _in_a_transform():
+        if _override == "native":
+            raise ValueError("compiled kernels have no forward-mode derivative and no torch.func.grad; use the plain-torch twin")
+        return False
     if _override == "native":
         if not takes:
             kinds = ", ".join(f"{t.dtype} on {t.device}" for t in given)

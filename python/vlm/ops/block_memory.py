@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import use_native
+from vlm.ops.backend import under_autocast, use_native
 from vlm.ops.block_memory_native import native_block_memory
 from vlm.ops.block_memory_reference import MemoryRead, MemoryShape, ReadBlock, block_memory_reference
 
@@ -31,19 +31,23 @@ def block_memory(
     score [H, S]: attention that the last S of the T - n positions before got inside the window. means [H, C, D]: representatives of the first
     blocks. Both are those of the call before (zeros [H, 0], [H, 0, D] at first); of its scores those from place
     `shape.first(C)` on are enough once there are blocks. The result depends on where chunks begin: every call starts a new one.
+    Under autocast `out` has its type.
     read_block: where the twin takes chosen blocks from; natively they are read where they lie in the store.
     Raises ValueError on shapes that do not fit. Contract: cpp/include/vlm/block_memory.hpp. Source: infllm.
     """
     _check(q, keys, values, score, means, shape)
+    kind = under_autocast(q[:0])[0].dtype  # of the result alone: what is kept for the next call keeps its type
     if not reads_natively(q):
-        return block_memory_reference(q, keys, values, score, means, shape=shape, read_block=read_block)
+        with torch.autocast(q.device.type, enabled=False):
+            read = block_memory_reference(q, keys, values, score, means, shape=shape, read_block=read_block)
+        return read._replace(out=read.out.to(kind))
     tensors = (q, keys, values, score, means)
     out, grown, added, chosen = native_block_memory(
         *(t.float() for t in tensors), shape.n_init, shape.n_local, shape.block, shape.topk, shape.representatives, shape.chunk,
         shape.far == "absolute", shape.rope_theta,
     )
     after = torch.cat([means, added.to(q.dtype)], 1) if added.shape[1] else means
-    return MemoryRead(out.to(q.dtype), grown.to(q.dtype), after, chosen)
+    return MemoryRead(out.to(kind), grown.to(q.dtype), after, chosen)
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, score: Tensor, means: Tensor, shape: MemoryShape) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import use_native
+from vlm.ops.backend import under_autocast, use_native
 from vlm.ops.linear_decay_native import cuda_decays, native_linear_decay
 from vlm.ops.linear_decay_reference import linear_decay_reference, runs_of
 
@@ -39,13 +39,13 @@ def linear_decay(
     key_mask: bool [B, N], false where a position does not exist: its output is 0, it neither decays nor changes the state,
         and it may hold anything, NaN included. So padding may stand anywhere.
     segment: integer [B, N], packed documents: the state starts at 0 with each. The state given belongs to the first, the
-        state returned to the last.
+        state returned to the last. What one holds may reach others only as NaN or infinity, within a chunk.
     chunk: positions computed at once, 1 to 256; 1 is the recurrence itself. The result does not depend on it but for rounding.
 
     Half-precision input is computed in float32 by the native core and returned in its own type.
     Raises ValueError on shapes, types or decays that do not fit. Source: transnormer.
     """
-    q, k, v = _under_autocast(q, k, v)
+    q, k, v = under_autocast(q, k, v)
     _check(q, k, v, log_decay, state, key_mask, segment, chunk)
     run = None if segment is None else runs_of(segment, key_mask)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -58,14 +58,6 @@ def linear_decay(
             return linear_decay_reference(q, k, v, log_decay, state=state, key_mask=key_mask, run=run, chunk=chunk)
     out, last, _ = native_linear_decay(q.float(), k.float(), v.float(), log_decay, state, key_mask, run, chunk, 0)
     return out.to(q.dtype), last
-
-
-def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What autocast does with torch's own attention: bring q, k, v to its type (float64 stays)."""
-    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
-        return q, k, v
-    narrow = torch.get_autocast_dtype(q.device.type)
-    return q.to(narrow), k.to(narrow), v.to(narrow)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, key_mask: Tensor | None,

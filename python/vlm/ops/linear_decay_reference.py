@@ -85,8 +85,13 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, ke
     fade = torch.where(sees[:, None], torch.exp(rate * lag), zero)
     out = (q @ k.transpose(-1, -2) * fade) @ v
     arriving = torch.where(enters[:, None, :, None], torch.exp(rate * later.to(rate.dtype)), zero)
-    out = out + arriving * (q @ state)
+    if run is not None:  # the state is not of all positions: where it is not, NaN in it must not meet q, nor its gradient
+        into = enters[:, None, :, None]
+        out = out + arriving * torch.where(into, torch.where(into, q, zero) @ state, zero)
+    else:
+        out = out + arriving * (q @ state)
     left = (whole[:, None, None, None] - count[:, None, :, None]).to(rate.dtype)
     leaving = torch.where(leaves[:, None, :, None], torch.exp(rate * left), zero)
-    kept = torch.where(passes[:, None, None, None], torch.exp(rate * whole[:, None, None, None].to(rate.dtype)) * state, zero)
+    stays = passes[:, None, None, None]
+    kept = torch.where(stays, torch.exp(rate * whole[:, None, None, None].to(rate.dtype)) * torch.where(stays, state, zero), zero)
     return out, kept + (leaving * k).transpose(-1, -2) @ v

@@ -17,8 +17,9 @@ def merge_attention_reference(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[T
     safe = torch.where(filled | ~alive, torch.where(filled, lses, torch.zeros_like(lses)), torch.full_like(lses, -torch.inf))
     lse = torch.logsumexp(safe, 0)
     out: Tensor | None = None
-    for (part, _), own, there in zip(parts, safe, filled):
-        weight = torch.where(there, (torch.where(there, own, lse) - lse).exp(), torch.zeros_like(lse))
+    # Not exp(lse_p - lse): the sum is lost in the last bits of a large lse.
+    for (part, _), share, there in zip(parts, torch.softmax(safe, 0), filled):
+        weight = torch.where(there, share, torch.zeros_like(lse))
         content = torch.where(there[..., None], part, torch.zeros((), dtype=part.dtype, device=part.device))
         term = weight[..., None].to(lse.dtype) * content.to(lse.dtype)
         out = term if out is None else out + term

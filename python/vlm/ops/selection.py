@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vlm.ops import masks
 from vlm.ops.attention import attention
-from vlm.ops.backend import use_native
+from vlm.ops.attention_reference import default_scale
+from vlm.ops.backend import under_autocast, use_native
 from vlm.ops.selection_native import REPRESENTATIVES, native_block_sparse, native_select_hierarchical
 from vlm.ops.selection_reference import (
     BlockList,
@@ -71,9 +72,10 @@ def block_sparse_attention(
     Without gradients and bias the native core gathers the listed keys. Otherwise the lists are the mask of exact attention,
     forward and backward: its kernels skip the tiles that no list names and hold no [B, H, N, M]. Raises ValueError on shapes that do not fit. Source: hip.
     """
+    q, k, v = under_autocast(q, k, v)
     _check(q, k)
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"block_sparse_attention: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3] or v.dtype != k.dtype:
+        raise ValueError(f"block_sparse_attention: k {k.dtype} {tuple(k.shape)} and v {v.dtype} {tuple(v.shape)} do not fit")
     lists = (*q.shape[:2], -(-q.shape[2] // blocks.block_q))
     if blocks.count.shape != lists or blocks.index.shape[:3] != lists:
         raise ValueError(f"block_sparse_attention: the lists are {tuple(blocks.count.shape)}, expected {lists}")
@@ -82,7 +84,7 @@ def block_sparse_attention(
         listed = masks.BlockList(blocks.index, blocks.count, blocks.block_q, blocks.block_k)
         return attention(q, k, v, causal=True, bias=bias, mask=listed, scale=scale)
     out, _ = native_block_sparse(q.float(), k.float(), v.float(), blocks.index, blocks.count, blocks.block_q, blocks.block_k,
-                                 q.shape[3] ** -0.5 if scale is None else scale)
+                                 default_scale(q.shape[3]) if scale is None else scale)
     return out.to(q.dtype)
 
 

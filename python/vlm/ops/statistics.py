@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from vlm.ops.attention_bias import AnyBias, lowered, written_out
+from vlm.ops.attention_bias import AnyBias, lowered, narrowed, written_out
 from vlm.ops.attention_native import cuda_attends
+from vlm.ops.attention_reference import default_scale
 from vlm.ops.backend import use_native
 from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.masks import Alignment, Atom, LoweredMask, MaskProgram, MaskShape, key_mask_of
@@ -113,6 +114,7 @@ def attention_rows(q: Tensor, k: Tensor, rows: Tensor, **options: Unpack[Attenti
 def attention_columns(q: Tensor, k: Tensor, columns: Tensor, **options: Unpack[AttentionOptions]) -> Tensor:
     """P of chosen keys: columns int64 [C] or [B, C], none negative -> [B, H, N, C], through one lse.
 
+    P comes from that lse: of a row whose lse is far from 0 (1e4 and more) it has only the digits that lse has left.
     What a mask program allows is written out here, as booleans [B | 1, H | 1, N, M]; so is a bias on a grid.
     """
     p = _prepare(q, k, options)
@@ -173,13 +175,15 @@ def attention_focus(q: Tensor, k: Tensor, *, leading: int = 0, **options: Unpack
                          f"{k.shape[2]} keys, leading {leading}")
     lse = _row_statistics(p, everything=False).lse
     count = q.shape[2] - leading
-    weights = torch.full_like(lse, 1 / count)
+    weights = torch.full_like(lse, 1 / max(count, 1))
     weights[..., :leading] = 0
     received = _column_sums(p, weights, lse)[..., leading:].mean(1)
     lost = torch.zeros_like(lse)
     if leading:
         lost = attention_columns(q, k, torch.arange(leading, device=q.device), **options).sum(-1)
-    paid = torch.where(lse == -torch.inf, torch.zeros_like(lse), 1 - lost)[..., leading:].mean(1) / count
+    paid = torch.where(lse == -torch.inf, torch.zeros_like(lse), 1 - lost)[..., leading:].mean(1) / max(count, 1)
+    if count == 0:
+        return Focus(received, paid, torch.ones(q.shape[0], dtype=torch.bool, device=q.device))
     spread, noise = paid.std(1, correction=0), 1e-5 * paid.mean(1).abs()
     return Focus(received, paid, (spread <= noise) | (spread <= received.std(1, correction=0)))
 
@@ -216,8 +220,8 @@ class _Problem(NamedTuple):
 
     def native_arguments(self) -> tuple[Any, ...]:
         pairs, relative = lowered(self.bias, self.shape, grids=not self.cuda)
-        bias = None if pairs is None else self._cooled(pairs.float())
-        values, grid = (None, (0, 0)) if relative is None else (self._cooled(relative.values.float()), relative.grid)
+        bias = None if pairs is None else self._cooled(narrowed(pairs, torch.float32))
+        values, grid = (None, (0, 0)) if relative is None else (self._cooled(narrowed(relative.values, torch.float32)), relative.grid)
         code, arrays, dense = LoweredMask([], None, None) if self.mask is None else self.mask.lower(self.shape)
         return (self.q, self.k, self.key_mask, bias, values, arrays, dense, code or None, self.scale, self.causal, self.offset, *grid,
                 self.softcap)
@@ -227,7 +231,10 @@ class _Problem(NamedTuple):
                 "scale": self.scale, "pairs": self.pairs(), "softcap": self.softcap}
 
     def _cooled(self, bias: Tensor) -> Tensor:
-        return bias if self.temperature == 1.0 else bias / self.temperature
+        if self.temperature == 1.0:
+            return bias
+        cooled = bias / self.temperature  # a low one stays finite, for -inf removes its pair
+        return torch.where(bias == -torch.inf, bias, cooled.clamp(min=torch.finfo(bias.dtype).min))
 
 
 def _prepare(q: Tensor, k: Tensor, options: AttentionOptions) -> _Problem:
@@ -246,7 +253,7 @@ def _prepare(q: Tensor, k: Tensor, options: AttentionOptions) -> _Problem:
     if native:
         q, k = q.float(), k.float()
     scale = options.get("scale")
-    scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
+    scale = (default_scale(q.shape[3]) if scale is None else scale) / temperature
     problem = _Problem(q, k, key_mask, mask, bias, scale, (softcap or 0.0) / temperature, temperature, options.get("causal", False),
                        alignment, native, cuda)
     padding = None if mask is None else mask.key_mask(problem.shape)

@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlm.ops.attention_bias import narrowed
 from vlm.ops.attention_reference import allowed_pairs
+
+_LARGEST_WHOLE_LSE = 1024.0
+"""The sum of the exponentials is lost in the last bits of an lse beyond; then P is not made from it."""
 
 
 def logits_reference(q: Tensor, k: Tensor, *, causal: bool, alignment: str, key_mask: Tensor | None, bias: Tensor | None,
@@ -27,7 +31,7 @@ def logits_reference(q: Tensor, k: Tensor, *, causal: bool, alignment: str, key_
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
-        logits = logits + bias.to(work)
+        logits = logits + narrowed(bias, work)
     allow = allowed_pairs(q.shape[2], k.shape[2], causal=causal, alignment=alignment, key_mask=key_mask, device=q.device)
     if pairs is not None:
         allow = pairs if allow is None else allow & pairs
@@ -43,7 +47,7 @@ def row_statistics_reference(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.full_like(none, -torch.inf), torch.zeros_like(none), torch.full_like(none, -1, dtype=torch.int64)
     lse = _lse(logits)
     alive = lse != -torch.inf
-    log_p = logits - torch.where(alive, lse, torch.zeros_like(lse))[..., None]
+    log_p = torch.log_softmax(torch.where(alive[..., None], logits, torch.zeros_like(logits)), -1)
     terms = torch.where(logits == -torch.inf, torch.zeros_like(logits), -log_p * log_p.exp())
     best = torch.where(alive, logits.argmax(-1), -1)
     return lse, terms.sum(-1), best
@@ -55,7 +59,10 @@ def _lse(logits: Tensor) -> Tensor:
 
 def probabilities_reference(logits: Tensor, lse: Tensor | None = None) -> Tensor:
     """exp(logits - lse) [..., N, M]; rows without an allowed key are zeros."""
-    lse = _lse(logits) if lse is None else lse.to(logits.dtype)
+    if lse is None:
+        alive = (logits != -torch.inf).any(-1, keepdim=True)
+        return torch.where(alive, torch.softmax(torch.where(alive, logits, torch.zeros_like(logits)), -1), torch.zeros_like(logits))
+    lse = lse.to(logits.dtype)
     alive = (lse != -torch.inf)[..., None]
     shifted = logits - torch.where(alive, lse[..., None], torch.zeros_like(lse)[..., None])
     return torch.where(alive & (logits != -torch.inf), shifted.exp(), torch.zeros_like(logits))
@@ -64,6 +71,9 @@ def probabilities_reference(logits: Tensor, lse: Tensor | None = None) -> Tensor
 def column_sums_reference(logits: Tensor, lse: Tensor | None, weights: Tensor | None) -> Tensor:
     """sum_i weights_i P_ij, [B, H, M]; rows of weight 0 are left out, whatever they hold."""
     p = probabilities_reference(logits, lse)
+    if lse is not None:
+        far = (lse.abs() > _LARGEST_WHOLE_LSE) & (lse != -torch.inf)
+        p = torch.where(far[..., None], probabilities_reference(logits), p)
     if weights is None:
         return p.sum(-2)
     w = weights.to(p.dtype)[..., None]

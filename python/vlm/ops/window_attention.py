@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import use_native
+from vlm.ops.backend import under_autocast, use_native
 from vlm.ops.window_attention_native import native_window_attention
 from vlm.ops.window_attention_reference import Pair, window_attention_reference
 
@@ -31,6 +31,7 @@ def window_attention(
     Half-precision input is computed in float32 and returned in its own type. Raises ValueError on shapes that do not fit.
     """
     window, shift = _pair(window), _pair(shift)
+    (qkv,) = under_autocast(qkv)
     _check(qkv, tau, bias_table, window, shift)
     if not use_native(qkv, tau, bias_table):
         with torch.autocast(qkv.device.type, enabled=False):

@@ -74,11 +74,32 @@ def window_attention_reference(qkv: Tensor, tau: Tensor, bias_table: Tensor, *, 
     bias = bias.reshape(positions, positions, heads).permute(2, 0, 1)[None, None]
     if shifted or padded:
         region = window_regions((height, width), window, shift, qkv.device)
+        if qkv.device.type == "cpu" and not torch.compiler.is_compiling() and not x.isfinite().all():
+            y = _by_region(q, k, v, bias, region).transpose(2, 3).flatten(3)
+            return _laid_back(y, window, size, shift, (height, width))
         # A position beyond the map attends everything: its row is thrown away, and must not be empty meanwhile.
         allow = (region[:, :, None] == region[:, None, :]) | (region < 0)[:, :, None]
         bias = bias.masked_fill(~allow[None, :, None], -torch.inf)
     p = torch.softmax(q @ F.normalize(k, dim=-1).mT + bias, dim=-1)  # [B, n, h, N, N]
-    y = (p @ v).transpose(2, 3).flatten(3)
-    y = window_reverse(y, window, size)
-    y = torch.roll(y, shift, (1, 2)) if shifted else y
-    return y[:, :height, :width] if padded else y
+    return _laid_back((p @ v).transpose(2, 3).flatten(3), window, size, shift, (height, width))
+
+
+def _laid_back(y: Tensor, window: Pair, padded: Pair, shift: Pair, size: Pair) -> Tensor:
+    """[B, n, N, C] -> the map [B, H, W, C]."""
+    y = window_reverse(y, window, padded)
+    y = torch.roll(y, shift, (1, 2)) if shift != (0, 0) else y
+    return y[:, : size[0], : size[1]] if padded != size else y
+
+
+def _by_region(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, region: Tensor) -> Tensor:
+    """The same, one region after the other: NaN or infinity in one, multiplied by weights of 0, would reach the others and
+    their gradients. q (times tau), k, v [B, n, h, N, D], bias [1, 1, h, N, N], region [n, N] -> [B, n, h, N, D]."""
+    zero = torch.zeros((), dtype=q.dtype, device=q.device)
+    out = torch.zeros_like(v)
+    for number in region.unique().tolist():
+        own = (region == number)[None, :, None, :, None]
+        qr, kr, vr = (torch.where(own, t, zero) for t in (q, k, v))
+        scores = (qr @ F.normalize(kr, dim=-1).mT + bias).masked_fill(~own.mT, -torch.inf)
+        scores = torch.where(own.any(-2, keepdim=True), scores, zero)  # a window without this region
+        out = torch.where(own, torch.softmax(scores, dim=-1) @ vr, out)
+    return out

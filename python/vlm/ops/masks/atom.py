@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 
+_WIDE = (torch.int64, torch.uint32, torch.uint64)
+
+
 class MaskShape(NamedTuple):
     """What a mask is asked for: sizes of the scores, and where they are."""
 
@@ -71,7 +74,17 @@ def positive(name: str, size: int) -> int:
 def integers(name: str, t: Tensor, axes: int) -> Tensor:
     if t.is_floating_point() or t.dtype == torch.bool or t.ndim != axes:
         raise ValueError(f"{name} wants integers with {axes} axes, got {t.dtype} {tuple(t.shape)}")
+    if t.dtype in _WIDE and t.numel() and t.device.type == "cpu" and not torch.compiler.is_compiling() and type(t) is Tensor:
+        low, high = t.to(torch.int64).aminmax()
+        check_32_bits(name, int(low), int(high))
     return t
+
+
+def check_32_bits(name: str, *numbers: int) -> None:
+    """The kernels read 32 bits. Tensors are looked at where that is cheap: once an atom, on the CPU, outside of graphs."""
+    for number in numbers:
+        if not -(2**31) <= number < 2**31:
+            raise ValueError(f"{name}: {number} does not fit 32 bits; number the ids anew (torch.unique(..., return_inverse=True))")
 
 
 def check_batch(name: str, t: Tensor, batch: int) -> None:

@@ -15,6 +15,7 @@ from vlm.ops.masks.atom import (
     Atom,
     Lowered,
     MaskShape,
+    check_32_bits,
     check_batch,
     check_lengths,
     integers,
@@ -36,6 +37,7 @@ class Segments(Atom):
     shared: int | None = None
 
     def __init__(self, query_ids: Tensor, key_ids: Tensor | None = None, shared: int | None = None) -> None:
+        check_32_bits("Segments", shared or 0)
         set_fields(self, query_ids=integers("Segments", query_ids, 2), shared=shared,
              key_ids=integers("Segments", query_ids if key_ids is None else key_ids, 2))
 

@@ -11,6 +11,8 @@ TABLES = {
     "lambda rolling": dict(attention={"mask": [{"kind": "lambda", "window": 5, "sinks": 2}], "distance_cap": 5, "cache": "rolling"}),
     "window rolling": dict(attention={"mask": [{"kind": "window", "size": 4}], "cache": "rolling"}),
     "hip": dict(attention=dict(kind="hierarchical", k=4, block_q=4, block_k=1, window=3, sinks=1)),
+    "hip that shares choices": dict(
+        attention=dict(kind="hierarchical", k=4, block_q=4, block_k=1, window=3, sinks=1, refresh=5)),
     "infllm": dict(attention=dict(kind="block-memory", n_init=2, n_local=6, block=2, topk=1, representatives=1, chunk=3)),
     "linear-decay": dict(mixer={"kind": "linear-decay"}, norm="srms", activation="identity", embed_scale=True),
     "ssm": dict(mixer={"kind": "ssm", "states": 4}),

@@ -63,6 +63,14 @@ class ChosenCache(DecoderCache):
         kept, places = super().rows(index), index.tolist()
         return ChosenCache(kept.layers, kept.next_position, kept.cross, [[layer[row] for row in places] for layer in self.choices])
 
+    def joined(self, other: DecoderCache) -> ChosenCache:
+        """With the rows of another cache of the same model behind its own; rows that have chosen nothing yet go on so."""
+        whole = super().joined(other)
+        none: list[Choices] = [[None] * len(other.next_position)] * len(self.choices)
+        more = other.choices if isinstance(other, ChosenCache) else none
+        choices = [[*mine, *its] for mine, its in zip(self.choices, more, strict=True)]
+        return ChosenCache(whole.layers, whole.next_position, whole.cross, choices)
+
     def tensors(self) -> list[Tensor]:
         return super().tensors() + [choice.index for layer in self.choices for choice in layer if choice is not None]
 
@@ -119,7 +127,16 @@ class _Steps:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int]) -> Tensor:
         if self.after is None:
             return self.attention(q, k, v)
-        mixed, choice = self.attention.step(q, k, v, Choice.joined([self.after[row] for row in rows]))
+        before = [self.after[row] for row in rows]
+        together = Choice.joined(before)
+        if together is None and any(one is not None for one in before):  # they chose at different steps: each goes on as alone
+            parts = [self(q[at : at + 1], k[at : at + 1], v[at : at + 1], [row]) for at, row in enumerate(rows)]
+            return torch.cat(parts) if len(rows) > 1 else self._step(q, k, v, rows, before[0])
+        return self._step(q, k, v, rows, together)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], before: Choice | None) -> Tensor:
+        assert self.after is not None
+        mixed, choice = self.attention.step(q, k, v, before)
         for at, row in enumerate(rows):
             self.after[row] = None if choice is None else choice.row(at)
         return mixed

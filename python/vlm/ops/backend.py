@@ -88,6 +88,13 @@ def _in_a_transform() -> bool:
 _DERIVING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
 
+def one_device(name: str, *tensors: Tensor | None) -> None:
+    """ValueError unless all are on one device: kernels are given addresses and would read those of another as their own."""
+    places = {t.device for t in tensors if t is not None}
+    if len(places) > 1:
+        raise ValueError(f"{name}: all tensors must be on one device, got {', '.join(sorted(map(str, places)))}")
+
+
 def always() -> bool:
     """For `cuda` of `use_native`: the kernels take whatever the operator takes."""
     return True

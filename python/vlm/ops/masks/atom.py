@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-
 _WIDE = (torch.int64, torch.uint32, torch.uint64)
 
 

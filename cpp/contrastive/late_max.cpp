@@ -79,6 +79,19 @@ void add_rows(float* to, const float** from, const float* factor, int64_t count,
     for (int64_t t = 0; t < E - e; ++t) to[t] += factor[k] * from[k][t];
 }
 
+// What a token of one side gives to those of the other that it is not the maximiser of is 0 times itself, which is not 0 where
+// it is not finite: so it is in torch, and so a broken batch shows.
+void spread_broken(const TokenList& from, const int32_t* first, const TokenList& to, int64_t E, float* gradient) {
+  if (gradient == nullptr) return;
+  Scratch memory(E);
+  for (int64_t e = 0; e < E; ++e) memory.data[e] = 0.0f;
+  for (int64_t sample = 0; sample < from.samples; ++sample)
+    for (int64_t t = from.first[sample]; first[sample] >= 0 && t < from.first[sample + 1]; ++t)
+      for (int64_t e = 0; e < E; ++e) memory.data[e] += from.data[from.source[t] + e] * 0.0f;
+  for (int64_t t = 0; t < to.count; ++t)
+    for (int64_t e = 0; e < E; ++e) gradient[to.position[t] * E + e] += memory.data[e];
+}
+
 struct Gradients {
   const LateBackward& call;
   const TokenList &rows, &columns;
@@ -224,6 +237,9 @@ void late_backward(const LateBackward& call, const TokenList& rows, const TokenL
     if (call.dcolumns != nullptr)
       parallel_for(C, 1, threads, [&](int64_t j, int64_t, int) { gradients.column_sample(j, to); });
   }
+  if (!broken.any) return;
+  spread_broken(columns, broken.column, rows, E, call.drows);
+  spread_broken(rows, broken.row, columns, E, call.dcolumns);
 }
 
 }  // namespace VLM_LEVEL

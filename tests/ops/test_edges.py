@@ -80,7 +80,8 @@ def test_a_row_of_low_biases_is_an_average_and_no_empty_row(backend: ops.Backend
     place[:, :, 1] = place[:, :, 2, 3:] = place[:, :, 3, :69] = 1
     expected = results([t.double() for t in given], place.double() * (low if low == -1e4 else LOWEST), "torch")
     for got, want in zip(results(given, place * low, backend), expected):
-        assert got is not None and want is not None
+        assert got is not None
+        assert want is not None
         torch.testing.assert_close(got.double(), want, atol=2e-3 if low == -1e4 else 1e-4, rtol=1e-3)
 
 
@@ -246,6 +247,52 @@ def test_ids_at_the_ends_of_32_bits_work(backend: ops.Backend) -> None:
         torch.testing.assert_close(out[:, :, ::2], ops.attention(q[:, :, ::2], q[:, :, ::2], q[:, :, ::2]))
 
 
+# ---- tensors that do not belong together
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+def test_tensors_of_two_devices_are_refused_before_an_address_is_read(backend: ops.Backend) -> None:
+    """Meta tensors have no address at all: the kernels would take that for a mask that is not given."""
+    q, tokens, x = torch.randn(1, 2, 5, 8), torch.randn(2, 3, 8), torch.randn(4, 8)
+    away = {"device": "meta"}
+    keep, ids = torch.ones(1, 5, dtype=torch.bool, **away), torch.zeros(1, 5, dtype=torch.int64, **away)  # type: ignore[call-overload]
+    one = torch.tensor(1.0)
+    calls: list[Callable[[], object]] = [
+        lambda: ops.attention(q, q, q, key_mask=keep),
+        lambda: ops.attention(q, q, q.to("meta")),
+        lambda: ops.attention_lse(q, q, key_mask=keep),
+        lambda: ops.attention_column_sums(q, q, weights=torch.ones(1, 2, 5, **away)),  # type: ignore[call-overload]
+        lambda: ops.late_interaction(tokens, tokens, mask_v=torch.ones(2, 3, dtype=torch.bool, **away)),  # type: ignore[call-overload]
+        lambda: ops.mutual_guided(tokens, tokens, mask_v=torch.ones(2, 3, dtype=torch.bool, **away)),  # type: ignore[call-overload]
+        lambda: ops.contrastive_softmax(x, x, one, groups_x=torch.arange(4, **away)),  # type: ignore[call-overload]
+        lambda: ops.contrastive_sigmoid(x, x.to("meta"), one, one),
+        lambda: ops.gather_tokens(tokens, torch.zeros(2, 2, dtype=torch.int64, **away)),  # type: ignore[call-overload]
+        lambda: ops.scatter_tokens(tokens, torch.zeros(2, 3, dtype=torch.int64, **away), 4),  # type: ignore[call-overload]
+        lambda: ops.linear_cross_entropy(x, x.to("meta"), torch.arange(4)),
+    ]
+    if backend != "torch":  # the twin reads no addresses: torch refuses
+        calls.append(lambda: ops.attention(q, q, q, mask=masks.Segments(ids), return_lse=True))
+    for call in calls:
+        with ops.backend(backend), pytest.raises(ValueError, match="one device"):
+            call()
+
+
+def test_masks_of_mutual_guided_similarity_must_fit() -> None:
+    tokens = torch.randn(2, 3, 8)
+    for mask in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3), torch.ones(3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="masks must be bool"):
+            ops.mutual_guided(tokens, tokens, mask_v=mask)
+
+
+def test_a_scan_refuses_integers() -> None:
+    x, b = torch.randn(1, 4, 2), torch.randn(1, 4, 3)
+    for at in range(3):
+        given = [x, x, -torch.ones(2, 3)]
+        given[at] = given[at].long()
+        with pytest.raises(ValueError, match="floating"):
+            ops.ssm_scan(*given, b, b, torch.ones(2))
+
+
 # ---- nothing at all
 
 
@@ -278,7 +325,8 @@ def test_core_filip_broken_tokens_break_the_gradients_they_meet(side: int, known
                     ops.late_interaction(*leaves)[use].sum().backward()
                 found.append([t.grad for t in leaves])
             for got, want in zip(*found):
-                assert got is not None and want is not None
+                assert got is not None
+                assert want is not None
                 torch.testing.assert_close(got, want, equal_nan=True)
             assert any(g.isnan().any() for g in found[0])  # type: ignore[union-attr]
 
@@ -302,9 +350,11 @@ def test_windows_know_nothing_of_one_another(backend: ops.Backend, filling: floa
         torch.where(reached, out, 0.0).sum().backward()
         found.append((out.detach(), leaf.grad))
     broken = ~found[1][0].isfinite().all(-1)
-    assert broken[0, 0, 0] and broken.sum() <= 4  # the corner of the map sees itself alone
+    assert broken[0, 0, 0]
+    assert broken.sum() <= 4
     torch.testing.assert_close(found[1][0][~broken], found[0][0][~broken])
-    assert found[1][1] is not None and found[0][1] is not None
+    assert found[1][1] is not None
+    assert found[0][1] is not None
     torch.testing.assert_close(found[1][1][~broken], found[0][1][~broken])
 
 

@@ -7,9 +7,9 @@
 // token that is not finite makes all values of its sample NaN.
 //
 // Backward: the gradient of a maximum goes to its first maximiser, as which a product with a token that is not finite
-// counts: what meets it gets a gradient that is not finite. The maximisers are what the forward found, or, where
-// it was not told to keep them, computed again for a block of row samples at a time. Then dv is summed row sample by
-// row sample and dw column sample by column sample: no atomics.
+// counts; and where such a token is not finite, no gradient of a kept token of the other side is. The maximisers are what
+// the forward found, or, where it was not told to keep them, computed again for a block of row samples at a time. Then dv
+// is summed row sample by row sample and dw column sample by column sample: no atomics.
 // Numerics: float32 products and sums. The work is cut by shape and masks alone, so the bits of the result do not
 // depend on the number of threads.
 // Extra memory: one packed copy of v; in a backward that is not given what was found, a packed copy of a block of v and

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vlm.ops.attention_bias import AnyBias, lowered, narrowed
 from vlm.ops.attention_native import cuda_attends, native_attention
 from vlm.ops.attention_reference import attention_reference, default_scale
-from vlm.ops.backend import under_autocast, use_native
+from vlm.ops.backend import one_device, under_autocast, use_native
 from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.masks import Alignment, Atom, MaskProgram, MaskShape, key_mask_of
 
@@ -82,6 +82,7 @@ def attention(
     On a GPU without the compiled kernels, and for what they do not take (docs/kernels/cuda.md), plain torch computes.
     Raises ValueError on shapes or dtypes that do not fit. Source: core-exact-attention, swin-v2 for the cosine.
     """
+    one_device("attention", q, k, v, key_mask, bias if isinstance(bias, Tensor) else None, temperature)
     q, k, v = under_autocast(q, k, v)
     key_mask = _check(q, k, v, alignment, key_mask, bias)
     softcap, dropout = _options(softcap, score, temperature, dropout)
@@ -117,7 +118,8 @@ def attention(
         padding = mask.key_mask(shape)
         if padding is not None:
             key_mask = padding if key_mask is None else key_mask & padding
-        more["mask"] = mask.lower(shape)
+        more["mask"] = lower = mask.lower(shape)
+        one_device("attention: mask", q, lower.arrays, lower.dense, padding)
     if relative is not None:
         more |= {"relative": narrowed(relative.values, torch.float32), "grid": relative.grid}
     if temperature is not None:

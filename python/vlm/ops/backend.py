@@ -88,6 +88,23 @@ def _in_a_transform() -> bool:
 _DERIVING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
 
+def one_device(name: str, *tensors: Tensor | None) -> None:
+    """ValueError unless all are on one device: kernels are given addresses and would read those of another as their own."""
+    first: torch.device | None = None
+    for t in tensors:
+        if t is None:
+            continue
+        first = t.device if first is None else first
+        if t.device != first:
+            raise ValueError(f"{name}: all tensors must be on one device, got {first} and {t.device}")
+
+
+def can_be_looked_at(t: Tensor) -> bool:
+    """Whether a decision may depend on the numbers: on the CPU, not in a graph, under a transform or without numbers at all."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and type(t) is Tensor \
+        and torch._C._functorch.get_interpreter_stack() is None
+
+
 def always() -> bool:
     """For `cuda` of `use_native`: the kernels take whatever the operator takes."""
     return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import use_native
+from vlm.ops.backend import one_device, use_native
 from vlm.ops.contrastive_cuda import pair_loss_cuda
 from vlm.ops.contrastive_listed import check_listed, listed_targets
 from vlm.ops.contrastive_native import native_pair_statistics
@@ -219,6 +219,7 @@ def _relations(x: Tensor, y: Tensor, log_scale: Tensor, bias: Tensor | None, gro
     for name, scalar in (("log_scale", log_scale), ("bias", bias)):
         if scalar is not None and scalar.numel() != 1:
             raise ValueError(f"contrastive loss: {name} must be a scalar tensor, got shape {tuple(scalar.shape)}")
+    one_device("contrastive loss", x, y, groups_x, groups_y, exclude_x, exclude_y)
     ids: list[Tensor | None] = []
     for kind, first, second in (("groups", groups_x, groups_y), ("exclude", exclude_x, exclude_y)):
         if first is None:

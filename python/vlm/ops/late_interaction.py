@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import use_native
+from vlm.ops.backend import one_device, use_native
 from vlm.ops.late_interaction_native import native_late_interaction
 from vlm.ops.late_interaction_reference import late_interaction_reference
 
@@ -86,6 +86,7 @@ def _check(v: Tensor, w: Tensor, mask_v: Tensor | None, mask_w: Tensor | None) -
         raise ValueError(f"late interaction wants tokens [R, T, E] and [C, U, E], got {tuple(v.shape)} and {tuple(w.shape)}")
     if v.dtype != w.dtype or not v.is_floating_point():
         raise ValueError(f"late interaction: both sides must share one floating type, got {v.dtype} and {w.dtype}")
+    one_device("late interaction", v, w, mask_v, mask_w)
     for name, tokens, mask in (("first", v, mask_v), ("second", w, mask_w)):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:2]):
             raise ValueError(f"late interaction: the mask of the {name} side must be bool {list(tokens.shape[:2])}, "

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlm.ops.backend import one_device
+
 _SCORE_BYTES = 32 * 2**20
 
 
@@ -24,6 +26,10 @@ def mutual_guided(v: Tensor, w: Tensor, *, mask_v: Tensor | None = None, mask_w:
     if v.ndim != 3 or w.ndim != 3 or v.shape[2] != w.shape[2] or v.dtype != w.dtype:
         raise ValueError(f"mutual-guided similarity wants tokens [R, T, E] and [C, U, E] of one type, got {tuple(v.shape)} and "
                          f"{tuple(w.shape)}")
+    one_device("mutual-guided similarity", v, w, mask_v, mask_w)
+    for tokens, mask in ((v, mask_v), (w, mask_w)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:2]):
+            raise ValueError(f"mutual-guided similarity: masks must be bool {list(tokens.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
     wide = torch.promote_types(v.dtype, torch.float32)
     keep_v = torch.ones_like(v[..., 0], dtype=torch.bool) if mask_v is None else mask_v
     keep_w = torch.ones_like(w[..., 0], dtype=torch.bool) if mask_w is None else mask_w

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm.ops import masks
 from vlm.ops.attention import attention
 from vlm.ops.attention_reference import default_scale
-from vlm.ops.backend import under_autocast, use_native
+from vlm.ops.backend import one_device, under_autocast, use_native
 from vlm.ops.selection_native import REPRESENTATIVES, native_block_sparse, native_select_hierarchical
 from vlm.ops.selection_reference import (
     BlockList,
@@ -76,6 +76,7 @@ def block_sparse_attention(
     _check(q, k)
     if v.ndim != 4 or v.shape[:3] != k.shape[:3] or v.dtype != k.dtype:
         raise ValueError(f"block_sparse_attention: k {k.dtype} {tuple(k.shape)} and v {v.dtype} {tuple(v.shape)} do not fit")
+    one_device("block_sparse_attention", q, k, v, blocks.index, blocks.count, bias)
     lists = (*q.shape[:2], -(-q.shape[2] // blocks.block_q))
     if blocks.count.shape != lists or blocks.index.shape[:3] != lists:
         raise ValueError(f"block_sparse_attention: the lists are {tuple(blocks.count.shape)}, expected {lists}")

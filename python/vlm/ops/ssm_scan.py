@@ -56,8 +56,9 @@ def ssm_scan(
 
 def _check(x: Tensor, delta: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor, state: Tensor | None,
            key_mask: Tensor | None, segment: Tensor | None) -> None:
-    if x.ndim != 3 or delta.shape != x.shape:
-        raise ValueError(f"ssm_scan wants x and delta [B, N, C], got {tuple(x.shape)} and {tuple(delta.shape)}")
+    if x.ndim != 3 or delta.shape != x.shape or not all(t.is_floating_point() for t in (x, delta, rate)):
+        raise ValueError(f"ssm_scan wants x and delta [B, N, C] and rate [C, S], floating, got {x.dtype} {tuple(x.shape)}, "
+                         f"{delta.dtype} {tuple(delta.shape)} and {rate.dtype}")
     if rate.ndim != 2 or rate.shape[0] != x.shape[2]:
         raise ValueError(f"ssm_scan: rate must be [{x.shape[2]}, S], got {tuple(rate.shape)}")
     expected = {"b": (b, (*x.shape[:2], rate.shape[1])), "c": (c, (*x.shape[:2], rate.shape[1])), "skip": (skip, (x.shape[2],))}

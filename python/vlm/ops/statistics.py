@@ -21,7 +21,7 @@ from torch import Tensor
 from vlm.ops.attention_bias import AnyBias, lowered, narrowed, written_out
 from vlm.ops.attention_native import cuda_attends
 from vlm.ops.attention_reference import default_scale
-from vlm.ops.backend import use_native
+from vlm.ops.backend import one_device, use_native
 from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.masks import Alignment, Atom, LoweredMask, MaskProgram, MaskShape, key_mask_of
 from vlm.ops.statistics_native import native_column_sums, native_row_statistics, native_rows
@@ -77,6 +77,7 @@ def attention_column_sums(q: Tensor, k: Tensor, *, weights: Tensor | None = None
     weights: broadcastable to [B, H, N], all 1 by default; a query of weight 0 is not read, whatever it holds.
     lse: [B, H, N] of the same options and temperature, as `attention(return_lse=True)` gives it; computed if not given.
     """
+    one_device("attention statistics", q, weights, lse)
     p = _prepare(q, k, options)
     weights = None if weights is None else _expanded("weights", weights, q)
     lse = None if lse is None else _expanded("lse", lse, q)
@@ -106,6 +107,7 @@ def attention_rows(q: Tensor, k: Tensor, rows: Tensor, **options: Unpack[Attenti
     p = _prepare(q, k, options)
     rows = _indices("rows", rows, q.shape[0])
     if p.native and not p.cuda:
+        one_device("attention statistics", q, rows)
         return native_rows(*p.native_arguments(), rows)
     return _plain(p, lambda: rows_reference(p.q, p.k, rows, **p.twin_arguments()))
 
@@ -223,6 +225,7 @@ class _Problem(NamedTuple):
         bias = None if pairs is None else self._cooled(narrowed(pairs, torch.float32))
         values, grid = (None, (0, 0)) if relative is None else (self._cooled(narrowed(relative.values, torch.float32)), relative.grid)
         code, arrays, dense = LoweredMask([], None, None) if self.mask is None else self.mask.lower(self.shape)
+        one_device("attention statistics: mask", self.q, arrays, dense, self.key_mask)
         return (self.q, self.k, self.key_mask, bias, values, arrays, dense, code or None, self.scale, self.causal, self.offset, *grid,
                 self.softcap)
 
@@ -244,6 +247,7 @@ def _prepare(q: Tensor, k: Tensor, options: AttentionOptions) -> _Problem:
     bias, mask, softcap = options.get("bias"), options.get("mask"), options.get("softcap")
     alignment, temperature = options.get("alignment", "bottom-right"), options.get("temperature", 1.0)
     given = bias if isinstance(bias, Tensor) else None
+    one_device("attention statistics", q, k, options.get("key_mask"), given)
     key_mask = _check(q, k, alignment, options.get("key_mask"), given, temperature, softcap)
     if isinstance(mask, Atom):
         mask = MaskProgram(mask)
@@ -288,13 +292,13 @@ def _check(q: Tensor, k: Tensor, alignment: str, key_mask: Tensor | None, bias: 
 
 
 def _expanded(name: str, t: Tensor, q: Tensor) -> Tensor:
-    if t.ndim > 3 or any(n not in (1, full) for n, full in zip(reversed(t.shape), reversed(q.shape[:3]))):
+    if t.ndim > 3 or t.is_complex() or any(n not in (1, full) for n, full in zip(reversed(t.shape), reversed(q.shape[:3]))):
         raise ValueError(f"attention statistics: {name} {tuple(t.shape)} cannot be broadcast to {tuple(q.shape[:3])}")
     return t.to(torch.promote_types(q.dtype, torch.float32)).expand(q.shape[:3])
 
 
 def _indices(name: str, at: Tensor, batch: int) -> Tensor:
-    if at.is_floating_point() or at.dtype == torch.bool or at.ndim not in (1, 2) or (at.ndim == 2 and at.shape[0] != batch):
+    if at.is_floating_point() or at.is_complex() or at.dtype == torch.bool or at.ndim not in (1, 2) or (at.ndim == 2 and at.shape[0] != batch):
         raise ValueError(f"attention statistics: {name} must be integers [R] or [{batch}, R], got {at.dtype} {tuple(at.shape)}")
     return at.long().expand(batch, -1)
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import always, use_native
+from vlm.ops.backend import always, one_device, use_native
 from vlm.ops.tokens_native import native_gather, native_match, native_merge_weights, native_scatter
 from vlm.ops.tokens_reference import (
     gather_reference,
@@ -77,6 +77,7 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching,
         raise ValueError(f"merge_tokens: weighting is {weighting!r}; expected 'size' or 'mean'")
     if sizes is not None and sizes.shape != x.shape[:2]:
         raise ValueError(f"merge_tokens: sizes must be {tuple(x.shape[:2])}, got {tuple(sizes.shape)}")
+    one_device("merge_tokens", x, sizes)
     slots, by_size, work = matching.kept.shape[1], weighting == "size", torch.promote_types(x.dtype, torch.float32)
     sizes = None if sizes is None else sizes.detach().to(work)
     if use_native(x, cuda=always):
@@ -132,5 +133,6 @@ def _rows(name: str, x: Tensor, index: Tensor, whole: bool = True) -> None:
     if x.ndim != 3 or index.ndim != 2 or index.shape[0] != x.shape[0] or (whole and index.shape[1] != x.shape[1]):
         raise ValueError(f"{name}: rows {tuple(x.shape)} and indices {tuple(index.shape)} do not fit; expected x [B, N, C] "
                          f"and {'[B, N]' if whole else '[B, K]'}")
+    one_device(name, x, index)
     if index.dtype != torch.int64:
         raise ValueError(f"{name}: indices must be int64, got {index.dtype}")

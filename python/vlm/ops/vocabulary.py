@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlm.ops.backend import current_backend, use_native
+from vlm.ops.backend import current_backend, one_device, use_native
 from vlm.ops.cuda_core import cuda_kernels_of
 from vlm.ops.vocabulary_chunks import CHUNK, chunked_cross_entropy
 from vlm.ops.vocabulary_cuda import cross_entropy_cuda
@@ -155,6 +155,7 @@ def check_factors(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
     """Raise ValueError where hidden [N, C], weight [V, C] and bias [V] do not fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"{who} wants hidden [N, C] and weight [V, C], got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    one_device(who, hidden, weight, bias)
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"{who}: hidden and weight must be floating, got {hidden.dtype} and {weight.dtype}")
     if bias is not None and bias.shape != (weight.shape[0],):

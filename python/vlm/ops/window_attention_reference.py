@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm.ops.backend import can_be_looked_at
+
 Pair = tuple[int, int]
 
 
@@ -74,7 +76,7 @@ def window_attention_reference(qkv: Tensor, tau: Tensor, bias_table: Tensor, *, 
     bias = bias.reshape(positions, positions, heads).permute(2, 0, 1)[None, None]
     if shifted or padded:
         region = window_regions((height, width), window, shift, qkv.device)
-        if qkv.device.type == "cpu" and not torch.compiler.is_compiling() and not x.isfinite().all():
+        if can_be_looked_at(x) and not x.isfinite().all():
             y = _by_region(q, k, v, bias, region).transpose(2, 3).flatten(3)
             return _laid_back(y, window, size, shift, (height, width))
         # A position beyond the map attends everything: its row is thrown away, and must not be empty meanwhile.

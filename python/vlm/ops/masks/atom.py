@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from vlm.ops.backend import can_be_looked_at
+
 _WIDE = (torch.int64, torch.uint32, torch.uint64)
 
 
@@ -73,7 +75,7 @@ def positive(name: str, size: int) -> int:
 def integers(name: str, t: Tensor, axes: int) -> Tensor:
     if t.is_floating_point() or t.dtype == torch.bool or t.ndim != axes:
         raise ValueError(f"{name} wants integers with {axes} axes, got {t.dtype} {tuple(t.shape)}")
-    if t.dtype in _WIDE and t.numel() and t.device.type == "cpu" and not torch.compiler.is_compiling() and type(t) is Tensor:
+    if t.dtype in _WIDE and t.numel() and can_be_looked_at(t):
         low, high = t.to(torch.int64).aminmax()
         check_32_bits(name, int(low), int(high))
     return t

@@ -7,7 +7,7 @@ import torch
 
 from tests.presets.stand_ins import assembled, begin, quiet
 from tests.presets.test_claims import shrunk
-from vlm.config.errors import RequestError
+from vlm.config.errors import PresetError, RequestError
 from vlm.models import load_model
 from vlm.schedules import rate_factor
 from vlm.training.preset import load_preset
@@ -128,3 +128,23 @@ def test_a_head_of_its_own_reads_kept_pictures(models, tmp_path):
     assert list((tmp_path / "run" / "cache").rglob("*.safetensors"))
     with pytest.raises(RequestError, match=r"needs \[companions.nobody\]"):
         begin(tmp_path / "other", "linear-probe", models, "objectives.classification.by=nobody", "train.steps=2").train()
+
+
+def test_coop_beside_adapters_of_the_picture_tower(models, tmp_path):
+    lora = 'tuning.lora={target=["vision.*.attention.q"], r=2}'
+    with assembled(begin(tmp_path / "first", "coop", models, lora)) as parts:
+        learning = [name for name, p in parts.model.named_parameters() if p.requires_grad]
+    assert CONTEXT in learning
+    assert len(learning) > 1
+    assert all(name == CONTEXT or ".lora_" in name for name in learning)
+    begin(tmp_path / "run", "coop", models, *SHORT, lora).train()
+    before, after = load_model(models["clip-tiny-objects"]).state_dict(), load_model(tmp_path / "run").state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert moved
+    assert all(name.startswith("vision.") and name.endswith("attention.q.weight") for name in moved)
+
+
+def test_coop_a_stage_cannot_have_a_prompt_of_its_own():
+    stages = 'stages=[{name="a", tuning={prompt={length=2}}}, {name="b"}]'
+    with pytest.raises(PresetError, match=r"says another tuning.prompt than stage 'a'"):
+        load_preset("coop", [stages])

@@ -17,6 +17,7 @@ from vlm.config.options import Options
 from vlm.layers import Activation, Attention, FeedForward, Trunk, TrunkOptions
 from vlm.models.context import Context, ContextOptions
 from vlm.models.merging import Merged, run_merging
+from vlm.models.mix_style import MixStyleOptions, drawn_mix
 from vlm.tokens import MergePlan, TowerMergeOptions
 
 
@@ -56,6 +57,7 @@ class VitOptions(TowerOptions):
     patch_bias: bool = Field(False, description="bias in the patch embedding")
     pre_norm: bool = Field(True, description="layer norm before the first block")
     pool: Literal["cls", "mean", "attention"] = Field("cls", description="how tokens become one vector")
+    mix_style: MixStyleOptions | None = Field(None, description="in training, look like other pictures of the batch; none: off")
     merge: TowerMergeOptions | None = Field(None, description="merge similar tokens between layers; none: keep all")
 
     @property
@@ -166,6 +168,8 @@ class VisionTransformer(nn.Module):
     def stem(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, S, S] -> what the first block reads, [B, N, C]."""
         x = self.patch(self.patches(pixels))
+        if self.training and self.options.mix_style is not None and len(x):
+            x = drawn_mix(x, self.options.mix_style)
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.position

@@ -22,7 +22,7 @@ from vlm.data.samples import BadSample, Sample, distinct, field_at, stable_id
 from vlm.data.sources.base import Source
 from vlm.data.sources.readers import open_reader
 from vlm.data.sources.uri import open_source
-from vlm.runtime.pictures import BadPicture
+from vlm.runtime.pictures import BadPicture, PictureLimits
 from vlm.types.random import draw_key, generator
 from vlm.types.state import Tree
 
@@ -34,8 +34,8 @@ _SHORTEST = 64
 class FilteredSource:
     """The samples of a source that a table of patterns keeps. One that cannot be read is kept, so that it is counted."""
 
-    def __init__(self, source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> None:
-        reader = open_reader(source.spec(), options.limits)
+    def __init__(self, source: Source, where: Mapping[str, str | Sequence[str]], limits: PictureLimits) -> None:
+        reader = open_reader(source.spec(), limits)
         kept: list[int] = []
         for index in range(len(source)):
             try:
@@ -207,4 +207,4 @@ def ledger_of(source: Source, options: DataOptions) -> Ledger | MixedLedger:
 
 def open_filtered(uri: str, options: DataOptions) -> Source:
     source = open_source(uri, options.limits)
-    return FilteredSource(source, options.where, options) if options.where else source
+    return FilteredSource(source, options.where, options.limits) if options.where else source

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import vlm
@@ -30,6 +30,7 @@ from vlm.models import Model
 from vlm.models.directory import model_files, save_model
 from vlm.runtime.preprocess import Preprocess
 from vlm.training.checkpoint import flush, publish, sha256_of
+from vlm.types.tensor_file import save_tensors
 
 Note = Callable[[str], None]
 
@@ -99,9 +100,8 @@ class RunDirectory:
         name = f"{index}.safetensors"
         try:
             folder.mkdir(exist_ok=True)
-            save_file({key: tensor.detach().contiguous().clone() for key, tensor in state.items()}, folder / f".{name}.partial")
-            flush(folder / f".{name}.partial")
-            os.replace(folder / f".{name}.partial", folder / name)
+            save_tensors({key: tensor.detach().contiguous().clone() for key, tensor in state.items()}, folder / name)
+            flush(folder / name)
         except OSError as error:
             raise RunFailed(f"cannot be written: {error.strerror or error}", where=str(folder / name)) from error
         return self.stage_entry(index)

@@ -63,3 +63,12 @@ def test_a_line_of_the_log_that_does_not_fit_names_the_log_once(tmp_path):
     assert "--resume" in str(caught.value)
     log.close()
     assert (tmp_path / "metrics.jsonl").stat().st_size == size
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    with no_file_above(100), pytest.raises(RunFailed, match="too large"):
+        directory.create("schema = 1\n")
+    assert not (tmp_path / "run").exists()
+    directory.create("schema = 1\n")
+    assert (tmp_path / "run" / "preset.toml").is_file()

@@ -77,6 +77,7 @@ class RunDirectory:
             self.preset.write_text(preset_text, encoding="utf-8")
             (self.root / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
+            shutil.rmtree(self.root, ignore_errors=True)  # it was empty: the same command may be given again
             raise RunFailed(f"cannot be written: {error.strerror}", where=str(self.root), remedy="choose another --output") from error
 
     def write_architecture(self, model: Model, tokenizer: Tokenizer | None, preprocess: Preprocess | None) -> None:

@@ -274,6 +274,7 @@ def _data(given: dict[str, Any], run: Path | None) -> tuple[str, Reading]:
             )
         log(f"data: {uri} (the run's data.val)")
     reading = Reading.of_table(preset)
+    reading = reading if given["data"] is None else reading.of_all
     return uri, reading if given["text_from"] is None else replace(reading, text=given["text_from"])
 
 

@@ -256,6 +256,8 @@ def as_vlm_error(error: BaseException) -> VlmError | None:
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return RunFailed(error.strerror, where=os.fsdecode(error.filename) if not isinstance(error.filename, int) else None)
+    if isinstance(error, OSError) and error.errno in (errno.EFBIG, errno.EIO, errno.EROFS):
+        return RunFailed(f"cannot be written: {os.strerror(error.errno)}")
     if _is_out_of_memory(error):
         return OutOfMemory(
             str(error).strip().partition("\n")[0] or "memory ran out",
@@ -265,9 +267,9 @@ def as_vlm_error(error: BaseException) -> VlmError | None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """ENOSPC, or a SafetensorError that tells of it in words only."""
+    """ENOSPC, a quota that is used up, or a SafetensorError that tells of the former in words only."""
     if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return type(error).__name__ == "SafetensorError" and f"(os error {errno.ENOSPC})" in str(error)
 
 

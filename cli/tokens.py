@@ -192,4 +192,5 @@ def _data(model: Path, given: dict[str, Any]) -> EvaluationData:
     uri = given["data"] or table.get("val")
     if not isinstance(uri, str):
         raise RequestError("no data to score on", remedy="give --data URI")
-    return calibration(uri, Reading.of_table(table), preset.get("claim", {}).get("test"))
+    reading = Reading.of_table(table) if given["data"] is None else Reading.of_table(table).of_all
+    return calibration(uri, reading, preset.get("claim", {}).get("test"))

@@ -42,6 +42,25 @@ def test_a_batch_too_small_to_share_is_refused_before_anything_is_written(capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_teacher_that_is_not_there_is_refused_before_data_are_read(capsys, monkeypatch, tmp_path, more):
+    monkeypatch.setattr("vlm.training.start.open_split", lambda *_: pytest.fail("data were opened"))
+    monkeypatch.setattr("vlm.training.run.open_split", lambda *_: pytest.fail("data were opened"))
+    output = tmp_path / "run"
+    code, err = said(capsys, "distill", "clip-tiny-distill", *SMALL, "--teacher", tmp_path / "none", *more, "--output", output)
+    assert code == 3
+    assert "companion 'teacher': no such model directory" in err
+    assert not output.exists()
+
+
+def test_a_report_onto_a_directory_is_a_wrong_request(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "preset.toml").write_text('schema = 1\n[method]\nkey = "tiny"\ntitle = "T"\n')
+    code, err = said(capsys, "report", tmp_path / "run", "--output", tmp_path)
+    assert code == 2
+    assert f"{tmp_path}: is a directory, expected a file" in err
+
+
 def test_an_output_that_is_a_file_is_named(capsys, tmp_path):
     (tmp_path / "file").write_text("x")
     code, err = said(capsys, "pretrain", "clip-tiny", *SMALL, "--output", tmp_path / "file")

@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from vlm.config.errors import DataError, RequestError
+from vlm.data.options import DataOptions
 from vlm.evaluation import (
     CaptionOptions,
     CostOptions,
@@ -237,6 +238,21 @@ def test_a_title_is_a_caption_here_as_in_training(tiny_language, tmp_path):
     path.write_text("".join(json.dumps({"title": f"a red circle {i}"}) + "\n" for i in range(8)))
     model, tokens, _ = tiny_language
     assert evaluate_in_memory(model, tokens, [PerplexityOptions()], str(path))[0].samples == 8
+
+
+def test_where_keeps_samples_of_data_val_and_of_no_other_data(tiny_dual, tmp_path):
+    samples = pairs(6)
+    for i, members in enumerate(samples.values()):
+        members["json"] = json.dumps({"caption": f"text {i}", "source": "ab"[i % 2]}).encode()
+    uri, other = shard(tmp_path / "a.tar", samples), shard(tmp_path / "b.tar", samples)
+    reading = Reading.of_table({"where": {"source": "a*"}})
+    assert reading == Reading.of(DataOptions(where={"source": "a*"}))
+    assert len(EvaluationData(uri, reading)) == 3
+    assert len(EvaluationData(uri, reading.of_all)) == 6
+    model, tokenizer, _ = tiny_dual
+    assert evaluate_in_memory(model, tokenizer, [RetrievalOptions()], uri, reading=reading)[0].samples == 3
+    elsewhere = RetrievalOptions(data=other)
+    assert evaluate_in_memory(model, tokenizer, [elsewhere], uri, reading=reading)[0].samples == 6
 
 
 def test_the_caps_of_a_run_hold_in_its_evaluation(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from vlm.config.errors import PresetError, RequestError
-from vlm.data.options import DataOptions
+from vlm.data.options import BadSamples, DataOptions
 from vlm.decoding import GenerateOptions
 from vlm.evaluation import (
     EvaluationOptions,
@@ -39,6 +39,8 @@ UNREAD = [
     (OptimizerOptions, {"kind": "sgd"}, {"eps": 1e-3}),
     (OptimizerOptions, {}, {"momentum": 0.5}),
     (LearningRateOptions, {"kind": "constant"}, {"floor": 0.1}),
+    (DataOptions, {}, {"prefetch": 4}),
+    (BadSamples, {"policy": "stop"}, {"budget": 0.5}),
     (DataOptions, {}, {"image": {"scale": (0.8, 1.0)}}),
     (DataOptions, {}, {"image": {"ratio": (1.0, 1.0)}}),
     (DataOptions, {"packer": {"kind": "concat"}}, {"text": {"length": 64}}),

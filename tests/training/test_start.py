@@ -12,7 +12,6 @@ from tests.training.test_resume import begin, digest, finish
 from vlm.config.errors import CheckpointError, RequestError
 from vlm.data.tokenizer import Tokenizer
 from vlm.models import DualEncoderOptions, LanguageOptions, Model, load_model
-from vlm.models.base import FamilyOptions
 from vlm.training import preset as schema
 from vlm.training.start import Start, vocabulary_of
 from vlm.training.trainer import Cursor
@@ -103,7 +102,7 @@ class _Other(Model):
         self.trunk = trunk
 
 
-class OpenOptions(FamilyOptions, DualEncoderOptions):
+class OpenOptions(DualEncoderOptions):
     """A dual encoder whose vision tower has the shape of its source, with a special token."""
 
     kind: str = "open"
@@ -150,14 +149,6 @@ def test_shape_and_tokenizer_of_parts_and_the_special_tokens_of_a_family(source,
     run, stage = open_stage(tmp_path / "third", {"sight": source})
     with pytest.raises(RequestError, match="there is no sight"):
         Start(run.directory, SingleProcess(), lambda text: None)._design(stage)
-
-
-def test_families_that_say_nothing_of_parts_take_the_table_as_it_is():
-    options = FamilyOptions()
-    assert options.text_part is None
-    assert options.special_tokens == ()
-    assert options.with_parts({}) is options
-    assert schema.StartOptions().parts == {}
 
 
 def test_special_tokens_get_the_next_ids_and_change_no_other():

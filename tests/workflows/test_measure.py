@@ -188,12 +188,11 @@ def test_a_teacher_named_by_key_is_made_once_and_serves_every_unit(make_claim, m
     assert phases(workspace, claim).count("base") == 1
     bases = list((tmp_path / "store" / "bases").glob("*/model/model.safetensors"))
     assert len(bases) == 1
-    base = Measure(claim, workspace).base_unit("clip-tiny")
-    assert base.stages[0].model.embed_dim == 48
-    assert not base.part.held_out  # the teacher has seen neither the dev part nor the test data
     assert list((tmp_path / "store" / "cache").rglob("*.safetensors"))  # its embeddings are kept for all of them
     method, baseline = (Measure(claim, workspace).seed_unit(arm, 0, 1.0) for arm in claim.arms)
     assert set(method.bases) == {"clip-tiny"}
+    assert method.bases["clip-tiny"].stages[0].model.embed_dim == 48
+    assert not method.bases["clip-tiny"].part.held_out  # the teacher has seen neither the dev part nor the test data
     assert not baseline.bases
 
 
@@ -226,7 +225,8 @@ def test_a_part_named_by_key_is_a_base_too(make_claim, make_workspace, tmp_path)
 def test_a_base_keeps_its_own_data_where_the_claim_says_so(make_claim, make_workspace):
     def source_of(more):
         claim = claim_of(make_claim(extends="clip-tiny-distill", more=more))
-        return Measure(claim, make_workspace()).base_unit("clip-tiny").stages[0].data.source, claim.train
+        unit = Measure(claim, make_workspace()).seed_unit(claim.method, 0, 1.0)
+        return unit.bases["clip-tiny"].stages[0].data.source, claim.train
 
     own, train = source_of('own_data = ["clip-tiny"]')
     assert own == load_preset("clip-tiny")[0].data.source != train

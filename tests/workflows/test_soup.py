@@ -69,6 +69,6 @@ def test_the_command(runs, tmp_path, capsys):
     assert main([*words, "--weights", "0.25,0.75", "--json"]) == 0
     assert [part["weight"] for part in json.loads(capsys.readouterr().out)["models"]] == [0.25, 0.75]
     assert main(words) == 2
-    assert "there is something already" in capsys.readouterr().err
+    assert f"{tmp_path / 'made'}: something is there already" in capsys.readouterr().err
     assert main([*words, "--weights", "half"]) == 2
     assert main(["soup", str(runs / "a"), "--output", str(tmp_path / "one")]) == 2

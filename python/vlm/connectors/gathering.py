@@ -94,13 +94,6 @@ def shuffle(tokens: Tensor, grid: Grid, factor: int) -> Tensor:
     return windows(tokens, left, (factor, factor)).reshape(n, left[0] * left[1], factor * factor * c)
 
 
-def unshuffle(tokens: Tensor, grid: Grid, factor: int) -> Tensor:
-    """The inverse of `shuffle`, with the grid before it: [n, H W / f^2, f^2 C] -> [n, H W, C]."""
-    n, c = tokens.shape[0], tokens.shape[2] // (factor * factor)
-    x = tokens.reshape(n, grid[0] // factor, grid[1] // factor, factor, factor, c)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(n, grid[0] * grid[1], c)
-
-
 def concat(tokens: Tensor, k: int) -> Tensor:
     """[n, N, C] -> [n, N / k, k C]"""
     n, count, c = tokens.shape

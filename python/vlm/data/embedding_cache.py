@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -67,7 +67,5 @@ class EmbeddingCache:
                 ids = torch.tensor(list(rows), dtype=torch.int64)
                 vectors = torch.from_numpy(np.stack(list(rows.values())))
                 name = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
-                temporary = self.folder / f".{stream}-{name}.{os.getpid()}.partial"
-                save_file({"ids": ids, "vectors": vectors}, temporary)
-                os.replace(temporary, self.folder / f"{stream}-{name}.safetensors")
+                save_tensors({"ids": ids, "vectors": vectors}, self.folder / f"{stream}-{name}.safetensors")
         self._fresh.clear()

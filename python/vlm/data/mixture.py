@@ -23,7 +23,7 @@ from vlm.data.samples import BadSample, Sample, distinct, field_at, stable_id
 from vlm.data.sources.base import Source
 from vlm.data.sources.readers import open_reader
 from vlm.data.sources.uri import open_source
-from vlm.runtime.pictures import BadPicture
+from vlm.runtime.pictures import BadPicture, PictureLimits
 from vlm.types.random import draw_key, generator
 from vlm.types.state import Tree
 
@@ -59,9 +59,9 @@ class PartOfSource:
         return {**self.source.describe(), "samples": len(self), "of": len(self.source)}
 
 
-def fitting(source: Source, where: Mapping[str, str | Sequence[str]], options: DataOptions) -> PartOfSource:
+def fitting(source: Source, where: Mapping[str, str | Sequence[str]], limits: PictureLimits) -> PartOfSource:
     """The samples that a table of patterns keeps. One that cannot be read is kept, so that it is counted."""
-    reader = open_reader(source.spec(), options.limits)
+    reader = open_reader(source.spec(), limits)
     kept: list[int] = []
     for index in range(len(source)):
         try:
@@ -241,7 +241,7 @@ def ledger_of(source: Source, options: DataOptions) -> Ledger | MixedLedger:
 def open_filtered(uri: str, options: DataOptions, *, train: bool, name: str | None = None) -> Source:
     """A source without what `where` does not fit and, of training data, what `exclude` names. name: in a mixture, whose keys it leads."""
     source = open_source(uri, options.limits)
-    source = fitting(source, options.where, options) if options.where else source
+    source = fitting(source, options.where, options.limits) if options.where else source
     if not train or options.exclude is None:
         return source
     keys = excluded_keys(options.exclude)

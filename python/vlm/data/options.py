@@ -173,6 +173,11 @@ class BadSamples(Options):
     )
     budget: float = Field(0.01, ge=0, le=1, description="share of the samples of an epoch that may be bad")
 
+    @model_validator(mode="after")
+    def _read(self) -> BadSamples:
+        self.read_only_where(self.policy == "skip", 'policy = "skip"', "budget")
+        return self
+
     def allowed(self, samples: int) -> int:
         """How many bad samples an epoch of `samples` may have."""
         return 0 if self.policy == "stop" else int(self.budget * samples + 1e-9)
@@ -198,9 +203,7 @@ class DataOptions(Options):
     source: str = Field("scenes:", description="training data: tar pattern, folder, JSON lines, CSV, scenes:, digits: or clips:")
     val: str | None = Field(None, description="evaluation data, an address like source")
     mixture: dict[str, MixturePart] = Field({}, description="several sources by name, in place of source")
-    where: Where = Field(
-        {}, description="training samples to keep: field = pattern, or patterns of which one must fit; val is scored whole"
-    )
+    where: Where = Field({}, description="samples to keep, of source and of val: field = pattern, or patterns of which one must fit")
     exclude: str | None = Field(None, description="file of keys to leave out of the training data, as vlm data overlap writes it")
     columns: Columns = Columns()
     streams: dict[str, StreamOptions] = Field({}, description="further streams of the batch by name")
@@ -228,6 +231,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _fit(self) -> DataOptions:
+        self.read_only_where(self.workers > 0, "workers is above 0", "prefetch")
         if self.mixture and "source" in self.model_fields_set:
             raise ValueError("source and mixture are two ways to say the same; leave one out")
         if self.packer is not None and self.text.length != TextOptions().length:

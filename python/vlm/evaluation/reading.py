@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,18 +30,24 @@ MAX_TEXT = 1_000_000
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read: the columns of picture and text (`auto`: the usual names), the caps of a picture, and the most
-    characters of a text."""
+    """How samples are read: the columns of picture and text (`auto`: the usual names), the caps of a picture, the most
+    characters of a text, and which samples of `data.val` are kept (all, where nothing is said)."""
 
     image: str = "auto"
     text: str = "auto"
     limits: PictureLimits = DEFAULT_LIMITS
     max_text: int = MAX_TEXT
+    where: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def of_all(self) -> Reading:
+        """The same without a choice of samples, for other data than `data.val`."""
+        return replace(self, where={})
 
     @classmethod
     def of(cls, data: DataOptions) -> Reading:
         """As a `[data]` table says."""
-        return cls(data.columns.image, data.columns.text, data.limits, data.max_text)
+        return cls(data.columns.image, data.columns.text, data.limits, data.max_text, data.where)
 
     @classmethod
     def of_table(cls, table: Mapping[str, Any]) -> Reading:
@@ -49,7 +55,7 @@ class Reading:
         from vlm.data.options import DataOptions
 
         columns = {name: table["columns"][name] for name in ("image", "text") if name in table.get("columns", {})}
-        caps = {name: table[name] for name in ("max_pixels", "max_bytes", "max_text") if name in table}
+        caps = {name: table[name] for name in ("max_pixels", "max_bytes", "max_text", "where") if name in table}
         return cls.of(DataOptions.model_validate({"columns": columns, **caps}))
 
 
@@ -63,6 +69,11 @@ class EvaluationData:
         self.uri = uri
         self.reading = reading or Reading()
         self.source: Source = open_source(uri, self.reading.limits)
+        if self.reading.where:
+            # It brings torch, which the evaluation of a bundle does without.
+            from vlm.data.mixture import fitting
+
+            self.source = fitting(self.source, self.reading.where, self.reading.limits)
         self._reader: Any = open_reader(self.source.spec(), self.reading.limits)
 
     def __len__(self) -> int:

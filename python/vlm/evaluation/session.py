@@ -85,7 +85,7 @@ class Session:
         if isinstance(chosen, EvaluationData):
             return chosen
         if chosen not in self._open:
-            self._open[chosen] = EvaluationData(chosen, self.reading)
+            self._open[chosen] = EvaluationData(chosen, self.reading if chosen == self.default else self.reading.of_all)
         return self._open[chosen]
 
     def material(self, data: EvaluationData, limit: int | None, seed: int, *, logits: bool = False) -> Material:

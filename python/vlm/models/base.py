@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +15,6 @@ from vlm.runtime.tiling import Tiling
 from vlm.types import Batch, Outputs, VocabularyLayout
 from vlm.types.export import ExportPart
 from vlm.types.outputs import Wanted, split_key
-
-
-class FamilyOptions(Options):
-    """What the options of a family may say of parts that come from other models (`[start.parts]`).
-
-    A family without such parts need not derive from it: these are the answers that a run then takes.
-    """
-
-    @property
-    def text_part(self) -> str | None:
-        """Name of the part whose tokenizer the run takes; None: the run makes one by `[tokenizer]`."""
-        return None
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Tokens such as "<image>" that the tokenizer must have; the vocabulary names the id by the word inside."""
-        return ()
-
-    def with_parts(self, parts: Mapping[str, Model]) -> Any:
-        """The options with the architecture of parts that they leave open, from the models (without weights) by name of
-        the part. Raises ValueError for a part that this family has not."""
-        return self
 
 
 class Model(nn.Module):

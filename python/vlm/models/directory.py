@@ -14,7 +14,7 @@ from typing import Any
 import pydantic
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm.config.errors import CheckpointError, RequestError
@@ -28,6 +28,7 @@ from vlm.models.catalogue import ModelOptions
 from vlm.models.layouts import LAYOUTS, PublishedLayout
 from vlm.runtime.preprocess import Preprocess
 from vlm.types import VocabularyLayout
+from vlm.types.tensor_file import save_tensors
 from vlm.types.vocabulary import Span
 
 SCHEMA = 1
@@ -266,4 +267,4 @@ def save_model(
     layout = published_layout(model)
     if layout is not None:
         state = layout.to_published(dict(state), model.options)
-    save_file({name: t.contiguous() for name, t in state.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors({name: t.contiguous() for name, t in state.items()}, directory / "model.safetensors", metadata={"format": "pt"})

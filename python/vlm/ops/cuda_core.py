@@ -25,7 +25,8 @@ class CudaKernels:
     device_type: str
 
 
-def _installed() -> CudaKernels | None:
+def installed_cuda_kernels() -> CudaKernels | None:
+    """`vlm._native_cuda`, None where it was not built."""
     try:
         module = importlib.import_module("vlm._native_cuda")
     except ImportError:  # not built, as in the wheel; `vlm doctor` says so
@@ -33,12 +34,7 @@ def _installed() -> CudaKernels | None:
     return CudaKernels(module, module.device_type)
 
 
-_kernels: CudaKernels | None = _installed()
-
-
-def installed_cuda_kernels() -> CudaKernels | None:
-    """The kernels in force: `vlm._native_cuda`, None where it was not built."""
-    return _kernels
+_kernels: CudaKernels | None = installed_cuda_kernels()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlm import __version__
+from vlm.config.errors import RequestError
 from vlm.evaluation.result import flatten, write_text
 from vlm.evaluation.table import bounds_of, is_percent, say
 from vlm.reporting.commands import command, next_steps, quoted, task_of
@@ -21,9 +22,12 @@ from vlm.reporting.written import CONTROLS
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """Write the report of a run, `RUN/report.html` by default, and return its path.
 
-    Raises DataError when the directory is no run; whatever else is missing is said on the page.
+    Raises DataError when the directory is no run, RequestError for an output that is a directory; whatever else is missing is
+    said on the page.
     """
     path = Path(output) if output is not None else Path(run) / "report.html"
+    if path.is_dir():
+        raise RequestError("is a directory, expected a file to write", where=str(path), remedy=f"for example {path / 'report.html'}")
     write_text(path, render(read_run(run)))
     return path
 

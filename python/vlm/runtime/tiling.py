@@ -208,8 +208,3 @@ class Tiling:
     def places_of(self, grid: Grid) -> list[tuple[int, int]]:
         """The place of each piece, in order."""
         return places(grid, self.thumbnail)
-
-    @property
-    def most_pieces(self) -> int:
-        """The greatest number of pieces of any picture."""
-        return max(len(places(grid, self.thumbnail)) for grid in candidates(self.max_tiles))

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vlm.config.errors import CheckpointError, RunFailed
 from vlm.types.state import Tree, join_tree, split_tree
+from vlm.types.tensor_file import save_tensors
 
 SCHEMA = 1
 MARKER = "COMPLETE"
@@ -90,7 +91,7 @@ class Checkpoints:
                 section, _, rest = name.partition("/")
                 sections.setdefault(section, {})[rest or section] = tensor.detach().to("cpu").contiguous().clone()
             for section, members in sections.items():
-                save_file(members, temporary / f"{section}.safetensors")
+                save_tensors(members, temporary / f"{section}.safetensors")
             (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
             hashes = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
             for path in temporary.iterdir():

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,18 @@ from vlm.tuning import has_adapters, load_merged
 from vlm.types import Request
 
 State = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 def _no_stage(name: str) -> Model:
     raise RequestError(f"there is no stage {name!r} before this one")
+
+
+def check_sources(options: Mapping[str, CompanionOptions]) -> None:
+    """Raises CheckpointError, before any data are read, for a companion whose model directory is not there."""
+    for name, table in options.items():
+        if table.source != "model" and table.stage is None:
+            _named(name, find_model_directory, table.source)
 
 
 @dataclass
@@ -98,9 +107,9 @@ class CompanionSources(Mapping[str, Model]):
                 if table.refresh == "run" and name in self.kept:
                     load_merged(model, self.kept[name])
             elif table.stage is not None:
-                model = self._named(name, self.of_stage, table.stage)
+                model = _named(name, self.of_stage, table.stage)
             else:
-                model = self._named(name, load_model, table.source)
+                model = _named(name, load_model, table.source)
         return Companion(
             name,
             model,
@@ -125,8 +134,10 @@ class CompanionSources(Mapping[str, Model]):
         except VlmError:  # it may still be asked for pictures
             return folder
 
-    def _named(self, name: str, load: Callable[[str], Model], source: str) -> Model:
-        try:
-            return load(source)
-        except VlmError as error:
-            raise type(error)(f"companion {name!r}: {error.message}", where=error.where, remedy=error.remedy) from error
+
+def _named(name: str, load: Callable[[str], T], source: str) -> T:
+    """What `load` gives, with errors that say which companion they are about."""
+    try:
+        return load(source)
+    except VlmError as error:
+        raise type(error)(f"companion {name!r}: {error.message}", where=error.where, remedy=error.remedy) from error

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import vlm
@@ -30,6 +30,7 @@ from vlm.models import Model
 from vlm.models.directory import model_files, save_model
 from vlm.runtime.preprocess import Preprocess
 from vlm.training.checkpoint import flush, publish, sha256_of
+from vlm.types.tensor_file import save_tensors
 
 Note = Callable[[str], None]
 
@@ -76,6 +77,7 @@ class RunDirectory:
             self.preset.write_text(preset_text, encoding="utf-8")
             (self.root / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
+            shutil.rmtree(self.root, ignore_errors=True)  # it was empty: the same command may be given again
             raise RunFailed(f"cannot be written: {error.strerror}", where=str(self.root), remedy="choose another --output") from error
 
     def write_architecture(self, model: Model, tokenizer: Tokenizer | None, preprocess: Preprocess | None) -> None:
@@ -99,9 +101,8 @@ class RunDirectory:
         name = f"{index}.safetensors"
         try:
             folder.mkdir(exist_ok=True)
-            save_file({key: tensor.detach().contiguous().clone() for key, tensor in state.items()}, folder / f".{name}.partial")
-            flush(folder / f".{name}.partial")
-            os.replace(folder / f".{name}.partial", folder / name)
+            save_tensors({key: tensor.detach().contiguous().clone() for key, tensor in state.items()}, folder / name)
+            flush(folder / name)
         except OSError as error:
             raise RunFailed(f"cannot be written: {error.strerror or error}", where=str(folder / name)) from error
         return self.stage_entry(index)

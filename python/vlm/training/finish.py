@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vlm.data.tokenizer import Tokenizer
 from vlm.evaluation import evaluate_in_memory, numbers_of, save_results
@@ -20,6 +19,7 @@ from vlm.training.preset import Stage
 from vlm.training.trainer import Parts
 from vlm.tuning import lora_files, merged_state
 from vlm.types import Communicator
+from vlm.types.tensor_file import save_tensors
 
 
 @dataclass
@@ -107,4 +107,4 @@ def _write_heads(parts: Parts, root: Path) -> None:
     if tensors:
         classes = {name: getattr(o, "classes", None) for name, o in parts.objectives.items()}
         metadata = {name: json.dumps(list(values)) for name, values in classes.items() if values}
-        save_file(tensors, root / "objectives.safetensors", metadata=metadata)
+        save_tensors(tensors, root / "objectives.safetensors", metadata=metadata)

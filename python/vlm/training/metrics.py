@@ -6,11 +6,14 @@ other fields of a resumed run equal those of an uninterrupted one, because the f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from vlm.config.errors import RunFailed
 
 
 class MetricsLog:
@@ -42,11 +45,19 @@ class MetricsLog:
             self._file.seek(0, os.SEEK_END)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """One line. Raises RunFailed naming the file when the disk refuses."""
         if self._file is None:
             return
         line = {"step": step, "time": round(time.monotonic() - self.started, 3), **values}
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
+        try:
+            self._file.write((json.dumps(line) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it would try the same line once more
+                self._file.close()
+            self._file = None
+            remedy = "make room; --resume continues from the last checkpoint"
+            raise RunFailed(f"cannot be written: {error.strerror}", where=str(self.path), remedy=remedy) from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -155,6 +155,9 @@ def make_plan(parts: Parts, output: str, *, before: int = 0) -> Plan:
     memory["data"] = held - libraries
     memory["activations"] = measured.activations(micro, train.accumulate, memory["gradients"])
     memory["libraries"] = libraries
+    if parts.steps == 0:  # the optimiser makes its state at its first step
+        memory |= {"gradients": 0, "optimiser": 0, "activations": 0}
+        slots = 0
     per_step, *around = (measured.seconds(micro, train.accumulate, of) for of in (Timed.median, Timed.least, Timed.greatest))
     checkpoint = 4 * total + 4 * slots * trainable + sum(sizes[member.name] for member in others if member.stateful)
     disk = {"checkpoints": checkpoint * max(1, train.keep or 1), "model": 4 * model_size}

@@ -31,7 +31,7 @@ from vlm.training.assembly import build_objective, check_rates, choose_trainable
 from vlm.training.average import WeightAverage
 from vlm.training.carry import Carried
 from vlm.training.checkpoint import Checkpoints
-from vlm.training.companion_sources import CompanionSources
+from vlm.training.companion_sources import CompanionSources, check_sources
 from vlm.training.directory import Note, RunDirectory
 from vlm.training.engine import Engine, Weighted
 from vlm.training.finish import RunResult, evaluation_settings, final_state, finish
@@ -196,6 +196,9 @@ class Run:
         stand for what they would leave.
         """
         carried = carried if carried is not None else Carried()
+        if initial and cursor.total == 0:
+            for later in self.stages[cursor.stage :]:
+                check_sources(later.companions)
         model = self.model_of(stage, initial=initial and weights is None)
         if weights is not None:
             model.load_state_dict(weights)

@@ -99,7 +99,7 @@ class Start:
         return tokenizer, options.build(vocabulary_of(tokenizer, special))
 
     def _options(self, stage: Stage, parts: dict[str, Model]) -> Any:
-        """The model table with what the parts bring."""
+        """The model table with what the parts bring, from its `with_parts` (`VisionLanguageShape` shows one); others stay as they are."""
         if stage.model is None:
             raise RequestError("this preset brings no model", remedy="give --model DIR, a run or a Hugging Face directory")
         with_parts = getattr(stage.model, "with_parts", None)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.config.errors import RequestError
 from vlm.config.options import Options
+from vlm.types.tensor_file import save_tensors
 
 ADAPTER = "default"
 
@@ -122,5 +122,5 @@ def lora_files(model: nn.Module, options: LoraOptions, directory: Path) -> None:
         "bias": "none",
     }
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors")
+    save_tensors(tensors, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ def soup(models: Sequence[str | Path], output: Path, weights: Sequence[float] | 
     if not abs(sum(shares) - 1) <= 1e-6:  # NaN too
         raise RequestError(f"the weights sum to {sum(shares):g}, expected 1", where="--weights")
     if output.exists():
-        raise RequestError("there is something already", where=str(output), remedy="choose another --output")
+        raise RequestError("something is there already", where=str(output), remedy="choose another --output")
     folders = [find_model_directory(path) for path in models]
     first = load_model(folders[0])
     total = {name: shares[0] * tensor.double() for name, tensor in first.state_dict().items()}

@@ -23,7 +23,7 @@ from typing import Any
 from vlm.config.errors import RequestError
 from vlm.config.load import resolve
 from vlm.training.preset import GateOptions
-from vlm.workflows.bases import unit_of, units_of
+from vlm.workflows.bases import units_of
 from vlm.workflows.carve import Carving
 from vlm.workflows.reproduce.claim import (
     Arm,
@@ -199,10 +199,6 @@ class Measure:
     ) -> Unit:  # fmt: skip
         bases = units_of(values, self._base_values, self._make_base)
         return Unit(name, phase, seed, values, part, test, test_part, self.claim.tasks, bases, factor)
-
-    def base_unit(self, key: str) -> Unit:
-        """The unit that makes a base. Raises RequestError for bases that need each other."""
-        return unit_of(key, self._base_values, self._make_base)
 
     def _base_values(self, key: str) -> Values:
         train = None if key in self.claim.options.own_data else self.claim.train

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm import ops
-from vlm.attention.plugin_masks import lower, native_mask
+from vlm.attention.plugin_masks import hides_nothing, lower, native_mask
 from vlm.ops import masks
 from vlm.ops.backend import current_backend
 
@@ -100,6 +100,8 @@ def attention_forward(
         rows = max(query.shape[0], key.shape[0])
         query, key, value = (t.expand(rows, -1, -1, -1) for t in (query, key, value))
     queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.dtype == torch.bool and hides_nothing(attention_mask):
+        attention_mask, is_causal = None, False
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and queries > 1
     causal = causal and attention_mask is None and mask_program is None
     program, key_mask, bias = mask_program, None, position_bias

@@ -19,17 +19,25 @@ Lowered = tuple[Tensor | None, bool, masks.MaskProgram | None]
 def native_mask(*, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False, **options: Any) -> Tensor | None:
     """transformers' boolean mask [B, 1, N, M]; None only where it is the causal one, which needs no tensor.
 
-    Where queries see every key, transformers gives none either, and attention then goes by the flag of the module, which is wrong for
-    a decoder that reads both ways (PaliGemma). Here that mask is one stored value, expanded.
+    Without a mask attention goes by the flag of the module. So a model whose modules say that they read both ways gets its causal mask
+    written out (PaliGemma without token types), and where queries see every key the mask is one stored value, expanded.
     """
     from transformers.masking_utils import sdpa_mask
 
+    both_ways = bool(getattr(options.get("config"), "use_bidirectional_attention", None))
+    wanted = allow_is_causal_skip
+    allow_is_causal_skip = wanted and not both_ways
     mask: Tensor | None = sdpa_mask(**options, allow_is_causal_skip=allow_is_causal_skip,
                                     allow_is_bidirectional_skip=allow_is_bidirectional_skip)
-    if mask is None and not allow_is_causal_skip:
+    if mask is None and not wanted:
         one = torch.ones((), dtype=torch.bool, device=options.get("device", "cpu"))
         mask = one.expand(options["batch_size"], 1, options["q_length"], options["kv_length"])
     return mask
+
+
+def hides_nothing(mask: Tensor) -> bool:
+    """Whether a boolean mask is the one of `native_mask` for queries that see every key."""
+    return _visible(mask) and not any(mask.stride()) and bool(mask[0, 0, 0, 0])
 
 
 def lower(mask: Tensor, batch: int, queries: int, keys: int) -> Lowered:
@@ -38,8 +46,6 @@ def lower(mask: Tensor, batch: int, queries: int, keys: int) -> Lowered:
     allow = mask[..., :keys]
     if not _visible(allow):
         return None, False, masks.MaskProgram(masks.Dense(allow))
-    if not any(allow.stride()):  # one stored value
-        return (None, False, None) if bool(allow[0, 0, 0, 0]) else (torch.zeros(batch, keys, dtype=torch.bool), False, None)
     key = None if mask.is_inference() else (mask._version, batch, queries, keys)
     kept = getattr(mask, "_vlm_lowered", None)
     if kept is None or key is None or kept[0] != key:

@@ -43,7 +43,7 @@ def use(model: Any) -> None:
     """`register()`, and switch every part of a transformers model to the native attention.
 
     Raises ValueError that names the parts whose attention does not go through the attention interface (Bloom, Falcon,
-    MPT, Swin ...); the model is then as it was. Requests for attention probabilities are refused from then on.
+    MPT, Swin V2 ...); the model is then as it was. Requests for attention probabilities are refused from then on.
     """
     from transformers import PreTrainedModel
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,13 +12,14 @@ from vlm import ops
 from vlm.attention import ExactAttentionOptions, plugin
 from vlm.ops import masks
 from vlm.ops.attention_bias import alibi_slopes
+from vlm.ops.backend import backend
 
 pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """Register the plug-in, and note how each call reaches the operator."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, object]]]:
+    """Register the plug-in, note how each call reaches the operator, and send small calls there too."""
     plugin.register()
     seen: list[dict[str, object]] = []
     real = ops.attention
@@ -26,7 +29,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         return real(q, k, v, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr("vlm.attention.plugin.ops.attention", spy)
-    return seen
+    with backend("native"):
+        yield seen
 
 
 def llama():

@@ -23,7 +23,6 @@ SIGNATURES = {
     "pyramiddrop": "positions dropped between layers",
     "aim": "merged before the decoder and dropped inside it, at inference alone",
     "clip-tiny-tome": "tokens merged inside the tower",
-    "dreamlip": "several texts a picture, groups of patches, a temperature of the objective's own",
     "xclip": "clips: frames that exchange messages",
     "lora-tiny": "adapters on a dual encoder",
     "sugar": "two inputs compared over the update, with a teacher of both streams, beside adapters",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TASKS = (
     "retrieval", "compositional", "zero-shot", "linear-probe", "classification", "perplexity", "text-probe",
-    "caption", "vqa", "grounding", "hallucination", "preference", "cost",
+    "caption", "vqa", "grounding", "hallucination", "preference", "localisation", "cost",
 )  # fmt: skip
 
 _EPILOG = """\b

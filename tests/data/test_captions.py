@@ -10,7 +10,9 @@ import torch
 from tests.data.data_makers import sample, write_tar
 from vlm.data import BadSample, DataOptions, Tokenizer, build_loader
 from vlm.data.captions import choose, sentences
-from vlm.data.options import RandomCaption, SentenceCaptions
+from vlm.data.options import CaptionsByLength, MixedCaptions, RandomCaption, SentenceCaptions
+from vlm.data.samples import Sample
+from vlm.data.texts import texts_of
 from vlm.runtime.preprocess import Preprocess
 
 LONG = "A red star. A blue ring stands left of it! Is it large? No. The rest is 1.5 m of grass\nand sky"
@@ -58,6 +60,60 @@ def test_a_random_caption_is_one_of_its_columns():
     assert drawn == {"first", "second", "third"}
     with pytest.raises(BadSample):
         pick(policy, {"c": "x"})
+
+
+def test_dreamlip_the_last_sentence_is_drawn_as_often_as_the_first():
+    policy = SentenceCaptions(k=2)
+    drawn = [text for key in range(600) for text in pick(policy, {"text": "One. Two. Three. Four."}, key)]
+    counts = {name: drawn.count(name) for name in ("One.", "Two.", "Three.", "Four.")}
+    assert sum(counts.values()) == 1200
+    assert all(abs(count - 300) < 4 * 150**0.5 for count in counts.values())  # 600 draws of probability 1/2
+
+
+def test_dreamlip_one_key_is_one_draw_and_no_sentence_leaves_the_raw_caption_alone():
+    policy = SentenceCaptions(k=3, raw="caption", columns=("long",))
+    fields = {"caption": "raw", "long": LONG}
+    assert pick(policy, fields, 7) == pick(policy, fields, 7)
+    assert len({tuple(pick(policy, fields, key)) for key in range(20)}) > 10
+    for empty in ("...", [], None):
+        assert pick(policy, {"caption": "raw", "long": empty}) == ["raw", None, None, None]
+    assert pick(policy, {"caption": "raw"}) == ["raw", None, None, None]
+    with pytest.raises(BadSample, match="no sentence"):
+        pick(SentenceCaptions(columns=("long",)), {"long": "..."})
+
+
+def test_realsyn_fields_are_mixed_by_their_weights_and_entries_alike():
+    policy = MixedCaptions(weights={"real": 3.0, "made": 1.0})
+    fields = {"real": ["r1", "r2", "r3"], "made": "m"}
+    drawn = [pick(policy, fields, key)[0] for key in range(2000)]
+    for text, share in (("m", 0.25), ("r1", 0.25), ("r2", 0.25), ("r3", 0.25)):
+        assert abs(drawn.count(text) - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5
+    assert {pick(policy, {"made": "m"}, key)[0] for key in range(20)} == {"m"}  # the other field's share goes to it
+    with pytest.raises(BadSample, match="none of real, made"):
+        pick(policy, {"text": "x"})
+    with pytest.raises(ValueError, match="above 0"):
+        MixedCaptions(weights={"real": 0.0})
+
+
+def test_vladva_texts_are_taken_by_their_length():
+    policy = CaptionsByLength(columns=("short", "long"), least=2, most=4)
+    fields = {"short": ["one", "two words", "just three words"], "long": "a text of six words here"}
+    assert {pick(policy, fields, key)[0] for key in range(60)} == {"two words", "just three words"}
+    assert pick(policy, {"long": ["a b c d e f", "a b c d e"]}) == ["a b c d e"]  # the nearest
+    assert pick(policy, {"short": "one", "long": "a b c d e"}) == ["one"]  # equally near: the first
+    with pytest.raises(BadSample, match="no text of 2 to 4 words"):
+        pick(CaptionsByLength(least=2, most=4, otherwise="refuse"), {"text": "one"})
+    with pytest.raises(BadSample, match="no text"):
+        pick(policy, {"text": "two words"})
+    with pytest.raises(ValueError, match="least <= most"):
+        CaptionsByLength(least=5, most=4)
+
+
+def test_a_tokenizer_reads_every_text_that_a_policy_may_take():
+    fields = {"text": "t", "real": ["r1", "r2"], "made": "m"}
+    for captions in ({"kind": "mix", "weights": {"real": 1, "made": 1}}, {"kind": "length", "columns": ["real", "made"]}):
+        options = DataOptions.model_validate({"source": "scenes:?n=1", "captions": captions})
+        assert list(texts_of(Sample("k", fields), options)) == ["t", "r1", "r2", "m"]
 
 
 def test_sentences_become_rows_told_apart_by_slot(tmp_path):

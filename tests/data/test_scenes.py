@@ -9,7 +9,7 @@ import pytest
 
 from vlm.config.errors import DataError
 from vlm.data import open_source
-from vlm.data.scenes.language import sized
+from vlm.data.scenes.language import long_caption, sentence, sized
 from vlm.data.scenes.layout import COLORS, OPPOSITE, compose, scene_generator
 
 
@@ -155,3 +155,21 @@ def test_the_description_names_every_object():
 def test_wrong_options_are_named(uri):
     with pytest.raises(DataError, match=r"scenes:"):
         open_source(uri)
+
+
+def test_dreamlip_a_long_caption_says_each_object_once_then_neighbours_truly():
+    from vlm.data.captions import sentences
+
+    for i in range(80):
+        scene = compose(scene_generator(4, i), "train")
+        parts = sentences(long_caption(scene), [".", "\n"])
+        things = scene.things
+        assert parts[: len(things)] == [sentence(thing) for thing in things]
+        assert len(parts) == 2 * len(things) - 1
+        for k, said in enumerate(parts[len(things) :]):
+            first, second = things[k], things[k + 1]
+            name = said.removeprefix(f"The {first.name} is ").removesuffix(f" the {second.name}.")
+            column, row = first.cell % 3 - second.cell % 3, first.cell // 3 - second.cell // 3
+            assert {"left of": column < 0, "right of": column > 0, "above": row < 0, "below": row > 0}[name]
+    for fields in fields_of("scenes:?n=20", 20):
+        assert [entry["sentence"] for entry in fields["objects"]] == sentences(fields["long_caption"], ["."])[: fields["count"]]

@@ -48,12 +48,16 @@ def choose(
         values = text_values(fields, column)
         return [clean_text(values[place], max_text) for place in places(len(values), policy, key)]
     generator = np.random.Generator(np.random.Philox(key=key))
+    if kind == "mix":
+        return [_mixed(fields, policy["weights"], max_text, generator)]
     columns = policy["columns"]
     values = [v for name in columns for v in _optional(fields, name)] if columns else text_values(fields, column)
     if kind == "random":
         if not values:
             raise BadSample("missing_text", "none of " + ", ".join(columns))
         return [clean_text(values[int(generator.integers(len(values)))], max_text)]
+    if kind == "length":
+        return [_by_length([clean_text(value, max_text) for value in values], policy, generator)]
     return _sentences(fields, values, policy, max_text, generator)
 
 
@@ -65,6 +69,30 @@ def places(count: int, policy: dict[str, Any], key: int) -> list[int]:
     if policy["kind"] == "random":
         return [int(generator.integers(count))]
     return sorted(generator.permutation(count)[: policy["k"]].tolist())
+
+
+def _mixed(fields: dict[str, Any], weights: dict[str, float], max_text: int, generator: np.random.Generator) -> str:
+    """A text of a field drawn by weight among those that the sample has."""
+    found = {name: values for name in weights if (values := _optional(fields, name))}
+    if not found:
+        raise BadSample("missing_text", "none of " + ", ".join(weights))
+    u, v = generator.random(2).tolist()
+    ends = np.cumsum([weights[name] for name in found])
+    place = min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(found) - 1)
+    values = list(found.values())[place]
+    return clean_text(values[int(v * len(values))], max_text)
+
+
+def _by_length(texts: list[str], policy: dict[str, Any], generator: np.random.Generator) -> str:
+    """One of the texts whose number of words lies within the bounds, or as the policy says where none does."""
+    words = [len(text.split()) for text in texts]
+    fitting = [text for text, count in zip(texts, words) if policy["least"] <= count <= policy["most"]]
+    if fitting:
+        return fitting[int(generator.integers(len(fitting)))]
+    if not texts or policy["otherwise"] == "refuse":
+        raise BadSample("missing_text", f"no text of {policy['least']} to {policy['most']} words")
+    away = [max(policy["least"] - count, count - policy["most"]) for count in words]
+    return texts[away.index(min(away))]
 
 
 def _sentences(
@@ -84,7 +112,9 @@ def _sentences(
     merge, k = policy["merge"], policy["k"]
     joined = [" ".join(parts[i : i + merge]) for i in range(max(1, len(parts) - merge + 1))] if parts else []
     if not joined:
-        raise BadSample("missing_text", "no sentence")
+        if not first:
+            raise BadSample("missing_text", "no sentence")
+        return first + [None] * k
     if policy["replacement"] == "always" or (policy["replacement"] == "when-short" and len(joined) < k):
         chosen = generator.integers(len(joined), size=k).tolist()
     else:

@@ -131,7 +131,49 @@ class SeveralCaptions(Options):
     k: int = Field(5, ge=1, le=64, description="texts of a sample at most")
 
 
-Captions = Annotated[OneCaption | RandomCaption | SentenceCaptions | SeveralCaptions, Field(discriminator="kind")]
+class MixedCaptions(Options):
+    """One text of one field, drawn for each sample and epoch: fields by their weights, the entries of a list alike. Sources:
+    realsyn, nevlp."""
+
+    kind: Literal["mix"] = "mix"
+    weights: dict[str, float] = Field(
+        min_length=1, description="field = how often it is taken; a field that a sample lacks leaves its share to the others"
+    )
+
+    @model_validator(mode="after")
+    def _positive(self) -> MixedCaptions:
+        wrong = [name for name, weight in self.weights.items() if not 0 < weight < float("inf")]
+        if wrong:
+            raise ValueError(f"weights.{wrong[0]} is {self.weights[wrong[0]]:g}, expected a number above 0")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+
+class CaptionsByLength(Options):
+    """One text of at least `least` and at most `most` words, drawn for each sample and epoch among those of all fields.
+    Source: vladva (short captions are contrasted, long ones are too specific for that)."""
+
+    kind: Literal["length"] = "length"
+    columns: tuple[str, ...] = Field((), description="fields to choose among; none: the entries of the text column")
+    least: int = Field(1, ge=1, description="words of a text, from")
+    most: int = Field(30, ge=1, description="words of a text, to")
+    otherwise: Literal["nearest", "refuse"] = Field(
+        "nearest", description="where no text fits: the one nearest to the bounds, the first of several, or the sample is bad"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CaptionsByLength:
+        if self.least > self.most:
+            raise ValueError(f"least is {self.least} and most {self.most}, expected least <= most")
+        return self
+
+
+Captions = Annotated[
+    OneCaption | RandomCaption | SentenceCaptions | SeveralCaptions | MixedCaptions | CaptionsByLength, Field(discriminator="kind")
+]
 
 
 class DocumentPacker(Options):
@@ -266,7 +308,7 @@ class DataOptions(Options):
     def _check_numbers(self) -> None:
         talks = self.conversations
         by_caption = [name for name, stream in self.numbers.items() if stream.each == "caption"]
-        drawn = self.captions.kind == "sentences" or (self.captions.kind == "random" and self.captions.columns)
+        drawn = self.captions.kind in ("sentences", "mix", "length") or (self.captions.kind == "random" and self.captions.columns)
         if by_caption and (drawn or "text" in talks or self.packer is not None):
             raise ValueError(f"streams.{by_caption[0]}: each = caption wants captions of kind one, random without columns, or several")
         for name, stream in self.weights.items() if not self.mixture else ():

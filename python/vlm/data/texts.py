@@ -31,7 +31,7 @@ def texts_of(sample: Sample, options: DataOptions) -> Iterator[str]:
         return
     with suppress(BadSample):  # the loader counts and names it
         values += text_values(sample.fields, options.columns.text)
-    if policy.kind in ("random", "sentences"):
+    if policy.kind in ("random", "sentences", "mix", "length"):
         names = [*policy.columns, *([policy.raw] if policy.kind == "sentences" and policy.raw else [])]
         for name in names:
             value = field_at(sample.fields, name)

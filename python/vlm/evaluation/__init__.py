@@ -16,6 +16,7 @@ from vlm.evaluation.cost import CostOptions
 from vlm.evaluation.grounding import GroundingOptions
 from vlm.evaluation.hallucination import HallucinationOptions
 from vlm.evaluation.linear_probe import LinearProbeOptions
+from vlm.evaluation.localisation import LocalisationOptions
 from vlm.evaluation.perplexity import PerplexityOptions
 from vlm.evaluation.preference import PreferenceTaskOptions
 from vlm.evaluation.result import Result, save_results
@@ -37,6 +38,7 @@ TaskOptions = Annotated[
     | CaptionOptions
     | VqaOptions
     | GroundingOptions
+    | LocalisationOptions
     | HallucinationOptions
     | PreferenceTaskOptions
     | AgreementOptions
@@ -73,6 +75,7 @@ __all__ = [
     "GroundingOptions",
     "HallucinationOptions",
     "LinearProbeOptions",
+    "LocalisationOptions",
     "PerplexityOptions",
     "PreferenceTaskOptions",
     "Result",

@@ -85,6 +85,26 @@ class TorchEmbedder:
         """[n, E] float32 unit rows of prepared pictures."""
         return _unit_rows([self._embed(stream_of(pixels[at : at + self.batch])) for at in range(0, len(pixels), self.batch)])
 
+    def encode_patches(self, pictures: Sequence[Any]) -> Floats:
+        """[n, P, E] float32 unit rows: each patch of RGB pictures in the space of the texts, in raster order.
+
+        Raises BadPicture, and RequestError for a model that does not tell patches by place.
+        """
+        if "tokens" not in type(self.model).offers.get("pictures", ()):
+            raise RequestError(f"a {self.model.kind} model gives no patches")
+        vision = getattr(self.model.options, "vision", None)
+        if self.model.frames is not None or getattr(vision, "merge", None) is not None:
+            raise RequestError("the patches of this model are merged or of several frames, and have no one place")
+        pixels = [self.prepare_image(picture) for picture in pictures]
+        parts = []
+        for at in range(0, len(pixels), self.batch):
+            with evaluating(self.model) as device:
+                batch = _batch("x", stream_of(pixels[at : at + self.batch])).to(device)
+                tokens = self.model.encode(batch, {"x": frozenset({"tokens"})})["x"].tokens
+                assert tokens is not None
+                parts.append(tokens.float().cpu().numpy())
+        return _unit_rows(parts)
+
     def encode_text(self, texts: Sequence[str]) -> Floats:
         """[n, E] float32 unit rows; a text longer than the tower is cut as in training."""
         import torch
@@ -109,7 +129,7 @@ def _unit_rows(parts: list[Floats]) -> Floats:
     with np.errstate(
         invalid="ignore", divide="ignore"
     ):  # rows that cannot be scaled are refused by the caller
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 class TorchLanguage:

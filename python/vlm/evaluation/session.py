@@ -10,6 +10,7 @@ from vlm.config.errors import DataError, RequestError
 from vlm.evaluation.classification import ClassificationTaskOptions, LogitsOf
 from vlm.evaluation.encoder import AnyModel, of_memory
 from vlm.evaluation.linear_probe import LinearProbeOptions
+from vlm.evaluation.localisation import LocalisationOptions, localisation
 from vlm.evaluation.material import BadTally, Material, collect
 from vlm.evaluation.perplexity import PerplexityOptions, perplexity
 from vlm.evaluation.pictured import Pictured, collect_pictured
@@ -141,6 +142,9 @@ class Session:
                 raise RequestError("text-probe needs a model that embeds texts", remedy="evaluate the run instead of its bundle")
             train = None if task.train is None else self.data_of(task.train).items(None, task.seed)
             result = text_probe(self.model, data.items(task.limit, task.seed), train, task, BadTally(self.bad_budget))  # type: ignore[arg-type]
+        elif isinstance(task, LocalisationOptions):
+            items = data.items(task.limit, task.seed)
+            result = localisation(self.model, items, task, BadTally(self.bad_budget), reread=data.picture, batch=self.batch)
         elif isinstance(task, WritingTask):
             samples = self.pictured(data, task.limit, task.seed)
             result = task.run(samples, self.batch)

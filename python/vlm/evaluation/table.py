@@ -7,7 +7,8 @@ from typing import Any
 
 from vlm.evaluation.result import Result, flatten
 
-PERCENT = ("retrieval", "zero-shot", "linear-probe", "text-probe", "classification", "vqa", "grounding", "hallucination", "preference", "agreement")
+PERCENT = ("retrieval", "zero-shot", "linear-probe", "text-probe", "classification", "vqa", "grounding", "hallucination", "preference", "agreement",
+           "localisation")
 """Tasks whose figures are percentages, but for COUNTS."""
 
 COUNTS = frozenset({"mentions", "objects_named", "margin", "divergence"})

@@ -8,6 +8,7 @@ from vlm.objectives.base import BuildContext, Objective, ObjectiveOptions
 from vlm.objectives.classification import ClassificationOptions
 from vlm.objectives.contrastive import ContrastiveOptions
 from vlm.objectives.distill import DistillOptions
+from vlm.objectives.grouping import GroupingOptions
 from vlm.objectives.keep_ratio import KeepRatioOptions
 from vlm.objectives.masked_pixels import MaskedPixelsOptions
 from vlm.objectives.preference import PreferenceOptions
@@ -20,6 +21,7 @@ AnyObjective = Annotated[
     ClassificationOptions
     | ContrastiveOptions
     | DistillOptions
+    | GroupingOptions
     | KeepRatioOptions
     | MaskedPixelsOptions
     | PreferenceOptions
@@ -36,6 +38,7 @@ __all__ = [
     "ClassificationOptions",
     "ContrastiveOptions",
     "DistillOptions",
+    "GroupingOptions",
     "KeepRatioOptions",
     "MaskedPixelsOptions",
     "Objective",

@@ -7,8 +7,8 @@ whole global update at once: the trainer gathers its leaves over micro-batches a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlm.config.options import Options
 from vlm.models import Model
 from vlm.schedules import Scalar
-from vlm.types import Batch, Context, Request, Terms, Views
+from vlm.types import Batch, Context, Outputs, Request, Terms, Views
 from vlm.types.terms import Scope
 
 
@@ -67,10 +67,12 @@ class Objective(nn.Module):
         """Scope batch: the part that each sample can do alone, on one micro-batch. Embeddings and tokens of the
         result are what is gathered over the update (dreamlip reduces patch tokens to group vectors here).
 
-        The default is what it requires, unchanged.
+        The default is what it requires, unchanged, and nothing that only another objective asked for.
         """
-        wanted = {request.view for request in self.requires}
-        return Views({key: views[key] for key in sorted(wanted)})
+        wanted: dict[str, set[str]] = {}
+        for request in self.requires:
+            wanted.setdefault(request.view, set()).add(request.field)
+        return Views({key: _only(views[key], wanted[key]) for key in sorted(wanted)})
 
     def commit(self, views: Views, context: Context) -> None:
         """After the optimiser's step, with the detached views of the whole update: where a queue moves (ctp)."""
@@ -78,3 +80,12 @@ class Objective(nn.Module):
     def forward(self, views: Views, context: Context) -> Terms:
         """The terms of a micro-batch (scope sample) or of the whole update (scope batch). Pure: it may run twice."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+
+def _only(outputs: Outputs, fields: Collection[str]) -> Outputs:
+    """The outputs without an embedding or tokens that are not among `fields`: they would be gathered for nothing."""
+    if "embedding" not in fields and outputs.embedding is not None:
+        outputs = replace(outputs, embedding=None)
+    if "tokens" not in fields and outputs.tokens is not None:
+        outputs = replace(outputs, tokens=None, token_mask=None)
+    return outputs

@@ -14,6 +14,7 @@ from vlm.reporting.written import said_gallery
 _SAYS = {
     "vqa": "Questions about the evaluated pictures: as many wrong answers as right ones, where there are so many.",
     "grounding": "Objects asked for in the evaluated pictures: as many wrong boxes as right ones, where there are so many.",
+    "localisation": "Phrases looked for among the patches of the evaluated pictures: as many missed as found, where there are so many.",
     "caption": "Captions of the evaluated pictures: in turns from the worse and the better half by CIDEr.",
     "hallucination": "Captions of the evaluated pictures: in turns with and without an object that is not there.",
 }

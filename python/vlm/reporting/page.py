@@ -86,6 +86,7 @@ def _headline(run: RunRecord) -> str:
         "perplexity": ("bits_per_character", "perplexity"),
         "vqa": ("exact",),
         "grounding": ("accuracy", "mean_iou"),
+        "localisation": ("accuracy",),
         "caption": ("cider",),
         "hallucination": ("absent_object_rate", "yes_no/f1"),
         "cost": ("measured/tokens_per_second",),

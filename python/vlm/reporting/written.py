@@ -145,7 +145,7 @@ def _verdict(
 
 def said_gallery(result: Stored) -> str:
     """At most ten pictures with question, answer and reference. '' when none are stored."""
-    chosen = [e for e in result.get("examples") or () if e.get("direction") in WRITING][:SHOWN]
+    chosen = [e for e in result.get("examples") or () if e.get("direction") in (*WRITING, "localisation")][:SHOWN]
     return "".join(_example(example) for example in chosen)
 
 

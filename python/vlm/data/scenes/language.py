@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from vlm.data.scenes.layout import COLORS, OPPOSITE, SHAPES, Scene, Thing
@@ -57,7 +58,26 @@ def description(scene: Scene) -> str:
     sentences += [
         f"the {things[i].name} is {name} the {things[j].name}." for i, name, j in scene.relations if i < j
     ]
-    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    return " ".join(map(_capital, sentences))
+
+
+def sentence(thing: Thing) -> str:
+    """One object with size, color, shape and place as a whole sentence."""
+    return f"{_capital(a(sized(thing)))} is {_PLACES[thing.cell]}."
+
+
+def long_caption(scene: Scene) -> str:
+    """One sentence for each object, in their order, then one for each two neighbours in it: how the first stands to the second."""
+    things = scene.things
+    said = [sentence(thing) for thing in things]
+    for i, j in pairwise(range(len(things))):
+        name = next(name for first, name, second in scene.relations if (first, second) == (i, j))
+        said.append(f"The {things[i].name} is {name} the {things[j].name}.")
+    return " ".join(said)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def placed(thing: Thing) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.data.scenes.draw import draw
-from vlm.data.scenes.language import attributes, captions, description, dialogue, inventory, placed, questions
+from vlm.data.scenes.language import attributes, captions, description, dialogue, inventory, long_caption, placed, questions, sentence
 from vlm.data.scenes.layout import MOST_OBJECTS, Scene, compose, scene_generator
 
 
@@ -20,8 +20,8 @@ class SceneReader:
         self.most = int(spec.get("objects", MOST_OBJECTS))
 
     def read(self, recipe: Any) -> dict[str, Any]:
-        """Fields `image` (drawn), `caption`, `captions`, `description`, `inventory`, `placed` (one object and where it is),
-        `attributes`, `name` ("red circle"), `shape`, `color`, `category` (the shape), `concept` (the name), `count`, `objects`,
+        """Fields `image` (drawn), `caption`, `captions`, `description`, `long_caption`, `inventory`, `placed` (one object and
+        where it is), `attributes`, `name` ("red circle"), `shape`, `color`, `category` (the shape), `concept` (the name), `count`, `objects`,
         `boxes`, `relations`, `questions`, `dialogue`."""
         scene, fields = self._scene(recipe)
         return {"image": draw(scene, self.size), **fields}
@@ -41,6 +41,7 @@ class SceneReader:
             "caption": texts[int(draws[7] * len(texts))],
             "captions": texts,
             "description": description(scene),
+            "long_caption": long_caption(scene),
             "inventory": inventory(scene),
             "placed": placed(scene.things[int(draws[6] * len(scene.things))]),
             "attributes": attributes(scene),
@@ -51,7 +52,7 @@ class SceneReader:
             "concept": main.name,
             "count": len(scene.things),
             "objects": [
-                {"shape": t.shape, "color": t.color, "size": t.size, "box": t.box} for t in scene.things
+                {"shape": t.shape, "color": t.color, "size": t.size, "box": t.box, "sentence": sentence(t)} for t in scene.things
             ],
             "boxes": [t.box for t in scene.things],
             "relations": [list(relation) for relation in scene.relations],

@@ -182,3 +182,10 @@ def test_bombs_are_refused_from_the_header_within_little_memory():
         assert int(size) < 60_000
         assert reason == "too_many_pixels"
         assert int(grown) < 50 * 1024
+
+
+def test_a_palette_with_alpha_is_laid_on_white_too():
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    palette = clear.quantize()
+    assert palette.palette.mode == "RGBA"
+    assert as_rgb(palette).getpixel((0, 0)) == as_rgb(clear).getpixel((0, 0)) == (255, 255, 255)

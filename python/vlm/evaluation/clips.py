@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlm.config.errors import RequestError
 from vlm.runtime.film import frames_of, is_clip
-from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, decode_picture
+from vlm.runtime.pictures import DEFAULT_LIMITS, PictureLimits, as_rgb, decode_picture
 
 if TYPE_CHECKING:
     from vlm.runtime.preprocess import Preprocess
@@ -30,8 +30,8 @@ def prepared(
     if frames is None:
         if is_clip(picture):
             raise RequestError("this model reads one picture a sample, and the data have several (clips)", remedy='a tower of kind "video" reads clips')
-        return preprocess.to_array(picture if picture.mode == "RGB" else picture.convert("RGB"))
-    return np.stack([preprocess.to_array(one if one.mode == "RGB" else one.convert("RGB")) for one in frames_of(picture, frames)])
+        return preprocess.to_array(as_rgb(picture))
+    return np.stack([preprocess.to_array(as_rgb(one)) for one in frames_of(picture, frames)])
 
 
 def stream_of(pixels: Sequence[NDArray[np.uint8]]) -> Pictures:

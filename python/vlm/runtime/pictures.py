@@ -214,7 +214,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if mode.startswith("I;16") or mode == "I":
         return _from_sixteen_bits(picture)
     if mode == "P":
-        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+        alpha = "transparency" in picture.info or (picture.palette is not None and picture.palette.mode.endswith("A"))
+        picture = picture.convert("RGBA" if alpha else "RGB")
     elif mode in ("RGB", "L", "1") and "transparency" in picture.info:
         picture = picture.convert("RGBA")
     elif mode in ("LA", "PA", "La", "RGBa"):
@@ -246,7 +247,7 @@ def _from_sixteen_bits(picture: Image.Image) -> Image.Image:
 
 
 def as_rgb(picture: bytes | str | os.PathLike[str] | Image.Image, limits: PictureLimits = DEFAULT_LIMITS) -> Image.Image:
-    """An upright RGB picture from bytes, a path or a Pillow picture. Raises BadPicture."""
+    """An upright RGB picture from bytes, a path or a Pillow picture; transparency is laid on white. Raises BadPicture."""
     if isinstance(picture, Image.Image):
         return _to_rgb(_upright(picture))
     return decode_picture(picture, limits)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.data.scenes.draw import draw
-from vlm.data.scenes.language import attributes, captions, description, dialogue, inventory, long_caption, placed, questions, sentence
+from vlm.data.scenes.language import (
+    attributes,
+    captions,
+    description,
+    dialogue,
+    inventory,
+    long_caption,
+    placed,
+    questions,
+    sentence,
+)
 from vlm.data.scenes.layout import MOST_OBJECTS, Scene, compose, scene_generator
 
 

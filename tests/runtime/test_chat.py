@@ -288,6 +288,14 @@ def test_markers_are_split_and_their_newlines_go():
     assert split_markers("") == ()
 
 
+def test_an_answer_ends_at_eos_and_at_the_end_of_the_template():
+    core = byte_level()
+    eos, end = core.token_to_id("</s>"), core.token_to_id("<|im_end|>")
+    assert TEMPLATES["plain"].end_ids(PieceIds(core), eos) == {eos}
+    assert TEMPLATES["chatml"].end_ids(PieceIds(core), eos) == {eos, end}
+    assert TEMPLATES["chatml"].end_ids(PieceIds(byte_level(SPECIAL[:3])), None) == frozenset()
+
+
 def test_a_template_survives_json():
     for template in [*TEMPLATES.values(), ODD]:
         assert Template.from_dict(json.loads(json.dumps(template.to_dict()))) == template

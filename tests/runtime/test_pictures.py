@@ -24,7 +24,7 @@ from tests.runtime.picture_makers import (
     rotated,
 )
 from vlm.config.errors import DataError, ExitCode
-from vlm.runtime.pictures import REASONS, BadPicture, PictureLimits, decode_picture
+from vlm.runtime.pictures import REASONS, BadPicture, PictureLimits, as_rgb, decode_picture
 
 LIMITS = PictureLimits(max_bytes=1 << 22, max_pixels=1 << 22)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from vlm.config.errors import DataError
-from vlm.runtime.pieces import ANSWER, CONTEXT, IMAGE, INSTRUCTION, Piece
+from vlm.runtime.pieces import ANSWER, CONTEXT, IMAGE, INSTRUCTION, Piece, PieceIds
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,11 @@ class Template:
     def end_piece(self) -> Piece:
         """What ends an answer."""
         return Piece("eos", "", ANSWER, True) if self.end == "eos" else Piece("markup", self.end, ANSWER, True)
+
+    def end_ids(self, ids_of: PieceIds, eos_id: int | None) -> frozenset[int]:
+        """The ids at which an answer ends: eos, and the end of this template where it is one token."""
+        end = ids_of.markup(self.end) if self.end != "eos" else []
+        return frozenset([*(end if len(end) == 1 else []), *([] if eos_id is None else [eos_id])])
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for `vlm.json` and `bundle.json`."""

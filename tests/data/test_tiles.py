@@ -16,8 +16,8 @@ from vlm.evaluation.generator import TorchGenerator, pictures_of
 from vlm.models import VisionLanguageOptions
 from vlm.runtime.chat import Message
 from vlm.runtime.pieces import PieceIds
-from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.tiling import THUMBNAIL, Tiling, positions
 from vlm.types import Role, VocabularyLayout
 

@@ -24,7 +24,7 @@ def shrunk(values):
     merged = merge_tables(values, {**settings, **({"stages": stages} if stages else {})})
     if "captions" in merged["data"].get("text", {}):  # no longer than the teacher's stand-in reads
         merged["data"]["text"]["captions"] = 16
-    if merged["model"]["kind"] == "dual-encoder" and merged["start"].get("parts"):  # as large as the stand-in that it starts from
+    if merged.get("model", {}).get("kind") == "dual-encoder" and merged["start"].get("parts"):  # as large as the stand-in that it starts from
         merged["model"] |= tomllib.loads(f"embed_dim = 24\nvision = {VISION}\ntext = {TEXT}")
     text = json.dumps(merged).replace("scenes:?n=40000", "scenes:?n=96")
     return json.loads(text.replace('"layer": 4', '"layer": 2'))  # the last one of a stand-in

@@ -214,5 +214,5 @@ def _own_parameters(kind: type) -> frozenset[str]:
 def _probabilities_are_collected() -> bool:
     """Whether the forward pass that runs now was asked for attention probabilities."""
     collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
-    wanted = None if collector is None else collector.get()
+    wanted: Any = None if collector is None else collector.get()
     return bool(wanted) and any("attentions" in name for name in wanted)

@@ -24,9 +24,9 @@ from vlm.data.streams.number_options import NumberStream, TokenWeights
 from vlm.data.streams.numbers import Marked, Numbers, Weights
 from vlm.data.streams.options import ConversationStream
 from vlm.runtime.chat import Template
-from vlm.runtime.pieces import Piece
 from vlm.runtime.film import film_strip, frames_of, is_clip
 from vlm.runtime.pictures import BadPicture, PictureLimits, decode_picture
+from vlm.runtime.pieces import Piece
 from vlm.runtime.preprocess import Preprocess
 from vlm.runtime.tiled import TiledPicture, cut_picture, with_tiles
 from vlm.runtime.tiling import Tiling

@@ -6,7 +6,6 @@ Files are safetensors parts of (ids, vectors), published by rename; a half-writt
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from vlm.types.tensor_file import save_tensors
 
 
 class EmbeddingCache:

@@ -6,6 +6,7 @@ n pictures of training data, m of evaluation data.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import unicodedata
 from collections import defaultdict
@@ -171,7 +172,7 @@ def _pieces(hashes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
     """[n, count]: the bits of a hash in `count` >= 3 pieces, each a number."""
     bits = np.unpackbits(hashes.view(np.uint8).reshape(len(hashes), -1), axis=1).astype(np.int64)
     cuts = np.linspace(0, BITS, count + 1).astype(int)
-    return np.stack([bits[:, start:stop] @ (1 << np.arange(stop - start)) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)], 1)
+    return np.stack([bits[:, start:stop] @ (1 << np.arange(stop - start)) for start, stop in itertools.pairwise(cuts)], 1)
 
 
 def _copied(train: Signs, evaluation: Signs, least: float) -> Iterator[tuple[int, int, float]]:

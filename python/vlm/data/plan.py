@@ -17,8 +17,8 @@ from vlm.data.mixture import part_of, parts_of
 from vlm.data.options import DataOptions
 from vlm.data.sources.base import Source
 from vlm.data.streams.classes import class_stream
-from vlm.data.streams.graphs import made_wrong, with_triples
 from vlm.data.streams.encode import ConversationEncoder, EncodedRow, encoded_or_reason
+from vlm.data.streams.graphs import made_wrong, with_triples
 from vlm.data.streams.numbers import Marked
 from vlm.data.streams.tables import stream_tables
 from vlm.data.tokenizer import Tokenizer

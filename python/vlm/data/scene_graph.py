@@ -6,6 +6,7 @@ used; what stands between two neighbouring phrases of a sentence is their relati
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def parse(text: str) -> SceneGraph:
         found = _entities(tokens, number)
         first = len(entities)
         entities += found
-        for k, (one, two) in enumerate(zip(found, found[1:])):
+        for k, (one, two) in enumerate(itertools.pairwise(found)):
             relation = _relation([word for word, start, _ in tokens if one.stop <= start < two.start])
             if relation:
                 relations.append((first + k, relation, first + k + 1))

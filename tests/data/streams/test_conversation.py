@@ -19,9 +19,9 @@ from vlm.data import DataOptions, Tokenizer, build_loader, open_source, source_t
 from vlm.data.corruption import corrupt
 from vlm.data.streams.conversation import Conversations
 from vlm.data.streams.options import ConversationStream, Questions
-from vlm.runtime.templates import TEMPLATES
 from vlm.runtime.pictures import decode_picture
 from vlm.runtime.preprocess import Preprocess
+from vlm.runtime.templates import TEMPLATES
 from vlm.types import Role
 
 TALK = {"text": {"kind": "conversation"}}

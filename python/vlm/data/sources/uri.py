@@ -13,8 +13,8 @@ import glob
 import os
 import re
 
-from vlm.config.nearest import did_you_mean
 from vlm.config.errors import DataError
+from vlm.config.nearest import did_you_mean
 from vlm.data.scenes.clips_source import ClipsSource
 from vlm.data.scenes.digits_source import DigitsSource
 from vlm.data.scenes.drawn import DrawnSource

@@ -73,8 +73,14 @@ inline std::string judge(const BlockMemoryForward& c, const std::vector<float>& 
         for (int64_t j = 0; j < c.block; ++j) order[j] = at + j;
         const double* own = score.data() + h * columns - from;
         std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return own[x] > own[y]; });
-        const bool tied = r < c.block && own[order[r - 1]] != own[order[r]] &&
-                          own[order[r - 1]] - own[order[r]] < 1e-5 * (1.0 + own[order[r]]);
+        // All that lie near the border may change places in float, also across those that are equal to it.
+        bool tied = false;
+        if (r < c.block) {
+          const double border = own[order[r - 1]], near = 1e-5 * (1.0 + own[order[r]]);
+          bool differ = false;
+          for (int64_t j : order) differ |= own[j] != border && std::fabs(own[j] - border) < near;
+          tied = differ && border - own[order[r]] < near;
+        }
         Row mean(c.width, 0.0);
         for (int64_t i = 0; i < r; ++i)
           for (int64_t e = 0; e < c.width; ++e)

@@ -2,6 +2,9 @@
 
 import pytest
 
+# Questions shared by several test files say what differs, as the tests themselves do.
+pytest.register_assert_rewrite("tests.models.decoder_questions")
+
 
 def pytest_addoption(parser):
     parser.addoption("--cuda-emulation", help="for tests/ops/test_cuda_operators.py: the module _native_cuda_emulated, built if not given; or "

@@ -22,7 +22,7 @@ from vlm.data.samples import BadSample, field_at
 from vlm.data.streams.conversation import Box, regions_of
 from vlm.data.streams.options import Regions
 from vlm.evaluation.bootstrap import bootstrap
-from vlm.evaluation.material import CONCEPT, BadTally, Fingerprint, Floats, Item, unit
+from vlm.evaluation.material import CONCEPT, BadTally, Fingerprint, Floats, Item, readable, unit
 from vlm.evaluation.ranking import TIE
 from vlm.evaluation.result import Result, figures
 from vlm.evaluation.task import Task
@@ -154,17 +154,8 @@ def _batches(
 ) -> Iterator[list[tuple[Item, Image.Image]]]:
     """Good samples with their pictures, so many at a time."""
     waiting: list[tuple[Item, Image.Image]] = []
-    for item in items:
-        if item.problem is not None or item.picture is None:
-            bad.add(item.key, item.problem or "missing_image: the sample has no picture")
-            continue
-        try:
-            picture = item.picture()
-        except DataError as error:
-            bad.add(item.key, error.message)
-            continue
+    for item, picture in readable(items, bad):
         fingerprint.add(item, picture)
-        bad.good += 1
         waiting.append((item, picture))
         if len(waiting) == batch:
             yield waiting

@@ -6,7 +6,7 @@ n samples, E embedding width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,23 @@ def _cannot(number: int) -> Image.Image:
     raise LookupError(number)
 
 
+def readable(
+    items: Iterable[Item], bad: BadTally, take: Callable[[Image.Image], Any] = lambda picture: picture
+) -> Iterator[tuple[Item, Any]]:
+    """The items with what `take` makes of their pictures; one without, or whose picture is refused, is counted and left out."""
+    for item in items:
+        if item.problem is not None or item.picture is None:
+            bad.add(item.key, item.problem or "missing_image: the sample has no picture")
+            continue
+        try:
+            taken = take(item.picture())
+        except DataError as error:
+            bad.add(item.key, error.message)
+            continue
+        bad.good += 1
+        yield item, taken
+
+
 @dataclass
 class Material:
     """keys, texts, fields: one entry a sample; images: [n, E] unit rows, None when pictures were not asked for.
@@ -195,26 +212,17 @@ def collect(
             if progress is not None:
                 progress(len(keys))
 
-    for item in items:
-        if limit is not None and len(keys) >= limit:
-            break
-        if item.problem is not None or item.picture is None:
-            bad.add(item.key, item.problem or "missing_image: the sample has no picture")
-            continue
-        try:
-            picture = item.picture()
-        except DataError as error:
-            bad.add(item.key, error.message)
-            continue
+    for item, picture in readable(items, bad):
         keys.append(item.key)
         places.append(item.index)
         texts.append(tuple(dict.fromkeys(t for t in map(clean, item.texts) if t)))
         fields.append(_scalars(item.fields))
         fingerprint.add(item, picture)
         waiting.append(picture)
-        bad.good += 1
         if len(waiting) == batch:
             flush()
+        if limit is not None and len(keys) >= limit:
+            break
     flush()
     bad.check()
     if not keys:

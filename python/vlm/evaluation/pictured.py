@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm.config.errors import DataError
-from vlm.evaluation.material import CONCEPT, BadTally, Fingerprint, Item, clean
+from vlm.evaluation.material import CONCEPT, BadTally, Fingerprint, Item, clean, readable
 
 if TYPE_CHECKING:
     from vlm.runtime.generation import Generator
@@ -108,23 +108,13 @@ def collect_pictured(
     """
     fingerprint = Fingerprint()
     out = Pictured(generator, [], [], [], [], "", bad, reread, cache_bytes, progress)
-    for item in items:
-        if item.problem is not None or item.picture is None:
-            bad.add(item.key, item.problem or "missing_image: the sample has no picture")
-            continue
-        try:
-            picture = item.picture()
-            prepared = generator.prepare_image(picture)
-        except DataError as error:
-            bad.add(item.key, error.message)
-            continue
+    for item, (picture, prepared) in readable(items, bad, lambda picture: (picture, generator.prepare_image(picture))):
         out._keep(len(out.keys), prepared)
         out.keys.append(item.key)
         out.texts.append(tuple(dict.fromkeys(t for t in map(clean, item.texts) if t)))
         out.fields.append(item.fields)
         out.places.append(item.index)
         fingerprint.add(item, picture)
-        bad.good += 1
     bad.check()
     if not out.keys:
         raise DataError(

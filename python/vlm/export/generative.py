@@ -24,7 +24,7 @@ from vlm.models import VisionLanguageModel
 from vlm.models.vision_language.graphs import drops_of, pixels_of
 from vlm.runtime.bundle import open_any_bundle
 from vlm.runtime.chat import Message
-from vlm.runtime.generation import Prompt
+from vlm.runtime.generation import Generator, Prompt
 from vlm.runtime.generator import BundleGenerator, Prepared
 from vlm.runtime.tiled import TiledPicture, cut_picture
 
@@ -114,7 +114,7 @@ def check(source: Source, folder: Path) -> tuple[dict[str, Any], list[Check]]:
         own.append(mine)
     for batch in _batches(len(prompts)):
         checks += _compare_steps(theirs, bundle, [prompts[i] for i in batch], [own[i] for i in batch])
-    answers = [_answer(theirs, prompt) for prompt in prompts]
+    answers = [golden_answer(theirs, prompt, NEAR) for prompt in prompts]
     nats = theirs.nats(prompts, answers)
     return {"prompts": [c | {"answer": a, "nats": n.tolist()} for c, a, n in zip(cases, answers, nats)]}, checks
 
@@ -148,19 +148,19 @@ def _compare_steps(
     return checks
 
 
-def _answer(theirs: TorchGenerator, prompt: Prompt) -> list[int]:
-    """Greedy tokens, up to an end or two that are nearly alike."""
-    stepper = theirs.stepper()
+def golden_answer(generator: Generator, prompt: Prompt, near: float) -> list[int]:
+    """Greedy tokens, up to an end or two whose logits are nearer than `near`: rounding might exchange them."""
+    stepper = generator.stepper()
     answer: list[int] = []
     logits = stepper.start([prompt])[0]
-    for step in range(min(STEPS, theirs.length - theirs.positions(prompt))):
+    for step in range(min(STEPS, generator.length - generator.positions(prompt))):
         if step:
             logits = stepper.advance(np.array(answer[-1:], np.int64))[0]
         second, first = np.partition(logits, -2)[-2:]
-        if first - second < NEAR:
+        if first - second < near:
             break
         answer.append(int(logits.argmax()))
-        if answer[-1] in theirs.eos_ids:
+        if answer[-1] in generator.eos_ids:
             break
     return answer
 

@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,22 @@ from vlm.config.errors import CheckpointError, GateFailed, RequestError
 from vlm.export import card as cards
 from vlm.export.drawings import GOLDEN_TEXTS, ODD_SIZES, drawn_picture
 from vlm.export.files import files_of, write_json
+from vlm.export.generative import STEPS, golden_answer
 from vlm.export.graphs import quiet
-from vlm.export.parity import Check, compare
+from vlm.export.parity import Check, Tolerance, compare
 from vlm.export.publish import check_target, publishing
 from vlm.runtime.bundle import AnyBundle, Bundle, open_any_bundle
-from vlm.runtime.generation import Prompt
 from vlm.runtime.generator import BundleGenerator
 from vlm.runtime.manifest import GOLDEN, MANIFEST, read_json, read_manifest
 from vlm.runtime.vision import VisionBundle
 
 PRODUCTS = ("MatMul", "Gemm")
 QUANTISED = "MatMulInteger"
-TOLERANCE = {"cosine": 0.999, "max_abs": 0.05, "picture_cosine": 0.999, "nats": 0.2}
+TOLERANCE = Tolerance(cosine=0.999, max_abs=0.05, picture_cosine=0.999, nats=0.2)
 """How near another machine must come to the golden answers of this one: where a number is rounded to 8 bits, a last bit of
 float32 may move it by a level."""
 NEAR = 0.3
 """Two best logits nearer than this may change places: a golden answer ends before."""
-STEPS = 12
-
 
 def quantise_bundle(bundle: str | Path, output: str | Path, *, least_cosine: float = 0.99) -> dict[str, Any]:
     """An int8 copy of a float bundle at `output`; an older bundle there is replaced. Returns the report: kind, bytes before
@@ -61,7 +60,7 @@ def quantise_bundle(bundle: str | Path, output: str | Path, *, least_cosine: flo
         changed = [n for n, graph in manifest.graphs.items() if n not in pictures and _quantise(folder / graph["path"])]
         if not changed:
             raise RequestError("has no products of weights to quantise", where=str(directory))
-        about = dict(manifest.data) | {"tolerance": TOLERANCE}
+        about = dict(manifest.data) | {"tolerance": asdict(TOLERANCE)}
         about["quantised"] = {"type": "int8", "graphs": changed}
         about["files"] = files_of(folder)
         write_json(folder / MANIFEST, about)
@@ -107,7 +106,7 @@ def _steps(before: BundleGenerator, after: BundleGenerator, cases: Sequence[Any]
     """Logits after the golden prompts, and after each token of the float bundle's own answers."""
     checks, agreed = [], []
     for case in cases:
-        prompt = _prompt(before, case)
+        prompt = before.golden_prompt(case)
         steppers = before.stepper(), after.stepper()
         logits = [stepper.start([prompt]) for stepper in steppers]
         for step in range(min(STEPS, before.length - before.positions(prompt))):
@@ -118,14 +117,6 @@ def _steps(before: BundleGenerator, after: BundleGenerator, cases: Sequence[Any]
                 break
             logits = [stepper.advance(ids) for stepper in steppers]
     return checks, float(np.mean(agreed)) if agreed else 1.0
-
-
-def _prompt(bundle: BundleGenerator, case: Any) -> Prompt:
-    """A golden prompt: its ids as they are written, its pictures anew."""
-    from vlm.runtime.chat import Message
-
-    shown = [bundle.prepare_image(bundle.directory / "golden" / name) for name in case["pictures"]]
-    return bundle.prompt([Message("user", (case["text"],))], shown)
 
 
 def _golden(bundle: AnyBundle, golden: dict[str, Any]) -> dict[str, Any]:
@@ -147,19 +138,8 @@ def _golden(bundle: AnyBundle, golden: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answered(bundle: BundleGenerator, case: Any) -> dict[str, Any]:
-    """Greedy tokens up to an end or two that are nearly alike, and their -log p."""
-    prompt, stepper = _prompt(bundle, case), bundle.stepper()
-    answer: list[int] = []
-    logits = stepper.start([prompt])[0]
-    for step in range(min(STEPS, bundle.length - bundle.positions(prompt))):
-        if step:
-            logits = stepper.advance(np.array(answer[-1:], np.int64))[0]
-        second, first = np.partition(logits, -2)[-2:]
-        if first - second < NEAR:
-            break
-        answer.append(int(logits.argmax()))
-        if answer[-1] in bundle.eos_ids:
-            break
+    prompt = bundle.golden_prompt(case)
+    answer = golden_answer(bundle, prompt, NEAR)
     return dict(case) | {"answer": answer, "nats": bundle.nats([prompt], [answer])[0].tolist()}
 
 

@@ -130,13 +130,8 @@ class _Steps:
         before = [self.after[row] for row in rows]
         together = Choice.joined(before)
         if together is None and any(one is not None for one in before):  # they chose at different steps: each goes on as alone
-            parts = [self(q[at : at + 1], k[at : at + 1], v[at : at + 1], [row]) for at, row in enumerate(rows)]
-            return torch.cat(parts) if len(rows) > 1 else self._step(q, k, v, rows, before[0])
-        return self._step(q, k, v, rows, together)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], before: Choice | None) -> Tensor:
-        assert self.after is not None
-        mixed, choice = self.attention.step(q, k, v, before)
+            return torch.cat([self(q[at : at + 1], k[at : at + 1], v[at : at + 1], [row]) for at, row in enumerate(rows)])
+        mixed, choice = self.attention.step(q, k, v, together)
         for at, row in enumerate(rows):
             self.after[row] = None if choice is None else choice.row(at)
         return mixed

@@ -99,7 +99,7 @@ class Bundle:
 
         Returns the lowest cosine. Raises GateFailed when it is below the bundle's stated tolerance.
         """
-        limit = self.manifest.tolerance("cosine", 0.9999)
+        limit = self.manifest.tolerance("cosine", 0.9999, str(self.directory / MANIFEST))
         lowest = 1.0
         with golden_of(self.directory) as golden:
             images = self.encode_image([inside(self.directory, f"golden/{name}") for name in golden["pictures"]])

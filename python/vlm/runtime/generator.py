@@ -196,19 +196,23 @@ class BundleGenerator:
         Returns the greatest difference of a token's -log p. Raises GateFailed above the bundle's tolerance, and for other
         tokens.
         """
-        limit = self.manifest.tolerance("nats", 1e-2)
+        limit = self.manifest.tolerance("nats", 1e-2, self.where)
         with golden_of(self.directory) as golden:
             worst = self._compare(golden["prompts"])
         if not worst <= limit:
             raise GateFailed(f"the golden answers are reproduced to {worst:.2e} nats, expected {limit:.0e}", where=str(self.directory))
         return worst
 
+    def golden_prompt(self, case: Any) -> Prompt:
+        """The prompt of an entry of the golden answers, from its text and pictures."""
+        shown = [self.prepare_image(inside(self.directory, f"golden/{name}")) for name in case["pictures"]]
+        return self.prompt([Message("user", (case["text"],))], shown)
+
     def _compare(self, cases: Sequence[Any]) -> float:
         """The greatest difference of a golden token's -log p. Raises GateFailed for other ids or tokens."""
         prompts = []
         for case in cases:
-            shown = [self.prepare_image(inside(self.directory, f"golden/{name}")) for name in case["pictures"]]
-            prompts.append(self.prompt([Message("user", (case["text"],))], shown))
+            prompts.append(self.golden_prompt(case))
             if list(prompts[-1].ids) != case["ids"]:
                 raise GateFailed(f"the golden prompt {case['text']!r} gives other ids", where=str(self.directory))
         worst = 0.0

@@ -72,7 +72,7 @@ class LanguageBundle(BundleGenerator):
 
         Returns the greatest difference over the largest logit. Raises GateFailed above the bundle's tolerance.
         """
-        limit = self.manifest.tolerance("max_abs", 1e-3)
+        limit = self.manifest.tolerance("max_abs", 1e-3, self.where)
         worst = 0.0
         with golden_of(self.directory) as golden:
             for text, ids, wanted in zip(golden["texts"], golden["ids"], golden["last_logits"], strict=True):

@@ -51,12 +51,12 @@ class Manifest:
             raise CheckpointError(f"{table}.{key} is {value}, expected 1 to {MOST}", where=where, remedy=REMEDY)
         return value
 
-    def tolerance(self, name: str, default: float) -> float:
+    def tolerance(self, name: str, default: float, where: str) -> float:
         """How near golden values must come; `default` where a bundle of an earlier release does not say. Raises CheckpointError."""
         table = self.data.get("tolerance", {})
         value = table.get(name, default) if isinstance(table, dict) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise CheckpointError(f"tolerance.{name} is missing or no number from 0 to 1", where=MANIFEST, remedy=REMEDY)
+            raise CheckpointError(f"tolerance.{name} is missing or no number from 0 to 1", where=where, remedy=REMEDY)
         return float(value)
 
 

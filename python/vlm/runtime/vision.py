@@ -62,7 +62,7 @@ class VisionBundle:
     def self_test(self) -> float:
         """Embed the golden pictures and compare with what the training framework gave: the lowest cosine, of vectors and
         of logits. Raises GateFailed when it is below the bundle's stated tolerance."""
-        limit = self.manifest.tolerance("cosine", 0.9999)
+        limit = self.manifest.tolerance("cosine", 0.9999, str(self.directory / MANIFEST))
         lowest = 1.0
         with golden_of(self.directory) as golden:
             pictures = [str(inside(self.directory, f"golden/{name}")) for name in golden["pictures"]]
